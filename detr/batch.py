@@ -1,0 +1,101 @@
+"""Images and targets of different sizes as one padded batch.
+
+B images, T largest number of targets in the batch, H W padded size.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, fields, replace
+
+import torch
+from torch import Tensor
+
+from detr.boxes import xyxy_to_cxcywh
+
+IMAGENET_MEAN = (0.485, 0.456, 0.406)
+IMAGENET_STD = (0.229, 0.224, 0.225)
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One image after its transform, with its targets.
+
+    image [3, h, w] uint8; boxes_xyxy [t, 4] float32 pixels of `image`; labels [t] int64 in 0..C-1;
+    image_id as in the annotations; original_size_hw of the file, before any transform.
+    """
+
+    image: Tensor
+    boxes_xyxy: Tensor
+    labels: Tensor
+    image_id: int
+    original_size_hw: tuple[int, int]
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Padded samples. Invariant: whatever stands in the padding never changes a result.
+
+    images [B, 3, H, W] uint8; padding [B, H, W] bool, True outside the image;
+    boxes_cxcywh [B, T, 4] fractions of the unpadded image; labels [B, T]; valid [B, T] bool, True where a
+    target stands; image_ids [B]; original_sizes_hw [B, 2].
+    """
+
+    images: Tensor
+    padding: Tensor
+    boxes_cxcywh: Tensor
+    labels: Tensor
+    valid: Tensor
+    image_ids: Tensor
+    original_sizes_hw: Tensor
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def to(self, device: torch.device) -> "Batch":
+        return replace(self, **{f.name: getattr(self, f.name).to(device, non_blocking=True) for f in fields(self)})
+
+    def pin_memory(self) -> "Batch":
+        return replace(self, **{f.name: getattr(self, f.name).pin_memory() for f in fields(self)})
+
+
+def collate(samples: Sequence[Sample], size_multiple: int = 1) -> Batch:
+    """One `Batch` of the samples, padded right and below to the largest height and width.
+
+    Padded sizes are rounded up to `size_multiple`, which bounds the number of shapes that a compiled
+    model meets.
+    """
+    height = max(sample.image.shape[1] for sample in samples)
+    width = max(sample.image.shape[2] for sample in samples)
+    height, width = (-(-size // size_multiple) * size_multiple for size in (height, width))
+    num_targets = max(len(sample.labels) for sample in samples)
+    images = torch.zeros(len(samples), 3, height, width, dtype=torch.uint8)
+    padding = torch.ones(len(samples), height, width, dtype=torch.bool)
+    boxes = torch.zeros(len(samples), num_targets, 4)
+    labels = torch.zeros(len(samples), num_targets, dtype=torch.int64)
+    valid = torch.zeros(len(samples), num_targets, dtype=torch.bool)
+    for i, sample in enumerate(samples):
+        h, w = sample.image.shape[1:]
+        images[i, :, :h, :w] = sample.image
+        padding[i, :h, :w] = False
+        count = len(sample.labels)
+        boxes[i, :count] = xyxy_to_cxcywh(sample.boxes_xyxy) / torch.tensor([w, h, w, h])
+        labels[i, :count] = sample.labels
+        valid[i, :count] = True
+    return Batch(
+        images,
+        padding,
+        boxes,
+        labels,
+        valid,
+        torch.tensor([sample.image_id for sample in samples]),
+        torch.tensor([sample.original_size_hw for sample in samples]),
+    )
+
+
+def normalize(images: Tensor, padding: Tensor) -> Tensor:
+    """ImageNet-normalised float images [B, 3, H, W] of uint8 ones, zero in the padding.
+
+    Runs on the device of `images`, so that a quarter of the bytes is copied there.
+    """
+    mean = torch.tensor(IMAGENET_MEAN, device=images.device).view(3, 1, 1) * 255
+    std = torch.tensor(IMAGENET_STD, device=images.device).view(3, 1, 1) * 255
+    return ((images - mean) / std).masked_fill(padding[:, None], 0.0)

@@ -1,0 +1,44 @@
+"""Box formats, areas and generalized IoU.
+
+`boxes_cxcywh` are centre x, centre y, width, height as fractions of the image (0..1).
+`boxes_xyxy` are left, top, right, bottom, in pixels or fractions.
+"""
+
+import torch
+from torch import Tensor
+
+
+def cxcywh_to_xyxy(boxes_cxcywh: Tensor) -> Tensor:
+    """Corner boxes of centre boxes: [..., 4] -> [..., 4], same units."""
+    centre, size = boxes_cxcywh[..., :2], boxes_cxcywh[..., 2:]
+    return torch.cat([centre - size / 2, centre + size / 2], dim=-1)
+
+
+def xyxy_to_cxcywh(boxes_xyxy: Tensor) -> Tensor:
+    """Centre boxes of corner boxes: [..., 4] -> [..., 4], same units."""
+    low, high = boxes_xyxy[..., :2], boxes_xyxy[..., 2:]
+    return torch.cat([(low + high) / 2, high - low], dim=-1)
+
+
+def area(boxes_xyxy: Tensor) -> Tensor:
+    """Areas [...] of boxes [..., 4]; an inverted box has area 0."""
+    size = (boxes_xyxy[..., 2:] - boxes_xyxy[..., :2]).clamp(min=0)
+    return size[..., 0] * size[..., 1]
+
+
+def generalized_iou(boxes_xyxy: Tensor, others_xyxy: Tensor) -> Tensor:
+    """Generalized IoU [...] in [-1, 1] of two broadcastable box tensors [..., 4].
+
+    Pairwise over two lists is `generalized_iou(a[:, None], b[None])`. Two boxes without area in the
+    same place give 0, not NaN, so a degenerate annotation cannot poison a loss.
+    Source: Rezatofighi et al., CVPR 2019, Algorithm 1.
+    """
+    low = torch.maximum(boxes_xyxy[..., :2], others_xyxy[..., :2])
+    high = torch.minimum(boxes_xyxy[..., 2:], others_xyxy[..., 2:])
+    overlap = (high - low).clamp(min=0).prod(dim=-1)
+    union = area(boxes_xyxy) + area(others_xyxy) - overlap
+    hull_low = torch.minimum(boxes_xyxy[..., :2], others_xyxy[..., :2])
+    hull_high = torch.maximum(boxes_xyxy[..., 2:], others_xyxy[..., 2:])
+    hull = (hull_high - hull_low).clamp(min=0).prod(dim=-1)
+    tiny = torch.finfo(union.dtype).tiny
+    return overlap / union.clamp(min=tiny) - (hull - union) / hull.clamp(min=tiny)

@@ -1,0 +1,104 @@
+"""Models and resume states as files."""
+
+import hashlib
+import json
+import os
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save
+
+from detr.model import DETR, ModelConfig
+
+
+@dataclass(frozen=True)
+class Category:
+    """One class: label k of the model is the k-th category by ascending id."""
+
+    id: int
+    name: str
+
+
+def write_atomically(path: Path, write: Callable[[BinaryIO], Any]) -> None:
+    """Writes a file that is either whole or absent: temporary name, sync, rename."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    try:
+        with partial.open("wb") as file:
+            write(file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(partial, path)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def save_model(
+    model: DETR, categories: list[Category], eval_size: tuple[int, int], fingerprint: str, folder: Path
+) -> None:
+    """Writes `model.safetensors` and `config.json` into `folder`.
+
+    The latter holds the architecture, the categories, the evaluation size (short side, max size) and the
+    fingerprint of the training.
+    """
+    weights = {name: value.contiguous().cpu() for name, value in model.state_dict().items()}
+    config = {
+        "model": asdict(model.config),
+        "categories": [asdict(category) for category in categories],
+        "eval_size": {"short": eval_size[0], "max_size": eval_size[1]},
+        "fingerprint": fingerprint,
+    }
+    write_atomically(folder / "model.safetensors", lambda file: file.write(save(weights)))
+    write_atomically(folder / "config.json", lambda file: file.write(json.dumps(config, indent=1).encode()))
+
+
+def load_model(folder: Path) -> tuple[DETR, list[Category], tuple[int, int]]:
+    """The model in eval mode, its categories, and (short side, max size) of its evaluation transform.
+
+    Raises ValueError that names the file when one is torn or they disagree. Runs no code from the files.
+    """
+    try:
+        config = json.loads((folder / "config.json").read_text())
+        weights = load_file(folder / "model.safetensors")
+    except (SafetensorError, json.JSONDecodeError) as error:
+        raise ValueError(f"{folder} holds a torn model ({error}); train or fetch it again") from error
+    categories = [Category(**category) for category in config["categories"]]
+    model = DETR(ModelConfig(**config["model"]), len(categories))
+    own = model.state_dict()
+    for key in sorted(own.keys() | weights.keys()):
+        if key not in own or key not in weights or own[key].shape != weights[key].shape:
+            shapes = [tuple(side[key].shape) if key in side else "absent" for side in (own, weights)]
+            raise ValueError(f"{folder}: {key} is {shapes[0]} by config.json, {shapes[1]} in model.safetensors")
+    model.load_state_dict(weights)
+    return model.eval(), categories, (config["eval_size"]["short"], config["eval_size"]["max_size"])
+
+
+def save_state(state: dict[str, Any], path: Path) -> None:
+    """Writes a resume state with its SHA-256 beside it, keeping the one before as `.previous`."""
+    if path.exists():
+        os.replace(path, path.with_suffix(".previous"))
+    hidden = path.with_suffix(".torch")
+    write_atomically(hidden, lambda file: torch.save(state, file))
+    digest = hashlib.sha256(hidden.read_bytes()).digest()
+    with hidden.open("ab") as file:
+        file.write(digest)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(hidden, path)
+
+
+def load_state(path: Path) -> dict[str, Any] | None:
+    """The newest whole resume state, or None. A torn one is passed over for the one before."""
+    import io
+
+    for candidate in (path, path.with_suffix(".previous")):
+        if not candidate.exists():
+            continue
+        data = candidate.read_bytes()
+        if hashlib.sha256(data[:-32]).digest() == data[-32:]:
+            return torch.load(io.BytesIO(data[:-32]), map_location="cpu", weights_only=True)
+    return None

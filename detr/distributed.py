@@ -1,0 +1,63 @@
+"""What this process is among its peers, as torchrun tells it."""
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Process:
+    """rank of num_processes, and the device that this one computes on."""
+
+    rank: int
+    num_processes: int
+    device: torch.device
+
+    @property
+    def is_main(self) -> bool:
+        return self.rank == 0
+
+    def mean(self, value: Tensor) -> Tensor:
+        """The mean of `value` over all processes; every process must call it."""
+        if self.num_processes > 1:
+            dist.all_reduce(value)
+            value /= self.num_processes
+        return value
+
+    def gather(self, value: Any) -> list[Any]:
+        """Every process's picklable `value`, in the order of ranks."""
+        if self.num_processes == 1:
+            return [value]
+        values: list[Any] = [None] * self.num_processes
+        dist.all_gather_object(values, value)
+        return values
+
+
+@contextmanager
+def process_group() -> Iterator[Process]:
+    """Joins the process group that torchrun's environment names, NCCL on GPUs and gloo on CPUs, and leaves it.
+
+    Without torchrun it is a group of one. On a CPU each process computes with OMP_NUM_THREADS threads,
+    one unless set: a second thread speeds a small model up by nothing and changes the bits.
+    """
+    num_processes = int(os.environ.get("WORLD_SIZE", "1"))
+    if torch.cuda.is_available():
+        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+        torch.cuda.set_device(device)
+    else:
+        device = torch.device("cpu")
+        torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
+    if num_processes > 1:
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timedelta(minutes=10))
+    try:
+        yield Process(int(os.environ.get("RANK", "0")), num_processes, device)
+    finally:
+        if num_processes > 1:
+            dist.destroy_process_group()

@@ -1,0 +1,81 @@
+"""The set loss. B images, Q queries, C classes, T targets, L decoder layers."""
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from detr.batch import Batch
+from detr.boxes import cxcywh_to_xyxy, generalized_iou
+from detr.matcher import MatcherConfig, match
+
+
+@dataclass(frozen=True)
+class LossConfig:
+    """Weights of the loss terms: `train.loss` of params.yaml."""
+
+    class_weight: float
+    box_weight: float
+    giou_weight: float
+    no_object_weight: float  # of the "no object" class in the cross-entropy
+    auxiliary: bool  # a loss after every decoder layer, not the last one only
+
+
+def set_loss(
+    logits: Tensor,
+    boxes_cxcywh: Tensor,
+    batch: Batch,
+    num_boxes: Tensor,
+    matcher: MatcherConfig,
+    config: LossConfig,
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """The loss to minimise and its unweighted parts per decoder layer.
+
+    logits [L, B, Q, C+1]; boxes_cxcywh [L, B, Q, 4]; `num_boxes` is the number of targets per process,
+    averaged over all processes, at least 1, so that the global batch is normalised as one.
+    Parts: `loss_class`, `loss_box`, `loss_giou`, `cardinality_error`, each [L], and `class_error` [], the
+    percentage of matched queries of the last layer with a wrong class.
+    Source: paper, equations 2 to 4, appendix A.2.
+    """
+    if not config.auxiliary:
+        logits, boxes_cxcywh = logits[-1:], boxes_cxcywh[-1:]
+    logits, boxes_cxcywh = logits.float(), boxes_cxcywh.float()
+    matched = match(logits, boxes_cxcywh, batch.labels, batch.boxes_cxcywh, batch.valid, matcher)  # [L, B, T]
+    found = matched >= 0
+    no_object = logits.shape[-1] - 1
+
+    slot = torch.where(found, matched, logits.shape[2])  # unmatched targets land in a spare column
+    classes = logits.new_full((*logits.shape[:2], logits.shape[2] + 1), no_object, dtype=torch.int64)
+    classes = classes.scatter(2, slot, batch.labels.expand_as(slot))[..., :-1]  # [L, B, Q]
+    weight = logits.new_ones(no_object + 1)
+    weight[no_object] = config.no_object_weight
+    entropy = F.cross_entropy(logits.flatten(0, 2), classes.flatten(), weight, reduction="none").view_as(classes)
+    loss_class = entropy.sum(dim=(1, 2)) / weight[classes].sum(dim=(1, 2))
+
+    query = matched.clamp(min=0)
+    predicted = boxes_cxcywh.gather(2, query[..., None].expand(-1, -1, -1, 4))  # [L, B, T, 4]
+    target = batch.boxes_cxcywh[None]
+    distance = (predicted - target).abs().sum(dim=-1)
+    overlap = generalized_iou(cxcywh_to_xyxy(predicted), cxcywh_to_xyxy(target))
+    loss_box = torch.where(found, distance, 0.0).sum(dim=(1, 2)) / num_boxes
+    loss_giou = torch.where(found, 1 - overlap, 0.0).sum(dim=(1, 2)) / num_boxes
+
+    with torch.no_grad():
+        counted = (logits.argmax(dim=-1) != no_object).sum(dim=2)  # [L, B]
+        cardinality_error = (counted - batch.valid.sum(dim=1)).abs().float().mean(dim=1)
+        guess = logits[-1].argmax(dim=-1).gather(1, query[-1])
+        right = ((guess == batch.labels) & found[-1]).sum()
+        class_error = 100 * (1 - right / found[-1].sum().clamp(min=1)) * found[-1].any()
+
+    total = (
+        config.class_weight * loss_class + config.box_weight * loss_box + config.giou_weight * loss_giou
+    ).sum()
+    parts = {
+        "loss_class": loss_class.detach(),
+        "loss_box": loss_box.detach(),
+        "loss_giou": loss_giou.detach(),
+        "cardinality_error": cardinality_error,
+        "class_error": class_error,
+    }
+    return total, parts

@@ -1,0 +1,109 @@
+"""DETR. B images, Q queries, C classes, L decoder layers, D hidden, H W padded size, S output stride."""
+
+from dataclasses import dataclass
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from detr.backbone import DEPTHS, NORMS, ResNet, freeze_stem, load_pretrained
+from detr.position import LearnedPosition, SinePosition
+from detr.transformer import Transformer
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """The architecture: the `model` section of params.yaml."""
+
+    backbone: str  # resnet10, resnet18, resnet34, resnet50, resnet101
+    backbone_width: float  # times the published channels
+    backbone_norm: str  # frozen (pretrained), batch or group (from scratch)
+    backbone_weights: str  # none, imagenet, or a local file
+    stride: int  # 32, or 16 for the paper's DC5
+    position: str  # sine or learned
+    hidden_dim: int
+    num_heads: int
+    dim_feedforward: int
+    num_encoder_layers: int
+    num_decoder_layers: int
+    num_queries: int
+    dropout: float
+    pre_norm: bool
+
+    def __post_init__(self) -> None:
+        for key, choices in (
+            ("backbone", list(DEPTHS)),
+            ("backbone_norm", list(NORMS)),
+            ("stride", [16, 32]),
+            ("position", ["sine", "learned"]),
+        ):
+            if getattr(self, key) not in choices:
+                raise ValueError(f"model.{key} is {getattr(self, key)!r}, expected one of {choices}")
+        if self.num_decoder_layers < 1 or self.num_queries < 1:
+            raise ValueError("model.num_decoder_layers and model.num_queries must be at least 1")
+        if not 0 <= self.dropout < 1:
+            raise ValueError(f"model.dropout is {self.dropout}, expected a fraction in 0 <= dropout < 1")
+
+
+class DETR(nn.Module):
+    """Class logits [L, B, Q, C+1] and boxes_cxcywh [L, B, Q, 4] (0..1) of normalised images [B, 3, H, W].
+
+    `padding` [B, H, W] is True outside each image. The last logit is "no object". The last entry along L is
+    the prediction; the others feed the auxiliary losses. Invariants: an image's result does not depend on its
+    batch mates, on padding, or on pixels in the padding. Source: paper, section 3.2.
+    """
+
+    def __init__(self, config: ModelConfig, num_classes: int) -> None:
+        super().__init__()
+        self.config = config
+        self.num_classes = num_classes
+        dim = config.hidden_dim
+        self.backbone = ResNet(config.backbone, config.backbone_width, config.stride, config.backbone_norm)
+        self.position = SinePosition(dim) if config.position == "sine" else LearnedPosition(dim)
+        self.input_proj = nn.Conv2d(self.backbone.num_channels, dim, 1)
+        self.transformer = Transformer(
+            config.num_encoder_layers,
+            config.num_decoder_layers,
+            dim,
+            config.num_heads,
+            config.dim_feedforward,
+            config.dropout,
+            config.pre_norm,
+        )
+        self.query_embed = nn.Embedding(config.num_queries, dim)
+        self.class_embed = nn.Linear(dim, num_classes + 1)
+        self.bbox_embed = MLP(dim, dim, 4, num_layers=3)
+
+    def forward(self, images: Tensor, padding: Tensor) -> tuple[Tensor, Tensor]:
+        features = self.input_proj(self.backbone(images))  # [B, D, H/S, W/S]
+        feature_padding = F.interpolate(padding[:, None].float(), size=features.shape[-2:]).bool().squeeze(1)
+        position = self.position(feature_padding)
+        outputs = self.transformer(
+            features.flatten(2).transpose(1, 2),
+            position.flatten(2).transpose(1, 2),
+            feature_padding.flatten(1),
+            self.query_embed.weight,
+        )  # [L, B, Q, D]
+        return self.class_embed(outputs), self.bbox_embed(outputs).sigmoid()
+
+
+class MLP(nn.Module):
+    """Linear layers with ReLU between: [..., in_dim] -> [..., out_dim]."""
+
+    def __init__(self, in_dim: int, hidden_dim: int, out_dim: int, num_layers: int) -> None:
+        super().__init__()
+        dims = [in_dim] + [hidden_dim] * (num_layers - 1) + [out_dim]
+        self.layers = nn.ModuleList(nn.Linear(a, b) for a, b in zip(dims, dims[1:], strict=False))
+
+    def forward(self, x: Tensor) -> Tensor:
+        for layer in self.layers[:-1]:
+            x = F.relu(layer(x))
+        return self.layers[-1](x)
+
+
+def build_model(config: ModelConfig, num_classes: int) -> DETR:
+    """A model ready to train: random weights, or a pretrained backbone whose stem and first stage are frozen."""
+    model = DETR(config, num_classes)
+    if config.backbone_weights != "none":
+        load_pretrained(model.backbone, config.backbone, config.backbone_weights)
+        freeze_stem(model.backbone)
+    return model

@@ -1,0 +1,129 @@
+"""The command line: python -m pipelines VERB."""
+
+import argparse
+import json
+import os
+import socket
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+from pipelines import params, repro
+from pipelines.stage import QUIET, command
+
+PORTS = {"prefect": 4200, "mlflow": 5000, "docs": 8000}
+
+
+def check(document: Any) -> None:
+    """Checks every section of params.yaml as its stage would. Raises ValueError that names the key."""
+    from detr.model import ModelConfig
+    from detr.train import TrainConfig
+    from pipelines.download import DownloadParams
+    from pipelines.evaluate import EvaluateParams
+    from pipelines.register import RegisterParams
+    from pipelines.validate import ValidateParams
+
+    kinds: dict[str, type] = {
+        "download": DownloadParams,
+        "validate": ValidateParams,
+        "model": ModelConfig,
+        "train": TrainConfig,
+        "evaluate": EvaluateParams,
+        "register": RegisterParams,
+    }
+    for section, kind in kinds.items():
+        params.from_document(document, section, kind)
+
+
+def run(preset: str | None, overrides: list[str], refresh: bool) -> None:
+    """Runs the pipeline as a Prefect flow: here, or in a worktree of its own with a preset or overrides."""
+    root = Path.cwd()
+    document = params.merged(root, preset, overrides)
+    check(document)
+    os.environ.setdefault("PREFECT_HOME", str(root / ".prefect"))
+    os.environ.setdefault("PREFECT_SERVER_EPHEMERAL_STARTUP_TIMEOUT_SECONDS", "120")
+    os.environ.setdefault("MLFLOW_TRACKING_URI", f"sqlite:///{root / 'mlflow.db'}")
+    with repro.only_one(root, lambda line: print(line, flush=True)):
+        from pipelines import flow
+
+        if preset is None and not overrides:
+            flow.run("params.yaml", root, refresh)
+            summarize(root, root / "artifacts" / "evaluate")
+            return
+        if repro.is_dirty(root):
+            print("warning: uncommitted changes are not part of this run; it works at the last commit", file=sys.stderr)
+        name = f"{preset or 'overrides'}-{time.strftime('%Y%m%d-%H%M%S')}"
+        with repro.worktree(root, name, document) as place:
+            flow.run(" ".join([preset or "params.yaml", *overrides]), place, refresh)
+            summarize(place, root / "scratch" / "runs" / name)
+        print(f"branch    runs/{name}: git checkout runs/{name} && dvc checkout")
+
+
+def summarize(root: Path, pictures: Path) -> None:
+    """Prints the result of the run in `root` and where a person goes from here."""
+    metrics = json.loads((root / "artifacts/evaluate/metrics.json").read_text())
+    version = json.loads((root / "artifacts/register/version.json").read_text())
+    python = os.path.relpath(sys.executable)
+    print()
+    for name, value in metrics.items():
+        print(f"{name:<10}{value:.3f}")
+    print(f"\nmodel     {version['name']} version {version['version']}: models:/{version['name']}/{version['version']}")
+    print(f"pictures  {os.path.relpath(pictures / 'plots')}/")
+    for title, verb in (("Prefect UI", "prefect"), ("MLflow UI", "mlflow"), ("Data Docs", "docs")):
+        print(f"{title:<12}{python} -m pipelines ui {verb}")
+
+
+def ui(which: str, port: int | None) -> None:
+    """Serves the Prefect UI, the MLflow UI or the Data Docs on 127.0.0.1 until interrupted."""
+    root, port = Path.cwd(), port or PORTS[which]
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind(("127.0.0.1", port))
+        except OSError:
+            raise ValueError(f"port {port} is in use; stop what listens there, or choose another: --port {port + 1}") from None
+    docs = root / "scratch" / "data_docs"
+    if which == "docs" and not docs.exists():
+        raise ValueError(f"{docs} does not exist; run the pipeline first: python -m pipelines run")
+    arguments = {
+        "prefect": ["-m", "prefect", "server", "start", "--host", "127.0.0.1", "--port", str(port)],
+        "mlflow": ["-m", "mlflow", "ui", "--host", "127.0.0.1", "--port", str(port)]
+        + ["--backend-store-uri", f"sqlite:///{root / 'mlflow.db'}"],
+        "docs": ["-m", "http.server", "--bind", "127.0.0.1", "--directory", str(docs), str(port)],
+    }[which]
+    print(f"http://127.0.0.1:{port}  (Ctrl-C ends it)", flush=True)
+    env = os.environ | QUIET
+    env.setdefault("PREFECT_HOME", str(root / ".prefect"))
+    os.execve(sys.executable, [sys.executable, *arguments], env)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m pipelines", description=__doc__)
+    verbs = parser.add_subparsers(dest="verb", required=True)
+    for verb, text in (("run", "run the pipeline as a Prefect flow"), ("params", "check and print the parameters")):
+        one = verbs.add_parser(verb, help=text)
+        one.add_argument("--preset", help="a name in presets/, merged over params.yaml for this run")
+        one.add_argument("--set", dest="overrides", action="append", default=[], metavar="SECTION.KEY=VALUE")
+        if verb == "run":
+            one.add_argument("--refresh", action="store_true", help="download again: the source's content has changed")
+    one = verbs.add_parser("ui", help="serve a user interface on 127.0.0.1")
+    one.add_argument("which", choices=list(PORTS))
+    one.add_argument("--port", type=int)
+    arguments = parser.parse_args()
+
+    def act() -> None:
+        if arguments.verb == "run":
+            run(arguments.preset, arguments.overrides, arguments.refresh)
+        elif arguments.verb == "params":
+            document = params.merged(Path.cwd(), arguments.preset, arguments.overrides)
+            check(document)
+            print(params.to_yaml(document), end="")
+        else:
+            ui(arguments.which, arguments.port)
+
+    command(act)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,128 @@
+"""The strict loader of params.yaml; presets and overrides merge here."""
+
+import difflib
+import types
+import typing
+from collections.abc import Iterable
+from dataclasses import fields, is_dataclass
+from io import StringIO
+from pathlib import Path
+from typing import Any, TypeVar
+
+import msgspec
+from ruamel.yaml import YAML
+from ruamel.yaml.error import YAMLError
+
+T = TypeVar("T")
+SECTIONS = ("download", "validate", "model", "train", "evaluate", "register")
+
+
+def read_yaml(path: Path) -> Any:
+    """A YAML 1.2 document (1e-4 is a number) that keeps its comments when written back."""
+    try:
+        document = YAML().load(path.read_text())
+    except FileNotFoundError:
+        raise ValueError(f"{path} does not exist; run from the root of the project") from None
+    except YAMLError as error:
+        raise ValueError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from error
+    if not isinstance(document, dict):
+        raise ValueError(f"{path} is empty or not a mapping of sections")
+    return document
+
+
+def to_yaml(document: Any) -> str:
+    buffer = StringIO()
+    YAML().dump(document, buffer)
+    return buffer.getvalue()
+
+
+def load(section: str, kind: type[T], path: Path = Path("params.yaml")) -> T:
+    """The section as its frozen dataclass.
+
+    A missing, unknown or mistyped key is a ValueError that names the key, its section and the nearest
+    right name; so is a section that no stage has.
+    """
+    return from_document(read_yaml(path), section, kind)
+
+
+def from_document(document: Any, section: str, kind: type[T]) -> T:
+    """`load` for a document that has been read already."""
+    document = YAML(typ="safe", pure=True).load(to_yaml(document))
+    for name in document:
+        if name not in SECTIONS:
+            raise ValueError(f"params.yaml has an unknown section {name!r}{_nearest(name, SECTIONS)}")
+    if section not in document:
+        raise ValueError(f"params.yaml lacks the section {section!r}")
+    return typing.cast(T, _convert(document[section], kind, section))
+
+
+def _convert(value: Any, kind: Any, where: str) -> Any:
+    if typing.get_origin(kind) in (types.UnionType, typing.Union):
+        records = [k for k in typing.get_args(kind) if is_dataclass(k)]
+        plain = [k for k in typing.get_args(kind) if not is_dataclass(k)]
+        kind = records[0] if isinstance(value, dict) and records else typing.Union[tuple(plain)]  # noqa: UP007
+    if not is_dataclass(kind):
+        try:
+            return msgspec.convert(value, kind, strict=True)
+        except msgspec.ValidationError as error:
+            raise ValueError(f"{where} is {value!r}: {str(error)[0].lower()}{str(error)[1:]}") from None
+    if not isinstance(value, dict):
+        raise ValueError(f"{where} is {value!r}, expected a section with the keys {[f.name for f in fields(kind)]}")
+    hints = typing.get_type_hints(kind)
+    for key in value:
+        if key not in hints:
+            raise ValueError(f"{where} has an unknown key {key!r}{_nearest(key, hints)}")
+    for key in hints:
+        if key not in value:
+            raise ValueError(f"{where} lacks the key {key!r}{_nearest(key, [k for k in value if k not in hints])}")
+    return kind(**{key: _convert(value[key], hints[key], f"{where}.{key}") for key in hints})  # type: ignore[operator]
+
+
+def _nearest(name: str, choices: Iterable[str]) -> str:
+    near = difflib.get_close_matches(str(name), list(choices), n=1)
+    return f"; did you mean {near[0]!r}?" if near else f"; known: {', '.join(choices)}" if choices else ""
+
+
+def merged(root: Path, preset: str | None, overrides: Iterable[str]) -> Any:
+    """`root`/params.yaml with a preset (`presets/NAME.yaml`) and then `section.key=value` overrides on top.
+
+    A preset holds only what differs; `extends: OTHER` merges that preset first. Nothing can be added that
+    params.yaml lacks.
+    """
+    document = read_yaml(root / "params.yaml")
+    if preset is not None:
+        _merge_preset(document, root / "presets", preset)
+    for override in overrides:
+        key, equals, text = override.partition("=")
+        if not equals:
+            raise ValueError(f"override {override!r} is not of the form section.key=value")
+        try:
+            value = YAML(typ="safe").load(text)
+        except YAMLError as error:
+            raise ValueError(f"override {override!r}: the value is not valid YAML") from error
+        nested: Any = value
+        for part in reversed(key.split(".")):
+            nested = {part: nested}
+        _overlay(document, nested, "params.yaml")
+    return document
+
+
+def _merge_preset(document: Any, folder: Path, name: str) -> None:
+    known = sorted(path.stem for path in folder.glob("*.yaml"))
+    if name not in known:
+        raise ValueError(f"there is no preset {name!r}{_nearest(name, known)}")
+    overlay = read_yaml(folder / f"{name}.yaml")
+    parent = overlay.pop("extends", None)
+    if parent is not None:
+        _merge_preset(document, folder, parent)
+    _overlay(document, overlay, f"presets/{name}.yaml on params.yaml")
+
+
+def _overlay(base: Any, overlay: Any, where: str) -> None:
+    for key, value in overlay.items():
+        if key not in base:
+            raise ValueError(f"{where}: there is no key {key!r} to override{_nearest(key, base)}")
+        if isinstance(value, dict) and isinstance(base[key], dict):
+            _overlay(base[key], value, f"{where}: {key}")
+        else:
+            base[key] = value

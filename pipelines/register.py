@@ -1,0 +1,154 @@
+"""Stage 5: the model in the registry, with its lineage. `python -m pipelines.register`"""
+
+import base64
+import json
+import os
+import platform
+import subprocess
+from dataclasses import dataclass
+from importlib.metadata import version as installed
+from pathlib import Path
+from typing import Any
+
+from pipelines import params, tracking
+from pipelines.registry import champion, decide, version_with
+from pipelines.stage import DATA, command, write_json
+
+VALIDATED = Path("artifacts/validate")
+TRAINED = Path("artifacts/train")
+EVALUATED = Path("artifacts/evaluate")
+OUTPUT = Path("artifacts/register")
+SCRATCH = Path("scratch")
+REQUIREMENTS = ("mlflow", "torch", "torchvision", "numpy", "pandas", "pillow", "safetensors")
+
+
+@dataclass(frozen=True)
+class RegisterParams:
+    """The `register` section of params.yaml."""
+
+    min_ap_gain: float  # over the champion's AP, to take its place
+
+
+def register(config: RegisterParams, output: Path) -> None:
+    """Publishes the run's files to MLflow, registers the model once, and writes `version.json`.
+
+    Weights that are registered already give the version that has them. Raises ValueError when lineage is
+    incomplete or MLflow does not answer.
+    """
+    lineage = collect_lineage()
+    client = tracking.connect()
+    mark = json.loads((TRAINED / "config.json").read_text())["fingerprint"]
+    run_id = tracking.find_run(client, mark, f"train {mark}")
+    metrics = json.loads((EVALUATED / "metrics.json").read_text())
+    publish(client, run_id, mark, metrics, lineage)
+    version = version_with(client, lineage["weights_sha256"])
+    if version is None:
+        best = champion(client)
+        alias, reason = decide(metrics["AP"], float(best.tags["AP"]) if best else None, config.min_ap_gain)
+        tags = lineage | {"fingerprint": mark, "decision": reason} | {name: str(value) for name, value in metrics.items()}
+        version = log_version(run_id, tags)
+        client.set_registered_model_alias(tracking.MODEL, alias, version.version)
+    else:
+        alias = ", ".join(client.get_model_version(tracking.MODEL, version.version).aliases) or "no alias"
+        reason = "these weights were registered before"
+    output.mkdir(parents=True, exist_ok=True)
+    write_json(output / "version.json", {"name": tracking.MODEL, "version": int(version.version), "fingerprint": mark})
+    print(f"registered {tracking.MODEL} version {version.version} as {alias}: {reason}", flush=True)
+
+
+def collect_lineage() -> dict[str, str]:
+    """What leads from a model version back to data, code, parameters and machine, as tags."""
+    for path in (VALIDATED / "passed.json", TRAINED / "model.safetensors", EVALUATED / "metrics.json", Path("dvc.lock")):
+        if not path.exists():
+            raise ValueError(f"lineage is incomplete: {path} does not exist; run dvc repro")
+
+    def git(*arguments: str) -> str:
+        answer = subprocess.run(["git", *arguments], capture_output=True, text=True, check=False)
+        return answer.stdout.strip() if answer.returncode == 0 else ""
+
+    return {
+        "git_commit": git("rev-parse", "HEAD") or "none",
+        "git_dirty": str(bool(git("status", "--porcelain", "--untracked-files=no", "--", ".", ":!dvc.lock"))).lower(),
+        "data_digest": json.loads((VALIDATED / "passed.json").read_text())["data"],
+        "weights_sha256": tracking.sha256(TRAINED / "model.safetensors"),
+        "dvc_lock_sha256": tracking.sha256(Path("dvc.lock")),
+        "python": platform.python_version(),
+        "machine": f"{platform.machine()}, {os.cpu_count()} cores",
+        **{name: installed(name) for name in ("torch", "torchvision")},
+    }
+
+
+def publish(client: Any, run_id: str, mark: str, metrics: dict[str, float], lineage: dict[str, str]) -> None:
+    """Fills the run in from the files: parameters, curves, metrics, pictures, Data Docs, dvc.lock, git commit."""
+    document = params.read_yaml(Path("params.yaml"))
+    tracking.log_params(client, run_id, {name: document[name] for name in params.SECTIONS})
+    tracking.fill_in(client, run_id, tracking.read_rows(TRAINED / "history.jsonl"))
+    tracking.fill_in(client, run_id, tracking.read_rows(SCRATCH / mark / "timings.jsonl"))
+    if client.get_run(run_id).data.tags.get("published") == lineage["weights_sha256"]:
+        return
+    steps = [row["step"] for row in tracking.read_rows(TRAINED / "history.jsonl")]
+    tracking.log_rows(client, run_id, [{"step": max(steps, default=0), **metrics}])
+    for key, value in lineage.items():
+        client.set_tag(run_id, key, value)
+    client.log_artifact(run_id, "dvc.lock")
+    client.log_artifact(run_id, "params.yaml")
+    client.log_artifact(run_id, str(VALIDATED / "report.json"), "validate")
+    client.log_artifact(run_id, str(TRAINED / "history.jsonl"), "train")
+    for name in ("metrics.json", "per_class.csv", "detections.json", "plots"):
+        log = client.log_artifacts if (EVALUATED / name).is_dir() else client.log_artifact
+        log(run_id, str(EVALUATED / name), f"evaluate/{name}" if (EVALUATED / name).is_dir() else "evaluate")
+    if (SCRATCH / "data_docs").exists():
+        client.log_artifacts(run_id, str(SCRATCH / "data_docs"), "data_docs")
+    client.set_tag(run_id, "published", lineage["weights_sha256"])
+    client.set_terminated(run_id, "FINISHED")
+
+
+def log_version(run_id: str, tags: dict[str, str]) -> Any:
+    """A new version of the registered model: self-contained, weights as safetensors, no pickle."""
+    import mlflow
+    import pandas as pd
+    from mlflow.models import ModelSignature
+    from mlflow.types import ColSpec, ParamSchema, ParamSpec, Schema
+    from mlflow.types.schema import Array, DataType
+
+    signature = ModelSignature(
+        inputs=Schema([ColSpec(DataType.string, "image")]),
+        outputs=Schema(
+            [
+                ColSpec(Array(Array(DataType.double)), "boxes"),
+                ColSpec(Array(DataType.double), "scores"),
+                ColSpec(Array(DataType.string), "labels"),
+            ]
+        ),
+        params=ParamSchema([ParamSpec("threshold", DataType.double, 0.5)]),
+    )
+    with mlflow.start_run(run_id=run_id):
+        info = mlflow.pyfunc.log_model(
+            name="model",
+            python_model=str(Path(__file__).with_name("served_model.py")),
+            artifacts={
+                "weights": str(TRAINED / "model.safetensors"),
+                "config": str(TRAINED / "config.json"),
+            },
+            code_paths=[str(Path(__file__).parent.parent / "detr")],
+            signature=signature,
+            input_example=pd.DataFrame({"image": [example_image()]}),
+            pip_requirements=[f"{name}=={installed(name)}" for name in REQUIREMENTS],
+        )
+    return mlflow.register_model(info.model_uri, tracking.MODEL, tags=tags)
+
+
+def example_image() -> str:
+    """The first validation image as base64."""
+    from detr.coco import ImageArchive, load_annotations
+
+    name = load_annotations(DATA / "instances_val.json").file_names[0]
+    return base64.b64encode(ImageArchive(DATA / "val.zip").read(str(name))).decode()
+
+
+def main() -> None:
+    register(params.load("register", RegisterParams), OUTPUT)
+
+
+if __name__ == "__main__":
+    command(main)

@@ -1,0 +1,187 @@
+"""The only module that calls DVC and git: runs stages, and keeps other people's working directories untouched."""
+
+import fcntl
+import os
+import pty
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from pipelines.params import read_yaml, to_yaml
+from pipelines.stage import QUIET
+
+STOP_SECONDS = 20
+
+
+class StageFailed(RuntimeError):
+    """A stage ended with a code that is not 0; the message is the stage's own."""
+
+
+def stages(root: Path) -> list[str]:
+    """The stages of dvc.yaml in the order in which they stand, which is the order in which they run."""
+    return list(read_yaml(root / "dvc.yaml")["stages"])
+
+
+def reproduce(stage: str, root: Path, log: Callable[[str], None], force: bool = False) -> str:
+    """Runs one stage by `dvc repro --single-item`: `ran`, `restored` from the run cache, or `unchanged`.
+
+    Every line that DVC and the stage print goes to `log` as it comes; on a terminal their progress bars are
+    drawn there. An interruption ends every process of the stage. Raises StageFailed.
+    """
+    command = [sys.executable, "-m", "dvc", "--wait-for-lock", "repro", "--single-item", stage]
+    lines: deque[str] = deque(maxlen=50)
+    outcome = "unchanged"
+    with _process(command + ["--force"] * force, root, lines) as process:
+        assert process.stdout is not None
+        for line in process.stdout:
+            lines.append(line.rstrip())
+            log(line.rstrip())
+            if line.startswith("Running stage"):
+                outcome = "ran"
+            elif "is cached - skipping run" in line:
+                outcome = "restored"
+    if process.returncode:
+        said = [line for line in lines if line.startswith("error: ")] or [line for line in lines if line.strip()][-1:]
+        reason = said[-1].removeprefix("error: ") if said else f"exit code {process.returncode}"
+        raise StageFailed(f"{stage}: {reason}")
+    return outcome
+
+
+@contextmanager
+def _process(command: list[str], root: Path, lines: deque[str]) -> Iterator[subprocess.Popen[str]]:
+    """The command in a process group of its own, which does not outlive the block."""
+    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}"
+    env = os.environ | QUIET | {"PATH": path, "PYTHONUNBUFFERED": "1"}
+    errors, follower = subprocess.STDOUT, None
+    if sys.stderr.isatty():
+        master, errors = pty.openpty()
+        follower = threading.Thread(target=_follow, args=(master, lines), daemon=True)
+    process = subprocess.Popen(
+        command, cwd=root, env=env, stdout=subprocess.PIPE, stderr=errors, text=True, start_new_session=True
+    )
+    if follower:
+        os.close(errors)
+        follower.start()
+    try:
+        yield process
+        process.wait()
+    finally:
+        _stop_group(process)
+        if follower:
+            follower.join(timeout=5)
+
+
+def _follow(master: int, lines: deque[str]) -> None:
+    """Copies what comes from a pseudo-terminal to ours, and keeps its lines."""
+    rest = ""
+    while True:
+        try:
+            data = os.read(master, 4096)
+        except OSError:
+            data = b""
+        if not data:
+            os.close(master)
+            return
+        sys.stderr.buffer.write(data)
+        sys.stderr.flush()
+        *whole, rest = (rest + data.decode(errors="replace")).replace("\r", "\n").split("\n")
+        lines.extend(line for line in whole if line.startswith("error: "))
+
+
+def _stop_group(process: subprocess.Popen[str]) -> None:
+    """Ends every process of the group: SIGTERM, and SIGKILL for what is left after STOP_SECONDS."""
+    deadline = time.monotonic() + STOP_SECONDS
+    for number in (signal.SIGTERM, signal.SIGKILL):
+        try:
+            os.killpg(process.pid, number)
+        except ProcessLookupError:
+            break
+        while process.poll() is None and time.monotonic() < deadline:
+            time.sleep(0.1)
+    process.wait()
+
+
+def _git(root: Path, *arguments: str) -> str:
+    answer = subprocess.run(["git", *arguments], cwd=root, capture_output=True, text=True, check=False)
+    if answer.returncode:
+        raise ValueError(f"git {' '.join(arguments)} failed in {root}: {answer.stderr.strip()}")
+    return answer.stdout.strip()
+
+
+@contextmanager
+def only_one(root: Path, log: Callable[[str], None]) -> Iterator[None]:
+    """Holds the project's run lock; a second run says so and waits. The lock dies with its process."""
+    (root / "scratch").mkdir(exist_ok=True)
+    with (root / "scratch" / "run.lock").open("a+") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            lock.seek(0)
+            log(f"another run (process {lock.read().strip()}) is under way in {root}; waiting for it to end")
+            fcntl.flock(lock, fcntl.LOCK_EX)
+        lock.truncate(0)
+        lock.write(str(os.getpid()))
+        lock.flush()
+        yield
+
+
+def absolute_paths(document: Any, root: Path) -> None:
+    """Makes the local files that params name independent of the directory that a run works in."""
+
+    def absolute(place: str) -> str:
+        name = place.partition("#")[0]
+        local = "://" not in name and name not in ("shapes", "none", "imagenet")
+        return str((root / place).resolve()) if local else place
+
+    source = document["download"]["source"]
+    if isinstance(source, dict):
+        document["download"]["source"] = {key: absolute(place) for key, place in source.items()}
+    else:
+        document["download"]["source"] = absolute(source)
+    document["model"]["backbone_weights"] = absolute(document["model"]["backbone_weights"])
+
+
+@contextmanager
+def worktree(root: Path, name: str, document: Any) -> Iterator[Path]:
+    """A git worktree at HEAD with `document` as its params.yaml, the DVC cache and scratch/ shared.
+
+    When the block ends well, params.yaml and dvc.lock are committed on the branch `runs/NAME` and the
+    evaluation is kept in `scratch/runs/NAME`. The worktree is removed in any case. MLflow's default files
+    stay those of `root`.
+    """
+    place = root / "scratch" / "worktrees" / name
+    cache = subprocess.run(
+        [sys.executable, "-m", "dvc", "cache", "dir"], cwd=root, env=os.environ | QUIET, capture_output=True, text=True, check=True
+    ).stdout.strip()
+    _git(root, "worktree", "prune")
+    _git(root, "worktree", "add", "--detach", str(place), "HEAD")
+    try:
+        absolute_paths(document, root)
+        (place / "params.yaml").write_text(to_yaml(document))
+        (place / ".dvc" / "config.local").write_text(f"[cache]\n    dir = {root / cache}\n")
+        (place / "scratch").symlink_to(root / "scratch")
+        yield place
+        _git(place, "add", "params.yaml", "dvc.lock")
+        identity = () if _has_identity(root) else ("-c", "user.name=pipelines", "-c", "user.email=pipelines@localhost")
+        _git(place, *identity, "commit", "--quiet", "--allow-empty", "--no-verify", "-m", f"Run {name}")
+        _git(place, "branch", f"runs/{name}")
+        shutil.copytree(place / "artifacts" / "evaluate", root / "scratch" / "runs" / name)
+    finally:
+        _git(root, "worktree", "remove", "--force", str(place))
+
+
+def _has_identity(root: Path) -> bool:
+    return subprocess.run(["git", "config", "user.email"], cwd=root, capture_output=True, check=False).returncode == 0
+
+
+def is_dirty(root: Path) -> bool:
+    """Whether tracked files differ from HEAD."""
+    return bool(_git(root, "status", "--porcelain", "--untracked-files=no"))

@@ -1,0 +1,87 @@
+"""What the five stage commands share: quiet tools, one-line errors, progress, whole files."""
+
+import errno
+import json
+import os
+import sys
+import traceback
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+DATA = Path("data/coco")
+FILES = ("train.zip", "val.zip", "instances_train.json", "instances_val.json")
+EXPECTED = (ValueError, OSError, ArithmeticError, RuntimeError)
+QUIET = {
+    "DO_NOT_TRACK": "1",
+    "DVC_NO_ANALYTICS": "true",
+    "GX_ANALYTICS_ENABLED": "false",
+    "MLFLOW_DISABLE_TELEMETRY": "true",
+    "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
+}
+
+
+def command(run: Callable[[], None]) -> None:
+    """Runs a command of the project with all telemetry off; an expected failure is one line and exit code 1.
+
+    DETR_TRACEBACK=1 in the environment shows where it came from.
+    """
+    os.environ.update(QUIET)
+    try:
+        run()
+    except KeyboardInterrupt:
+        sys.exit(130)
+    except EXPECTED as error:
+        if os.environ.get("DETR_TRACEBACK"):
+            traceback.print_exc()
+        print(f"error: {explain(error)}", file=sys.stderr, flush=True)
+        sys.exit(1)
+
+
+def explain(error: Exception) -> str:
+    """One line that names the thing and what to do."""
+    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return f"the disk is full at {error.filename or Path.cwd()}; free space there and run again"
+    if isinstance(error, PermissionError):
+        return f"no permission for {error.filename}; make it writable for this user and run again"
+    if isinstance(error, FileNotFoundError) and error.filename:
+        return f"{error.filename} does not exist; run the stage that makes it: dvc repro"
+    return " ".join(str(error).split()) or type(error).__name__
+
+
+class Progress(tqdm):
+    """A bar with the time left on a terminal; elsewhere a plain line every ten seconds."""
+
+    def __init__(self, iterable: Iterable[Any] | None = None, desc: str = "", total: float = 0, unit: str = "it") -> None:
+        self.bar = sys.stderr.isatty()
+        super().__init__(
+            iterable, desc, total, unit=unit, file=sys.stderr, dynamic_ncols=True, mininterval=0.1 if self.bar else 10
+        )
+
+    def display(self, msg: str | None = None, pos: int | None = None) -> bool:
+        if self.bar:
+            return bool(super().display(msg, pos))
+        if self.n or self.n == self.total:
+            print(msg or str(self), file=sys.stderr, flush=True)
+        return True
+
+    def close(self) -> None:
+        if self.bar or self.disable:
+            super().close()
+            return
+        self.disable = True
+        self._decr_instances(self)
+        print(str(self), file=sys.stderr, flush=True)
+
+
+def write_json(path: Path, document: Any) -> None:
+    """Writes JSON that is either whole or absent."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    try:
+        partial.write_text(json.dumps(document, indent=1) + "\n")
+        os.replace(partial, path)
+    finally:
+        partial.unlink(missing_ok=True)

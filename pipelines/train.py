@@ -1,0 +1,153 @@
+"""Stage 3: training. `python -m pipelines.train` starts itself under torchrun.
+
+Hardware comes from torchrun's variables: PET_NPROC_PER_NODE (all GPUs, or 2 processes on a CPU),
+PET_NNODES, PET_RDZV_ENDPOINT; OMP_NUM_THREADS (1) threads per process; DETR_WORKERS loader processes.
+"""
+
+import hashlib
+import json
+import logging
+import os
+import shutil
+import sys
+import time
+from dataclasses import asdict
+from pathlib import Path
+
+import torch
+from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, record
+
+from detr.checkpoint import Category, load_state, save_model, save_state
+from detr.coco import CocoDataset, ImageArchive, load_annotations
+from detr.distributed import process_group
+from detr.evaluate import coco_metrics, detect_all
+from detr.model import ModelConfig, build_model
+from detr.train import TrainConfig, fit
+from detr.transforms import EvalTransform, TrainTransform
+from pipelines import params
+from pipelines.stage import DATA, EXPECTED, Progress, command, explain
+from pipelines.tracking import Mirror
+
+PASSED = Path("artifacts/validate/passed.json")
+OUTPUT = Path("artifacts/train")
+SCRATCH = Path("scratch")
+
+
+def fingerprint(model: ModelConfig, config: TrainConfig, data_digest: str) -> str:
+    """A digest of parameters, data and library code: equal fingerprints give equal bits on equal hardware."""
+    total = hashlib.sha256(json.dumps([asdict(model), asdict(config), data_digest], sort_keys=True).encode())
+    for path in sorted((Path(__file__).parent.parent / "detr").glob("*.py")) + [Path(__file__)]:
+        total.update(path.read_bytes())
+    return total.hexdigest()[:16]
+
+
+def train(model_config: ModelConfig, config: TrainConfig, data: Path, passed: Path, output: Path, scratch: Path) -> None:
+    """Writes `model.safetensors`, `config.json` and `history.jsonl`, going on from a resume state if there is one.
+
+    The resume state lies in `scratch/<fingerprint>/`, where a change of parameters, data or library code never
+    finds it. Raises ValueError or FloatingPointError with what to do.
+    """
+    mark = fingerprint(model_config, config, json.loads(passed.read_text())["data"])
+    state_path, timings = scratch / mark / "state", scratch / mark / "timings.jsonl"
+    with process_group() as process:
+        annotations = load_annotations(data / "instances_train.json")
+        dataset = CocoDataset(annotations, ImageArchive(data / "train.zip"), TrainTransform(config.transform, config.seed))
+        size = (config.transform.scales[-1], config.transform.max_size)
+        held_out = CocoDataset(
+            load_annotations(data / "instances_val.json"), ImageArchive(data / "val.zip"), EvalTransform(*size)
+        )
+        torch.manual_seed(config.seed)
+        model = build_model(model_config, len(annotations.category_ids))
+        state = load_state(state_path)
+        history: list[dict[str, float]] = state.pop("history") if state else []
+        if process.is_main:
+            output.mkdir(parents=True, exist_ok=True)
+            timings.parent.mkdir(parents=True, exist_ok=True)
+            where = f"resuming at step {state['step']}" if state else "starting"
+            print(
+                f"train {mark}: {where}, {len(dataset)} images, {sum(p.numel() for p in model.parameters()):,} parameters, "
+                f"{process.num_processes} processes on {process.device.type}",
+                flush=True,
+            )
+            mirror = Mirror(mark, f"train {mark}", {"model": asdict(model_config), "train": asdict(config)})
+            bar = Progress(None, "train", config.epochs * (len(dataset) // config.batch_size), "step")
+            bar.update(state["step"] if state else 0)
+            saved = time.monotonic()
+        for report in fit(model, dataset, config, process, state):
+            row = report.row
+            due = config.evaluate_epochs and (report.epoch + 1) % config.evaluate_epochs == 0
+            if report.epoch_done and due:
+                detections = detect_all(model, held_out, config.batch_size, process)
+                row |= coco_metrics(data / "instances_val.json", detections)[0] if process.is_main else {}
+            if not process.is_main:
+                continue
+            history.append(row)
+            timing = {"step": report.step, "images_per_second": round(report.images_per_second, 2)}
+            with timings.open("a") as file:
+                file.write(json.dumps(timing) + "\n")
+            mirror.put(row | timing)
+            bar.update(report.step - bar.n)
+            bar.set_postfix_str(f"loss {row['loss']:.3f}, {report.images_per_second:.0f} images/s", refresh=False)
+            if "AP" in row:
+                print(
+                    f"epoch {report.epoch + 1}/{config.epochs}: loss {row['loss']:.3f} class {row['loss_class']:.3f} "
+                    f"box {row['loss_box']:.3f} giou {row['loss_giou']:.3f}, AP {row['AP']:.3f} AP50 {row['AP50']:.3f}, "
+                    f"{report.images_per_second:.0f} images/s",
+                    flush=True,
+                )
+            if time.monotonic() - saved >= config.checkpoint_minutes * 60:
+                save_state(report.state() | {"history": history}, state_path)
+                saved = time.monotonic()
+        if process.is_main:
+            bar.close()
+            categories = [
+                Category(int(key), name)
+                for key, name in zip(annotations.category_ids, annotations.category_names, strict=True)
+            ]
+            (output / "history.jsonl").write_text("".join(json.dumps(row) + "\n" for row in history))
+            save_model(model, categories, size, mark, output)
+            mirror.close()
+            for path in (state_path, state_path.with_suffix(".previous")):
+                path.unlink(missing_ok=True)
+
+
+def launch() -> None:
+    """Runs this module in every process that torchrun's variables ask for; the first failure is the message."""
+    from torch.distributed.run import parse_args, run
+
+    os.environ.setdefault("PET_NPROC_PER_NODE", str(torch.cuda.device_count() or 2))
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+    alone = os.environ.get("PET_NNODES", "1") == "1" and "PET_RDZV_ENDPOINT" not in os.environ
+    logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
+    try:
+        run(parse_args([*(["--standalone"] if alone else []), "-m", "pipelines.train", *sys.argv[1:]]))
+    except ChildFailedError as error:
+        _, failure = error.get_first_failure()
+        raise RuntimeError(failure.message.partition(": ")[2] or failure.message) from None
+
+
+@record
+def work() -> None:
+    try:
+        train(*sections(), DATA, PASSED, OUTPUT, SCRATCH)
+    except OSError as error:
+        raise RuntimeError(explain(error)) from error
+
+
+def sections() -> tuple[ModelConfig, TrainConfig]:
+    return params.load("model", ModelConfig), params.load("train", TrainConfig)
+
+
+def main() -> None:
+    sections()
+    launch()
+
+
+if __name__ == "__main__":
+    if "TORCHELASTIC_RUN_ID" not in os.environ:
+        command(main)
+    else:
+        try:
+            work()
+        except EXPECTED:
+            sys.exit(1)  # the launching process has the message
