@@ -1,0 +1,40 @@
+"""DETR (End-to-End Object Detection with Transformers, ECCV 2020) in pure PyTorch."""
+
+import importlib
+from typing import Any
+
+_HOMES = {
+    "Annotations": "coco",
+    "Batch": "batch",
+    "CocoDataset": "coco",
+    "DETR": "model",
+    "EvalTransform": "transforms",
+    "ImageArchive": "coco",
+    "LossConfig": "loss",
+    "MatcherConfig": "matcher",
+    "ModelConfig": "model",
+    "Sample": "batch",
+    "TrainConfig": "train",
+    "TrainTransform": "transforms",
+    "TransformConfig": "transforms",
+    "build_model": "model",
+    "coco_metrics": "evaluate",
+    "collate": "batch",
+    "detect": "evaluate",
+    "fit": "train",
+    "load_annotations": "coco",
+    "load_model": "checkpoint",
+    "match": "matcher",
+    "normalize": "batch",
+    "postprocess": "postprocess",
+    "save_model": "checkpoint",
+    "set_loss": "loss",
+}
+__all__ = sorted(_HOMES)
+
+
+def __getattr__(name: str) -> Any:
+    """Imports a public name where it is first used, so that serving a model does not load what trains it."""
+    if name in _HOMES:
+        return getattr(importlib.import_module(f"detr.{_HOMES[name]}"), name)
+    raise AttributeError(f"module 'detr' has no attribute {name!r}")

@@ -5,7 +5,7 @@ import json
 import os
 import shutil
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -34,6 +34,7 @@ class DownloadParams:
 
     source: str | FileSources  # shapes, a folder, or four URLs or paths
     sha256: dict[str, str]  # of what is fetched, by URL or path without fragment; may be empty
+    max_images: int  # per split, the first ones of the annotations; 0 for all
     shapes: ShapesParams
 
     def __post_init__(self) -> None:
@@ -84,9 +85,9 @@ def _collect(config: DownloadParams, folder: Path) -> None:
 
     for split in ("train", "val"):
         path, member = local(getattr(source, f"{split}_annotations"))
-        _take_annotations(path, member, folder / f"instances_{split}.json")
+        wanted = _take_annotations(path, member, folder / f"instances_{split}.json", config.max_images)
         path, _ = local(getattr(source, f"{split}_images"))
-        _take_images(path, folder / f"{split}.zip")
+        _take_images(path, folder / f"{split}.zip", wanted)
 
 
 def _sources_in(folder: Path) -> FileSources:
@@ -153,13 +154,13 @@ def _open_zip(path: Path) -> Iterator[zipfile.ZipFile]:
         raise ValueError(f"{path} is not a whole zip file ({error}); fetch it again") from error
 
 
-def _take_annotations(path: Path, member: str, target: Path) -> None:
+def _take_annotations(path: Path, member: str, target: Path, max_images: int) -> set[str] | None:
+    """Copies COCO JSON, or its first `max_images` images; the file names to keep, None for all."""
     if member:
         with _open_zip(path) as archive:
             if member not in archive.namelist():
                 raise ValueError(f"{path} holds no {member}; it holds {', '.join(archive.namelist()[:10])}")
-            with archive.open(member) as source, target.open("wb") as file:
-                shutil.copyfileobj(source, file)
+            target.write_bytes(archive.read(member))
     else:
         shutil.copyfile(path, target)
     try:
@@ -169,29 +170,39 @@ def _take_annotations(path: Path, member: str, target: Path) -> None:
     for key in ("images", "annotations", "categories"):
         if not isinstance(document, dict) or not isinstance(document.get(key), list):
             raise ValueError(f"{member or path} has no list {key!r}; COCO's format has images, annotations, categories")
+    if not max_images:
+        return None
+    document["images"] = document["images"][:max_images]
+    ids = {image["id"] for image in document["images"]}
+    document["annotations"] = [a for a in document["annotations"] if a["image_id"] in ids]
+    target.write_text(json.dumps(document))
+    return {Path(image["file_name"]).name for image in document["images"]}
 
 
-def _take_images(path: Path, target: Path) -> None:
+def _take_images(path: Path, target: Path, wanted: set[str] | None) -> None:
     """A zip of stored members: the given one as it is if it is so already, or packed anew in the order of names."""
     if path.is_dir():
         names = sorted(p.relative_to(path).as_posix() for p in path.rglob("*") if p.suffix.lower() in PICTURES)
         if not names:
             raise ValueError(f"{path} holds no pictures ({', '.join(PICTURES)})")
-        with zipfile.ZipFile(target, "w", zipfile.ZIP_STORED) as packed:
-            for name in Progress(names, f"pack {path}", len(names), "image"):
-                packed.writestr(zipfile.ZipInfo(name, ZIP_DATE), (path / name).read_bytes())
+        _pack(names, lambda name: (path / name).read_bytes(), target, wanted)
         return
     with _open_zip(path) as archive:
         members = [info for info in archive.infolist() if not info.is_dir()]
         for info in members:
             if info.filename.startswith("/") or ".." in Path(info.filename).parts:
                 raise ValueError(f"{path} holds {info.filename!r}, a path out of the archive; do not trust this file")
-        if all(info.compress_type == zipfile.ZIP_STORED for info in members):
+        if wanted is None and all(info.compress_type == zipfile.ZIP_STORED for info in members):
             shutil.copyfile(path, target)
-            return
-        with zipfile.ZipFile(target, "w", zipfile.ZIP_STORED) as packed:
-            for info in Progress(members, f"repack {path}", len(members), "image"):
-                packed.writestr(zipfile.ZipInfo(info.filename, ZIP_DATE), archive.read(info))
+        else:
+            _pack([info.filename for info in members], archive.read, target, wanted)
+
+
+def _pack(names: list[str], read: Callable[[str], bytes], target: Path, wanted: set[str] | None) -> None:
+    kept = [name for name in names if wanted is None or Path(name).name in wanted]
+    with zipfile.ZipFile(target, "w", zipfile.ZIP_STORED) as packed:
+        for name in Progress(kept, f"pack {target.name}", len(kept), "image"):
+            packed.writestr(zipfile.ZipInfo(name, ZIP_DATE), read(name))
 
 
 def main() -> None:

@@ -42,8 +42,9 @@ def reproduce(stage: str, root: Path, log: Callable[[str], None], force: bool = 
     with _process(command + ["--force"] * force, root, lines) as process:
         assert process.stdout is not None
         for line in process.stdout:
-            lines.append(line.rstrip())
-            log(line.rstrip())
+            if line.strip():
+                lines.append(line.rstrip())
+                log(line.rstrip())
             if line.startswith("Running stage"):
                 outcome = "ran"
             elif "is cached - skipping run" in line:
@@ -153,9 +154,9 @@ def absolute_paths(document: Any, root: Path) -> None:
 def worktree(root: Path, name: str, document: Any) -> Iterator[Path]:
     """A git worktree at HEAD with `document` as its params.yaml, the DVC cache and scratch/ shared.
 
-    When the block ends well, params.yaml and dvc.lock are committed on the branch `runs/NAME` and the
-    evaluation is kept in `scratch/runs/NAME`. The worktree is removed in any case. MLflow's default files
-    stay those of `root`.
+    params.yaml is committed first, so that what is registered names the commit that made it; when the block
+    ends well, dvc.lock follows, the branch `runs/NAME` holds both, and the evaluation is kept in
+    `scratch/runs/NAME`. The worktree is removed in any case.
     """
     place = root / "scratch" / "worktrees" / name
     cache = subprocess.run(
@@ -168,18 +169,21 @@ def worktree(root: Path, name: str, document: Any) -> Iterator[Path]:
         (place / "params.yaml").write_text(to_yaml(document))
         (place / ".dvc" / "config.local").write_text(f"[cache]\n    dir = {root / cache}\n")
         (place / "scratch").symlink_to(root / "scratch")
+        _commit(place, "params.yaml", f"Parameters of run {name}")
         yield place
-        _git(place, "add", "params.yaml", "dvc.lock")
-        identity = () if _has_identity(root) else ("-c", "user.name=pipelines", "-c", "user.email=pipelines@localhost")
-        _git(place, *identity, "commit", "--quiet", "--allow-empty", "--no-verify", "-m", f"Run {name}")
+        _commit(place, "dvc.lock", f"Results of run {name}")
         _git(place, "branch", f"runs/{name}")
         shutil.copytree(place / "artifacts" / "evaluate", root / "scratch" / "runs" / name)
     finally:
         _git(root, "worktree", "remove", "--force", str(place))
 
 
-def _has_identity(root: Path) -> bool:
-    return subprocess.run(["git", "config", "user.email"], cwd=root, capture_output=True, check=False).returncode == 0
+def _commit(place: Path, file: str, message: str) -> None:
+    """Commits one file, under a name of ours where the person has not told git theirs."""
+    known = subprocess.run(["git", "config", "user.email"], cwd=place, capture_output=True, check=False).returncode == 0
+    identity = () if known else ("-c", "user.name=pipelines", "-c", "user.email=pipelines@localhost")
+    _git(place, "add", file)
+    _git(place, *identity, "commit", "--quiet", "--allow-empty", "--no-verify", "-m", message)
 
 
 def is_dirty(root: Path) -> bool:

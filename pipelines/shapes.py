@@ -140,7 +140,8 @@ class Scene:
             self.drawn.append(thing)
         colours = self.colours[window]
         hue = list(CATEGORIES).index(thing.category_id) / len(CATEGORIES)
-        colours[mask] = _fill(self.rng, hue, colours[len(colours) // 2].mean(axis=0), mask)
+        fill = _fill(self.rng, hue, colours[len(colours) // 2].mean(axis=0), *mask.shape)
+        np.copyto(colours, fill, where=mask[..., None])
         self.owner[window][mask] = number
         return True
 
@@ -176,18 +177,19 @@ def _background(rng: np.random.Generator, height: int, width: int) -> np.ndarray
     return np.array(small.resize((width, height), Image.Resampling.BICUBIC))
 
 
-def _fill(rng: np.random.Generator, hue: float, behind: np.ndarray, mask: np.ndarray) -> np.ndarray:
-    """Striped colours [n, 3] uint8 for the pixels of `mask` [h, w].
+def _fill(rng: np.random.Generator, hue: float, behind: np.ndarray, height: int, width: int) -> np.ndarray:
+    """Striped colours [height, width, 3] uint8.
 
     The ground colour is near `hue` (0..1), and of three drawn the one farthest from the colour `behind`.
     """
     hsv = rng.uniform([hue - HUE_SPREAD, 0.4, 0.4], [hue + HUE_SPREAD, 1, 1], (3, 3))
-    choices = 255 * np.array([colorsys.hsv_to_rgb(*row) for row in hsv])
+    choices = 255 * np.array([colorsys.hsv_to_rgb(*row) for row in hsv], dtype=np.float32)
     colour = choices[np.abs(choices - behind).max(axis=1).argmax()]
-    y, x = np.nonzero(mask)
     direction, wavelength = rng.uniform(0, np.pi), rng.uniform(4, 12) * SUPERSAMPLE
-    stripes = np.sin((x * np.cos(direction) + y * np.sin(direction)) * (2 * np.pi / wavelength))
-    return (colour + (stripes * rng.uniform(0, 30))[:, None]).clip(0, 255).astype(np.uint8)
+    x, y = (np.arange(n) * (2 * np.pi / wavelength) for n in (width, height))
+    waves = np.exp(1j * y * np.sin(direction))[:, None] * np.exp(1j * x * np.cos(direction))
+    stripes = waves.imag.astype(np.float32) * rng.uniform(0, 30)
+    return (colour + stripes[..., None]).clip(0, 255).astype(np.uint8)
 
 
 def _annotation(owner: np.ndarray, thing: Drawn) -> dict:
