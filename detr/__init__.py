@@ -30,7 +30,7 @@ _HOMES = {
     "save_model": "checkpoint",
     "set_loss": "loss",
 }
-__all__ = sorted(_HOMES)
+__all__ = [*_HOMES]  # noqa: PLE0604
 
 
 def __getattr__(name: str) -> Any:

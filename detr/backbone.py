@@ -1,5 +1,6 @@
 """The residual backbone and its norms. B images, H W padded size, S output stride."""
 
+import pickle
 from pathlib import Path
 
 import torch
@@ -47,6 +48,7 @@ class ResNet(nn.Module):
         self.relu = nn.ReLU(inplace=True)
         self.maxpool = nn.MaxPool2d(3, stride=2, padding=1)
         inplanes = planes[0]
+        stages = []
         for stage, (channels, depth) in enumerate(zip(planes, depths, strict=True), start=1):
             stage_stride = 1 if stage == 1 or (stage == 4 and stride == 16) else 2
             blocks = []
@@ -60,7 +62,8 @@ class ResNet(nn.Module):
                     )
                 blocks.append(block(inplanes, channels, block_stride, shortcut, norm_layer=norm_layer))
                 inplanes = outplanes
-            self.add_module(f"layer{stage}", nn.Sequential(*blocks))
+            stages.append(nn.Sequential(*blocks))
+        self.layer1, self.layer2, self.layer3, self.layer4 = stages
         if stride == 16:
             _dilate(self.layer4)
         self.num_channels = inplanes
@@ -103,12 +106,20 @@ def load_pretrained(backbone: ResNet, name: str, source: str) -> None:
         except SafetensorError as error:
             raise ValueError(f"{source} is not a whole safetensors file ({error}); fetch it again") from error
     else:
-        state = torch.load(source, map_location="cpu", weights_only=True)
+        try:
+            state = torch.load(source, map_location="cpu", weights_only=True)
+        except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
+            reason = str(error).partition("\n")[0]
+            raise ValueError(f"{source} is not a whole file of weights and nothing else ({reason})") from error
+    if not isinstance(state, dict) or not all(isinstance(value, torch.Tensor) for value in state.values()):
+        raise ValueError(f"{source} is not a flat dictionary of tensors; save the backbone's state_dict() alone")
     state = {key: value.float() for key, value in state.items() if not key.startswith("fc.")}
     own = backbone.state_dict()
     state = {key: value for key, value in state.items() if key in own or not key.endswith("num_batches_tracked")}
     for key in sorted(own.keys() | state.keys()):
         if key not in own or key not in state or own[key].shape != state[key].shape:
             shapes = [tuple(side[key].shape) if key in side else "absent" for side in (own, state)]
-            raise ValueError(f"{source} does not fit {name}: {key} is {shapes[0]} in the model, {shapes[1]} in the file")
+            raise ValueError(
+                f"{source} does not fit {name}: {key} is {shapes[0]} in the model, {shapes[1]} in the file"
+            )
     backbone.load_state_dict(state)

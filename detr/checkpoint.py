@@ -64,7 +64,7 @@ def load_model(folder: Path) -> tuple[DETR, list[Category], tuple[int, int]]:
     try:
         config = json.loads((folder / "config.json").read_text())
         weights = load_file(folder / "model.safetensors")
-    except (SafetensorError, json.JSONDecodeError) as error:
+    except (SafetensorError, json.JSONDecodeError, UnicodeDecodeError) as error:
         raise ValueError(f"{folder} holds a torn model ({error}); train or fetch it again") from error
     categories = [Category(**category) for category in config["categories"]]
     model = DETR(ModelConfig(**config["model"]), len(categories))
@@ -79,8 +79,6 @@ def load_model(folder: Path) -> tuple[DETR, list[Category], tuple[int, int]]:
 
 def save_state(state: dict[str, Any], path: Path) -> None:
     """Writes a resume state with its SHA-256 beside it, keeping the one before as `.previous`."""
-    if path.exists():
-        os.replace(path, path.with_suffix(".previous"))
     hidden = path.with_suffix(".torch")
     write_atomically(hidden, lambda file: torch.save(state, file))
     digest = hashlib.sha256(hidden.read_bytes()).digest()
@@ -88,6 +86,8 @@ def save_state(state: dict[str, Any], path: Path) -> None:
         file.write(digest)
         file.flush()
         os.fsync(file.fileno())
+    if path.exists():
+        os.replace(path, path.with_suffix(".previous"))
     os.replace(hidden, path)
 
 

@@ -38,7 +38,7 @@ class Annotations:
 
 
 def load_annotations(path: Path) -> Annotations:
-    """The annotations of a COCO JSON file."""
+    """The annotations of a COCO JSON file. Raises ValueError for a category id that it does not list."""
     document = json.loads(path.read_text())
     images, categories = document["images"], sorted(document["categories"], key=lambda category: category["id"])
     image_ids = np.array([image["id"] for image in images], dtype=np.int64)
@@ -51,6 +51,9 @@ def load_annotations(path: Path) -> Annotations:
     owner = np.array([position[a["image_id"]] for a in kept], dtype=np.int64)
     limits = sizes_hw[owner][:, [1, 0, 1, 0]].astype(np.float32)
     boxes = np.clip(boxes, 0, limits)
+    unknown = {a["category_id"] for a in kept} - set(category_ids.tolist())
+    if unknown:
+        raise ValueError(f"{path}: annotations have category ids {sorted(unknown)}, which its categories do not list")
     labels = np.searchsorted(category_ids, np.array([a["category_id"] for a in kept], dtype=np.int64))
     solid = (boxes[:, 2:] > boxes[:, :2]).all(axis=1)
     order = np.flatnonzero(solid)[np.argsort(owner[solid], kind="stable")]
@@ -102,6 +105,8 @@ class ImageArchive:
             with self.path.open("rb") as file:
                 self._map = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
         offset, size = self.members[name]
+        if offset < 0 or self._map[offset : offset + 4] != b"PK\x03\x04":
+            raise ValueError(f"{self.path} is damaged: {name} is not where its directory says; fetch it again")
         name_size, extra_size = struct.unpack_from("<HH", self._map, offset + 26)
         start = offset + 30 + name_size + extra_size
         return self._map[start : start + size]
@@ -144,5 +149,5 @@ def decode(data: bytes, name: str) -> Tensor:
     """An RGB image [3, h, w] uint8 of JPEG or PNG bytes; ValueError names the picture that does not decode."""
     try:
         return decode_image(torch.frombuffer(bytearray(data), dtype=torch.uint8), ImageReadMode.RGB)
-    except RuntimeError as error:
+    except (RuntimeError, ValueError) as error:
         raise ValueError(f"{name} does not decode as an image: {str(error).splitlines()[0]}") from error

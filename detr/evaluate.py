@@ -58,8 +58,13 @@ def detect(
 
 
 def detect_all(model: DETR, dataset: CocoDataset, batch_size: int, process: Process) -> list[dict]:
-    """The detections of the whole dataset, each process doing its share; every process gets all."""
-    mine = list(range(process.rank, len(dataset), process.num_processes))
+    """The detections of the whole dataset, each process doing its share; every process gets all.
+
+    Shares are whole batches, so images share their padding with the same others for any number of processes.
+    """
+    stride = batch_size * process.num_processes
+    starts = range(process.rank * batch_size, len(dataset), stride)
+    mine = [index for start in starts for index in range(start, min(start + batch_size, len(dataset)))]
     found = [row for rows in detect(model, dataset, mine, batch_size, process.device) for row in rows]
     merged = [row for part in process.gather(found) for row in part]
     order = {image_id: index for index, image_id in enumerate(dataset.annotations.image_ids.tolist())}
@@ -79,7 +84,7 @@ def coco_metrics(annotations: Path, detections: list[dict]) -> tuple[dict[str, f
         truth = COCO(str(annotations))
         truth.dataset.setdefault("info", {})
         rows = [[d["image_id"], *d["bbox"], d["score"], d["category_id"]] for d in detections]
-        found = truth.loadRes(np.array(rows, dtype=np.float64).reshape(-1, 7))
+        found = truth.loadRes(np.array(rows, dtype=np.float64)) if rows else COCO()
         judge = COCOeval(truth, found, "bbox")
         judge.evaluate()
         judge.accumulate()

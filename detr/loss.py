@@ -68,9 +68,7 @@ def set_loss(
         right = ((guess == batch.labels) & found[-1]).sum()
         class_error = 100 * (1 - right / found[-1].sum().clamp(min=1)) * found[-1].any()
 
-    total = (
-        config.class_weight * loss_class + config.box_weight * loss_box + config.giou_weight * loss_giou
-    ).sum()
+    total = (config.class_weight * loss_class + config.box_weight * loss_box + config.giou_weight * loss_giou).sum()
     parts = {
         "loss_class": loss_class.detach(),
         "loss_box": loss_box.detach(),

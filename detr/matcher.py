@@ -40,10 +40,10 @@ def match(
     costs = cost.cpu()
     if not costs.isfinite().all():
         raise ValueError("predictions are not finite: the matching cost has NaN or infinity; lower train.lr")
-    counts = valid.sum(dim=1).tolist()
+    columns = [row.nonzero().flatten() for row in valid.cpu()]
     matched = torch.full((*costs.shape[:2], num_targets), -1)
     for layer in range(costs.shape[0]):
-        for image, count in enumerate(counts):
-            queries, assigned = linear_sum_assignment(costs[layer, image, :, :count].numpy())
-            matched[layer, image, assigned] = torch.from_numpy(queries)
+        for image, column in enumerate(columns):
+            queries, assigned = linear_sum_assignment(costs[layer, image][:, column].numpy())
+            matched[layer, image, column[assigned]] = torch.from_numpy(queries)
     return matched.to(logits.device)

@@ -1,6 +1,7 @@
 """DETR. B images, Q queries, C classes, L decoder layers, D hidden, H W padded size, S output stride."""
 
 from dataclasses import dataclass
+from itertools import pairwise
 
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -49,7 +50,8 @@ class DETR(nn.Module):
 
     `padding` [B, H, W] is True outside each image. The last logit is "no object". The last entry along L is
     the prediction; the others feed the auxiliary losses. Invariants: an image's result does not depend on its
-    batch mates, on padding, or on pixels in the padding. Source: paper, section 3.2.
+    batch mates nor on pixels in the padding. The amount of padding counts, as in the authors' code: the backbone's
+    convolutions (and group norm) reach into it. Source: paper, section 3.2.
     """
 
     def __init__(self, config: ModelConfig, num_classes: int) -> None:
@@ -92,7 +94,7 @@ class MLP(nn.Module):
     def __init__(self, in_dim: int, hidden_dim: int, out_dim: int, num_layers: int) -> None:
         super().__init__()
         dims = [in_dim] + [hidden_dim] * (num_layers - 1) + [out_dim]
-        self.layers = nn.ModuleList(nn.Linear(a, b) for a, b in zip(dims, dims[1:], strict=False))
+        self.layers = nn.ModuleList(nn.Linear(a, b) for a, b in pairwise(dims))
 
     def forward(self, x: Tensor) -> Tensor:
         for layer in self.layers[:-1]:

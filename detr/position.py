@@ -17,7 +17,7 @@ class SinePosition(nn.Module):
         super().__init__()
         if hidden_dim % 4:
             raise ValueError(f"hidden_dim is {hidden_dim}; the sine position encoding needs a multiple of 4")
-        self.half = hidden_dim // 2
+        self.half_dim = hidden_dim // 2
         self.temperature = temperature
 
     def forward(self, padding: Tensor) -> Tensor:
@@ -25,8 +25,8 @@ class SinePosition(nn.Module):
         y, x = inside.cumsum(dim=1), inside.cumsum(dim=2)
         y = y / (y[:, -1:, :] + 1e-6) * 2 * math.pi
         x = x / (x[:, :, -1:] + 1e-6) * 2 * math.pi
-        channel = torch.arange(self.half, device=padding.device)
-        period = self.temperature ** (2 * (channel // 2) / self.half)
+        channel = torch.arange(self.half_dim, device=padding.device)
+        period = self.temperature ** (2 * (channel // 2) / self.half_dim)
 
         def waves(position: Tensor) -> Tensor:
             angle = position[..., None] / period  # [B, H, W, D/2]

@@ -106,7 +106,7 @@ def fit(
     samples are keyed by (seed, epoch, index) and dropout by (seed, step, rank), so no generator has a memory.
     Raises FloatingPointError, naming step and images, when the loss is not finite.
     """
-    model.to(process.device, memory_format=torch.channels_last)
+    model.to(process.device).to(memory_format=torch.channels_last)
     optimizer = build_optimizer(model, config)
     step = 0
     if state is not None:
@@ -116,9 +116,7 @@ def fit(
     runner: nn.Module = DistributedDataParallel(model) if process.num_processes > 1 else model
     sampler = EpochSampler(len(dataset), config.batch_size, config.seed, process.rank, process.num_processes)
     loader = _loader(dataset, sampler, config, process)
-    precision = (
-        torch.autocast(process.device.type, torch.bfloat16) if config.precision == "bfloat16" else nullcontext()
-    )
+    precision = torch.autocast(process.device.type, torch.bfloat16) if config.precision == "bfloat16" else nullcontext()
     steps_per_epoch = sampler.steps_per_epoch
     total_steps = config.epochs * steps_per_epoch
 
@@ -140,7 +138,11 @@ def fit(
             with precision:
                 images = normalize(batch.images, batch.padding).contiguous(memory_format=torch.channels_last)
                 logits, boxes = runner(images, batch.padding)
-            loss, parts = set_loss(logits, boxes, batch, num_boxes, config.matcher, config.loss)
+            try:
+                loss, parts = set_loss(logits, boxes, batch, num_boxes, config.matcher, config.loss)
+            except ValueError as error:
+                where = f"step {step + 1} of epoch {epoch}; last batch: images {_ids(batch)}"
+                raise FloatingPointError(f"{error}; at {where}") from error
             optimizer.zero_grad()
             loss.backward()
             norm = nn.utils.clip_grad_norm_(model.parameters(), config.clip_norm)
@@ -164,9 +166,7 @@ def fit(
                 model.train()
 
 
-def _loader(
-    dataset: CocoDataset, sampler: EpochSampler, config: TrainConfig, process: Process
-) -> DataLoader[Batch]:
+def _loader(dataset: CocoDataset, sampler: EpochSampler, config: TrainConfig, process: Process) -> DataLoader[Batch]:
     on_gpu = process.device.type == "cuda"
     local = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     workers = int(os.environ.get("DETR_WORKERS", (os.cpu_count() or 1) // local if on_gpu else 0))

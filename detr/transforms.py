@@ -21,9 +21,16 @@ class TransformConfig:
 
     def __post_init__(self) -> None:
         if not self.scales or min(self.scales) < 1 or self.max_size < max(self.scales):
-            raise ValueError(f"train.transform: scales {self.scales} must not be empty nor exceed max_size {self.max_size}")
+            raise ValueError(
+                f"train.transform: scales {self.scales} must not be empty nor exceed max_size {self.max_size}"
+            )
         if self.crop > 0 and (not self.crop_scales or not 0 < self.crop_range[0] <= self.crop_range[1]):
             raise ValueError("train.transform: with crop above 0, crop_scales and an ascending crop_range are needed")
+        if self.crop > 0 and min(self.crop_scales) < self.crop_range[0]:
+            raise ValueError(
+                f"train.transform: a crop of at least {self.crop_range[0]} does not fit "
+                f"crop_scales {self.crop_scales}; lower crop_range or raise crop_scales"
+            )
 
 
 @dataclass(frozen=True)
@@ -42,7 +49,7 @@ def fit_size(size_hw: tuple[int, int], short: int, max_size: int) -> tuple[int, 
     """The (height, width) with the short side at `short`, or less where the long side would pass `max_size`."""
     low, high = min(size_hw), max(size_hw)
     if high / low * short > max_size:
-        short = round(max_size * low / high)
+        short = max(1, round(max_size * low / high))
     height, width = size_hw
     return (short, int(short * width / height)) if height <= width else (int(short * height / width), short)
 
@@ -92,7 +99,9 @@ class TrainTransform:
     config: TransformConfig
     seed: int
 
-    def __call__(self, image: Tensor, boxes: Tensor, labels: Tensor, key: tuple[int, int]) -> tuple[Tensor, Tensor, Tensor]:
+    def __call__(
+        self, image: Tensor, boxes: Tensor, labels: Tensor, key: tuple[int, int]
+    ) -> tuple[Tensor, Tensor, Tensor]:
         rng = random.Random(f"{self.seed}/{key[0]}/{key[1]}")
         return apply_view(image, boxes, labels, draw_view(rng, (image.shape[1], image.shape[2]), self.config))
 
@@ -108,5 +117,7 @@ class EvalTransform:
         self, image: Tensor, boxes: Tensor, labels: Tensor, key: tuple[int, int] = (0, 0)
     ) -> tuple[Tensor, Tensor, Tensor]:
         height, width = image.shape[1:]
-        view = View((0.0, 0.0, float(width), float(height)), fit_size((height, width), self.short, self.max_size), False)
+        view = View(
+            (0.0, 0.0, float(width), float(height)), fit_size((height, width), self.short, self.max_size), False
+        )
         return apply_view(image, boxes, labels, view)

@@ -82,14 +82,16 @@ def ui(which: str, port: int | None) -> None:
         try:
             probe.bind(("127.0.0.1", port))
         except OSError:
-            raise ValueError(f"port {port} is in use; stop what listens there, or choose another: --port {port + 1}") from None
+            raise ValueError(
+                f"port {port} is in use; stop what listens there, or choose another: --port {port + 1}"
+            ) from None
     docs = root / "scratch" / "data_docs"
     if which == "docs" and not docs.exists():
         raise ValueError(f"{docs} does not exist; run the pipeline first: python -m pipelines run")
+    store = f"sqlite:///{root / 'mlflow.db'}"
     arguments = {
         "prefect": ["-m", "prefect", "server", "start", "--host", "127.0.0.1", "--port", str(port)],
-        "mlflow": ["-m", "mlflow", "ui", "--host", "127.0.0.1", "--port", str(port)]
-        + ["--backend-store-uri", f"sqlite:///{root / 'mlflow.db'}"],
+        "mlflow": ["-m", "mlflow", "ui", "--host", "127.0.0.1", "--port", str(port), "--backend-store-uri", store],
         "docs": ["-m", "http.server", "--bind", "127.0.0.1", "--directory", str(docs), str(port)],
     }[which]
     print(f"http://127.0.0.1:{port}  (Ctrl-C ends it)", flush=True)

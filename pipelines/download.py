@@ -94,11 +94,13 @@ def _sources_in(folder: Path) -> FileSources:
     """The four files of a user's folder; images as {train,val}.zip or folders {train,val}/."""
     if not folder.is_dir():
         raise ValueError(f"download.source is {str(folder)!r}: no such folder; give shapes, a folder, or four files")
-    places = {}
+    places: dict[str, str] = {}
     for split in ("train", "val"):
         annotations = folder / f"instances_{split}.json"
         if not annotations.is_file():
-            raise ValueError(f"{annotations} is missing: a source folder holds instances_train.json and instances_val.json")
+            raise ValueError(
+                f"{annotations} is missing: a source folder holds instances_train.json and instances_val.json"
+            )
         images = [path for path in (folder / f"{split}.zip", folder / split) if path.exists()]
         if not images:
             raise ValueError(f"{folder} has neither {split}.zip nor a folder {split}/ with pictures")
@@ -119,7 +121,9 @@ def _fetch(url: str, target: Path) -> None:
     for attempt in range(5):
         have = target.stat().st_size if target.exists() else 0
         try:
-            with session.get(url, stream=True, timeout=30, headers={"Range": f"bytes={have}-"} if have else {}) as answer:
+            with session.get(
+                url, stream=True, timeout=30, headers={"Range": f"bytes={have}-"} if have else {}
+            ) as answer:
                 answer.raise_for_status()
                 have = have if answer.status_code == 206 else 0
                 total = have + int(answer.headers.get("Content-Length", 0))

@@ -32,7 +32,9 @@ class EvaluateParams:
 
     def __post_init__(self) -> None:
         if self.batch_size < 1 or self.num_pictures < 0 or not 0 <= self.picture_threshold <= 1:
-            raise ValueError("evaluate: batch_size must be at least 1, num_pictures 0 or more, picture_threshold in 0..1")
+            raise ValueError(
+                "evaluate: batch_size must be at least 1, num_pictures 0 or more, picture_threshold in 0..1"
+            )
 
 
 def evaluate(config: EvaluateParams, data: Path, model_folder: Path, output: Path) -> None:
@@ -85,7 +87,11 @@ def _picture(config: EvaluateParams, dataset: CocoDataset, detections: list[dict
     owned = slice(record.starts[index], record.starts[index + 1])
     true_labels = record.labels[owned].tolist()
     left = draw(
-        image, torch.from_numpy(record.boxes_xyxy[owned]), true_labels, [record.category_names[k] for k in true_labels], scale
+        image,
+        torch.from_numpy(record.boxes_xyxy[owned]),
+        true_labels,
+        [record.category_names[k] for k in true_labels],
+        scale,
     )
     image_id = int(record.image_ids[index])
     shown = [d for d in detections if d["image_id"] == image_id and d["score"] >= config.picture_threshold]

@@ -32,6 +32,6 @@ def pipeline(title: str, root: Path, force_download: bool = False) -> Any:
 
 def run(title: str, root: Path, force_download: bool = False) -> None:
     """Runs the flow here, with Prefect's server or an embedded one. Raises StageFailed with the stage's message."""
-    state = pipeline(title, root, force_download, return_state=True)
+    state: State = pipeline(title, root, force_download, return_state=True)  # type: ignore[assignment]
     if not state.is_completed():
         raise repro.StageFailed(state.message or "the flow did not complete")

@@ -87,7 +87,7 @@ def merged(root: Path, preset: str | None, overrides: Iterable[str]) -> Any:
     """`root`/params.yaml with a preset (`presets/NAME.yaml`) and then `section.key=value` overrides on top.
 
     A preset holds only what differs; `extends: OTHER` merges that preset first. Nothing can be added that
-    params.yaml lacks.
+    params.yaml lacks, but for the entries of a mapping that is empty there.
     """
     document = read_yaml(root / "params.yaml")
     if preset is not None:
@@ -122,7 +122,7 @@ def _overlay(base: Any, overlay: Any, where: str) -> None:
     for key, value in overlay.items():
         if key not in base:
             raise ValueError(f"{where}: there is no key {key!r} to override{_nearest(key, base)}")
-        if isinstance(value, dict) and isinstance(base[key], dict):
+        if isinstance(value, dict) and isinstance(base[key], dict) and base[key]:
             _overlay(base[key], value, f"{where}: {key}")
         else:
             base[key] = value

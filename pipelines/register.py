@@ -45,7 +45,9 @@ def register(config: RegisterParams, output: Path) -> None:
     if version is None:
         best = champion(client)
         alias, reason = decide(metrics["AP"], float(best.tags["AP"]) if best else None, config.min_ap_gain)
-        tags = lineage | {"fingerprint": mark, "decision": reason} | {name: str(value) for name, value in metrics.items()}
+        tags = (
+            lineage | {"fingerprint": mark, "decision": reason} | {name: str(value) for name, value in metrics.items()}
+        )
         version = log_version(run_id, tags)
         client.set_registered_model_alias(tracking.MODEL, alias, version.version)
     else:
@@ -58,7 +60,12 @@ def register(config: RegisterParams, output: Path) -> None:
 
 def collect_lineage() -> dict[str, str]:
     """What leads from a model version back to data, code, parameters and machine, as tags."""
-    for path in (VALIDATED / "passed.json", TRAINED / "model.safetensors", EVALUATED / "metrics.json", Path("dvc.lock")):
+    for path in (
+        VALIDATED / "passed.json",
+        TRAINED / "model.safetensors",
+        EVALUATED / "metrics.json",
+        Path("dvc.lock"),
+    ):
         if not path.exists():
             raise ValueError(f"lineage is incomplete: {path} does not exist; run dvc repro")
 

@@ -160,7 +160,12 @@ def worktree(root: Path, name: str, document: Any) -> Iterator[Path]:
     """
     place = root / "scratch" / "worktrees" / name
     cache = subprocess.run(
-        [sys.executable, "-m", "dvc", "cache", "dir"], cwd=root, env=os.environ | QUIET, capture_output=True, text=True, check=True
+        [sys.executable, "-m", "dvc", "cache", "dir"],
+        cwd=root,
+        env=os.environ | QUIET,
+        capture_output=True,
+        text=True,
+        check=True,
     ).stdout.strip()
     _git(root, "worktree", "prune")
     _git(root, "worktree", "add", "--detach", str(place), "HEAD")

@@ -43,8 +43,8 @@ class Detector(PythonModel):
         for start in range(0, len(samples), MAX_BATCH):
             batch = collate(samples[start : start + MAX_BATCH])
             with torch.no_grad():
-                outputs = self.model(normalize(batch.images, batch.padding), batch.padding)
-            for scores, labels, boxes in zip(*postprocess(*outputs, batch.original_sizes_hw), strict=True):
+                logits, boxes_cxcywh = self.model(normalize(batch.images, batch.padding), batch.padding)
+            for scores, labels, boxes in zip(*postprocess(logits, boxes_cxcywh, batch.original_sizes_hw), strict=True):
                 order = [k for k in scores.argsort(descending=True).tolist() if scores[k] >= threshold]
                 rows.append(
                     {

@@ -8,7 +8,6 @@ import io
 import json
 import os
 import zipfile
-from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from functools import partial
@@ -158,7 +157,9 @@ def draw_scene(params: ShapesParams, split: str, index: int) -> tuple[bytes, tup
     if rng.random() >= params.empty_share:
         categories = list(CATEGORIES)
         if rng.random() < params.crowd_share:
-            scene.add_heap(categories[rng.integers(len(categories))], 0.8 * params.min_object_size, params.image_size / 10)
+            scene.add_heap(
+                categories[rng.integers(len(categories))], 0.8 * params.min_object_size, params.image_size / 10
+            )
         for _ in range(rng.integers(1, params.max_objects + 1)):
             sides = (params.min_object_size, params.max_object_size)
             scene.add(categories[rng.integers(len(categories))], sides)
@@ -214,12 +215,16 @@ def write_shapes(params: ShapesParams, folder: Path) -> None:
             zipfile.ZipFile(folder / f"{split}.zip", "w", zipfile.ZIP_STORED) as archive,
         ):
             scenes = pool.map(partial(draw_scene, params, split), range(count), chunksize=64)
-            for index, (jpeg, (height, width), objects) in enumerate(tqdm(scenes, f"draw {split}", count, unit="image")):
+            for index, (jpeg, (height, width), objects) in enumerate(
+                tqdm(scenes, f"draw {split}", count, unit="image")
+            ):
                 image_id = index * 7 + 11  # ids with gaps, as COCO's
                 name = f"{image_id:012d}.jpg"
                 archive.writestr(zipfile.ZipInfo(name, ZIP_DATE), jpeg)
                 images.append({"id": image_id, "file_name": name, "height": height, "width": width})
-                annotations += [{"id": len(annotations) + k, "image_id": image_id, **o} for k, o in enumerate(objects, 1)]
+                annotations += [
+                    {"id": len(annotations) + k, "image_id": image_id, **o} for k, o in enumerate(objects, 1)
+                ]
         document = {
             "info": {"description": f"drawn shapes, seed {params.seed}"},
             "images": images,

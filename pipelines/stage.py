@@ -55,7 +55,9 @@ def explain(error: Exception) -> str:
 class Progress(tqdm):
     """A bar with the time left on a terminal; elsewhere a plain line every ten seconds."""
 
-    def __init__(self, iterable: Iterable[Any] | None = None, desc: str = "", total: float = 0, unit: str = "it") -> None:
+    def __init__(
+        self, iterable: Iterable[Any] | None = None, desc: str = "", total: float = 0, unit: str = "it"
+    ) -> None:
         self.bar = sys.stderr.isatty()
         super().__init__(
             iterable, desc, total, unit=unit, file=sys.stderr, dynamic_ncols=True, mininterval=0.1 if self.bar else 10
@@ -69,7 +71,7 @@ class Progress(tqdm):
         return True
 
     def close(self) -> None:
-        if self.bar or self.disable:
+        if self.bar or getattr(self, "disable", False):
             super().close()
             return
         self.disable = True

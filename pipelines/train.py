@@ -4,11 +4,12 @@ Hardware comes from torchrun's variables: PET_NPROC_PER_NODE (all GPUs, or 2 pro
 PET_NNODES, PET_RDZV_ENDPOINT; OMP_NUM_THREADS (1) threads per process; DETR_WORKERS loader processes.
 """
 
+import ctypes
 import hashlib
 import json
 import logging
 import os
-import shutil
+import signal
 import sys
 import time
 from dataclasses import asdict
@@ -36,12 +37,14 @@ SCRATCH = Path("scratch")
 def fingerprint(model: ModelConfig, config: TrainConfig, data_digest: str) -> str:
     """A digest of parameters, data and library code: equal fingerprints give equal bits on equal hardware."""
     total = hashlib.sha256(json.dumps([asdict(model), asdict(config), data_digest], sort_keys=True).encode())
-    for path in sorted((Path(__file__).parent.parent / "detr").glob("*.py")) + [Path(__file__)]:
+    for path in [*sorted((Path(__file__).parent.parent / "detr").glob("*.py")), Path(__file__)]:
         total.update(path.read_bytes())
     return total.hexdigest()[:16]
 
 
-def train(model_config: ModelConfig, config: TrainConfig, data: Path, passed: Path, output: Path, scratch: Path) -> None:
+def train(
+    model_config: ModelConfig, config: TrainConfig, data: Path, passed: Path, output: Path, scratch: Path
+) -> None:
     """Writes `model.safetensors`, `config.json` and `history.jsonl`, going on from a resume state if there is one.
 
     The resume state lies in `scratch/<fingerprint>/`, where a change of parameters, data or library code never
@@ -51,7 +54,9 @@ def train(model_config: ModelConfig, config: TrainConfig, data: Path, passed: Pa
     state_path, timings = scratch / mark / "state", scratch / mark / "timings.jsonl"
     with process_group() as process:
         annotations = load_annotations(data / "instances_train.json")
-        dataset = CocoDataset(annotations, ImageArchive(data / "train.zip"), TrainTransform(config.transform, config.seed))
+        dataset = CocoDataset(
+            annotations, ImageArchive(data / "train.zip"), TrainTransform(config.transform, config.seed)
+        )
         size = (config.transform.scales[-1], config.transform.max_size)
         held_out = CocoDataset(
             load_annotations(data / "instances_val.json"), ImageArchive(data / "val.zip"), EvalTransform(*size)
@@ -65,8 +70,8 @@ def train(model_config: ModelConfig, config: TrainConfig, data: Path, passed: Pa
             timings.parent.mkdir(parents=True, exist_ok=True)
             where = f"resuming at step {state['step']}" if state else "starting"
             print(
-                f"train {mark}: {where}, {len(dataset)} images, {sum(p.numel() for p in model.parameters()):,} parameters, "
-                f"{process.num_processes} processes on {process.device.type}",
+                f"train {mark}: {where}, {len(dataset)} images, {sum(p.numel() for p in model.parameters()):,} "
+                f"parameters, {process.num_processes} processes on {process.device.type}",
                 flush=True,
             )
             mirror = Mirror(mark, f"train {mark}", {"model": asdict(model_config), "train": asdict(config)})
@@ -91,8 +96,8 @@ def train(model_config: ModelConfig, config: TrainConfig, data: Path, passed: Pa
             if "AP" in row:
                 print(
                     f"epoch {report.epoch + 1}/{config.epochs}: loss {row['loss']:.3f} class {row['loss_class']:.3f} "
-                    f"box {row['loss_box']:.3f} giou {row['loss_giou']:.3f}, AP {row['AP']:.3f} AP50 {row['AP50']:.3f}, "
-                    f"{report.images_per_second:.0f} images/s",
+                    f"box {row['loss_box']:.3f} giou {row['loss_giou']:.3f}, AP {row['AP']:.3f} AP50 "
+                    f"{row['AP50']:.3f}, {report.images_per_second:.0f} images/s",
                     flush=True,
                 )
             if time.monotonic() - saved >= config.checkpoint_minutes * 60:
@@ -126,8 +131,15 @@ def launch() -> None:
         raise RuntimeError(failure.message.partition(": ")[2] or failure.message) from None
 
 
+def die_with_parent() -> None:
+    """Asks Linux to end this process when torchrun is killed, so that no orphan trains on and writes results."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
+
+
 @record
 def work() -> None:
+    die_with_parent()
     try:
         train(*sections(), DATA, PASSED, OUTPUT, SCRATCH)
     except OSError as error:

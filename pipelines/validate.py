@@ -53,9 +53,9 @@ def validate(config: ValidateParams, data: Path, output: Path, data_docs: Path) 
             print(f"{row['level']}: {describe(row)}", flush=True)
     broken = [row for row in report if row["level"] == "error" and not row["success"]]
     if broken:
-        first = describe(broken[0])
         raise ValueError(
-            f"{len(broken)} of {len(report)} expectations on {data} are broken, first: {first}; see {output}/report.json"
+            f"{len(broken)} of {len(report)} expectations on {data} are broken, "
+            f"first: {describe(broken[0])}; see {output}/report.json"
         )
     print(f"{len(report)} expectations hold; Data Docs: {data_docs / 'index.html'}", flush=True)
     write_json(output / "passed.json", {"data": digest(data)})
@@ -80,7 +80,9 @@ def tabulate(config: ValidateParams, data: Path, split: str) -> dict[str, pd.Dat
     document = json.loads((data / f"instances_{split}.json").read_bytes())
     images = _columns(document["images"], ("id", "file_name", "height", "width"), f"instances_{split}.json images")
     annotations = _columns(
-        document["annotations"], ("id", "image_id", "category_id", "bbox", "area"), f"instances_{split}.json annotations"
+        document["annotations"],
+        ("id", "image_id", "category_id", "bbox", "area"),
+        f"instances_{split}.json annotations",
     )
     categories = _columns(document["categories"], ("id", "name"), f"instances_{split}.json categories")
 
@@ -94,7 +96,12 @@ def tabulate(config: ValidateParams, data: Path, split: str) -> dict[str, pd.Dat
     for index, box in enumerate(annotations.pop("bbox")):
         if isinstance(box, list) and len(box) == 4 and all(isinstance(v, int | float) for v in box):
             boxes[index] = box
-    sizes = images.drop_duplicates("id").set_index("id").reindex(annotations["image_id"])[["width", "height"]].to_numpy(float)
+    sizes = (
+        images.drop_duplicates("id")
+        .set_index("id")
+        .reindex(annotations["image_id"])[["width", "height"]]
+        .to_numpy(float)
+    )
     overhang = np.maximum(-boxes[:, :2], boxes[:, :2] + boxes[:, 2:] - sizes).max(axis=1)
     annotations["finite"] = np.isfinite(boxes).all(axis=1)
     annotations["has_size"] = (boxes[:, 2:] > 0).all(axis=1)
@@ -155,7 +162,9 @@ def expectations(config: ValidateParams, table: str, num_rows: int) -> list[tupl
     def within(column: str, low: float | None, high: float | None, mostly: float = 1.0) -> Any:
         return gxe.ExpectColumnValuesToBeBetween(column=column, min_value=low, max_value=high, mostly=mostly)
 
-    size_share = max(0.0, 1 - (config.max_zero_size_boxes + 0.5) / max(1, num_rows)) if config.max_zero_size_boxes else 1.0
+    size_share = (
+        max(0.0, 1 - (config.max_zero_size_boxes + 0.5) / max(1, num_rows)) if config.max_zero_size_boxes else 1.0
+    )
     reach = config.box_tolerance_pixels
     return {
         "images": [

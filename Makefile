@@ -1,0 +1,28 @@
+# make demo   the whole pipeline on the embedded dataset
+# make test   the test suite
+# make check  lint and types
+PYTHON ?= python3
+BIN := $(CURDIR)/.venv/bin
+LOCKED := $(shell command -v flock >/dev/null && echo flock .venv.lock)
+export PATH := $(BIN):$(PATH)
+
+.PHONY: demo test check
+demo: .venv/installed
+	python -m pipelines run
+
+test: .venv/installed
+	python -m pytest
+
+check: .venv/installed
+	ruff check .
+	ruff format --check .
+	mypy
+
+.venv/installed: requirements.lock
+	@$(LOCKED) sh -ec '\
+		test $@ -nt requirements.lock && exit 0; \
+		$(PYTHON) -c "import sys; sys.exit(sys.version_info[:2] != (3, 11) and \"the lock is for Python 3.11, this is \" + sys.version.split()[0] + \"; set PYTHON=python3.11\")"; \
+		$(PYTHON) -m venv .venv; \
+		.venv/bin/python -m pip install --requirement requirements.lock; \
+		.venv/bin/python -m pip check; \
+		touch $@'

@@ -1,0 +1,90 @@
+"""What several tests need: quiet tools, a small drawn dataset, and a small clone of the project to run in."""
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+sys.path.insert(0, str(ROOT))
+
+from pipelines.params import merged, to_yaml  # noqa: E402
+from pipelines.shapes import ShapesParams, write_shapes  # noqa: E402
+from pipelines.stage import QUIET  # noqa: E402
+
+os.environ.update(QUIET)
+
+TINY = [
+    "download.shapes.num_train=48",
+    "download.shapes.num_val=16",
+    "model.hidden_dim=32",
+    "model.num_heads=4",
+    "model.dim_feedforward=64",
+    "model.num_encoder_layers=1",
+    "train.epochs=2",
+    "train.batch_size=8",
+    "train.log_steps=2",
+    "train.evaluate_epochs=1",
+    "train.warmup_steps=2",
+    "train.checkpoint_minutes=0.0",
+    "evaluate.num_pictures=2",
+]
+SHAPES = ShapesParams(
+    seed=3,
+    num_train=24,
+    num_val=12,
+    image_size=96,
+    max_objects=3,
+    min_object_size=20,
+    max_object_size=60,
+    empty_share=0.1,
+    crowd_share=0.2,
+)
+
+
+@pytest.fixture(scope="session")
+def drawn(tmp_path_factory):
+    """A folder with the four files of a small drawn dataset. Read only."""
+    folder = tmp_path_factory.mktemp("drawn")
+    write_shapes(SHAPES, folder)
+    return folder
+
+
+@pytest.fixture
+def source(drawn, tmp_path):
+    """A copy of the drawn dataset to break."""
+    return Path(shutil.copytree(drawn, tmp_path / "source"))
+
+
+def environment(**extra: str) -> dict[str, str]:
+    """The environment of a person who has activated the virtual environment and nothing else."""
+    kept = {key: os.environ[key] for key in ("HOME", "LANG", "TMPDIR") if key in os.environ}
+    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+    return kept | QUIET | {"PATH": path, "OMP_NUM_THREADS": "1"} | extra
+
+
+def call(cwd: Path, *arguments: str, code: int | None = 0, **extra: str) -> str:
+    """The output of a command, stdout and stderr together; fails unless it ends with `code`."""
+    done = subprocess.run(
+        arguments, cwd=cwd, env=environment(**extra), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=False
+    )
+    assert code is None or done.returncode == code, f"{arguments} ended with {done.returncode}:\n{done.stdout}"
+    return done.stdout
+
+
+def small_project(folder: Path, *overrides: str) -> Path:
+    """A committed copy of the project's files with a small dataset and model as its params.yaml."""
+    listed = call(ROOT, "git", "ls-files", "--cached", "--others", "--exclude-standard").splitlines()
+    for name in listed:
+        if (ROOT / name).is_file() and not name.startswith("tests/"):
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(ROOT / name, folder / name)
+    (folder / "dvc.lock").unlink(missing_ok=True)
+    (folder / "params.yaml").write_text(to_yaml(merged(ROOT, None, [*TINY, *overrides])))
+    call(folder, "git", "init", "--quiet", "--initial-branch=main")
+    call(folder, "git", "add", "--all")
+    call(folder, "git", "-c", "user.name=test", "-c", "user.email=test@localhost", "commit", "--quiet", "-m", "start")
+    return folder
