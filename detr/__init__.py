@@ -26,7 +26,6 @@ _HOMES = {
     "load_model": "checkpoint",
     "match": "matcher",
     "normalize": "batch",
-    "postprocess": "postprocess",
     "save_model": "checkpoint",
     "set_loss": "loss",
 }

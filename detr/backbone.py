@@ -1,6 +1,5 @@
 """The residual backbone and its norms. B images, H W padded size, S output stride."""
 
-import pickle
 from pathlib import Path
 
 import torch
@@ -108,7 +107,7 @@ def load_pretrained(backbone: ResNet, name: str, source: str) -> None:
     else:
         try:
             state = torch.load(source, map_location="cpu", weights_only=True)
-        except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
+        except Exception as error:  # damaged bytes make the unpickler fail in any way
             reason = str(error).partition("\n")[0]
             raise ValueError(f"{source} is not a whole file of weights and nothing else ({reason})") from error
     if not isinstance(state, dict) or not all(isinstance(value, torch.Tensor) for value in state.values()):

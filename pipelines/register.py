@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from pipelines import params, tracking
-from pipelines.registry import champion, decide, version_with
+from pipelines.registry import champion, decide, log_version, version_with
 from pipelines.stage import DATA, command, write_json
 
 VALIDATED = Path("artifacts/validate")
@@ -19,7 +19,6 @@ TRAINED = Path("artifacts/train")
 EVALUATED = Path("artifacts/evaluate")
 OUTPUT = Path("artifacts/register")
 SCRATCH = Path("scratch")
-REQUIREMENTS = ("mlflow", "torch", "torchvision", "numpy", "pandas", "pillow", "safetensors")
 
 
 @dataclass(frozen=True)
@@ -48,7 +47,7 @@ def register(config: RegisterParams, output: Path) -> None:
         tags = (
             lineage | {"fingerprint": mark, "decision": reason} | {name: str(value) for name, value in metrics.items()}
         )
-        version = log_version(run_id, tags)
+        version = log_version(run_id, TRAINED, example_image(), tags)
         client.set_registered_model_alias(tracking.MODEL, alias, version.version)
     else:
         alias = ", ".join(client.get_model_version(tracking.MODEL, version.version).aliases) or "no alias"
@@ -93,8 +92,8 @@ def publish(client: Any, run_id: str, mark: str, metrics: dict[str, float], line
     tracking.fill_in(client, run_id, tracking.read_rows(SCRATCH / mark / "timings.jsonl"))
     if client.get_run(run_id).data.tags.get("published") == lineage["weights_sha256"]:
         return
-    steps = [row["step"] for row in tracking.read_rows(TRAINED / "history.jsonl")]
-    tracking.log_rows(client, run_id, [{"step": max(steps, default=0), **metrics}])
+    for name, value in metrics.items():
+        client.log_metric(run_id, name, value)
     for key, value in lineage.items():
         client.set_tag(run_id, key, value)
     client.log_artifact(run_id, "dvc.lock")
@@ -108,41 +107,6 @@ def publish(client: Any, run_id: str, mark: str, metrics: dict[str, float], line
         client.log_artifacts(run_id, str(SCRATCH / "data_docs"), "data_docs")
     client.set_tag(run_id, "published", lineage["weights_sha256"])
     client.set_terminated(run_id, "FINISHED")
-
-
-def log_version(run_id: str, tags: dict[str, str]) -> Any:
-    """A new version of the registered model: self-contained, weights as safetensors, no pickle."""
-    import mlflow
-    import pandas as pd
-    from mlflow.models import ModelSignature
-    from mlflow.types import ColSpec, ParamSchema, ParamSpec, Schema
-    from mlflow.types.schema import Array, DataType
-
-    signature = ModelSignature(
-        inputs=Schema([ColSpec(DataType.string, "image")]),
-        outputs=Schema(
-            [
-                ColSpec(Array(Array(DataType.double)), "boxes"),
-                ColSpec(Array(DataType.double), "scores"),
-                ColSpec(Array(DataType.string), "labels"),
-            ]
-        ),
-        params=ParamSchema([ParamSpec("threshold", DataType.double, 0.5)]),
-    )
-    with mlflow.start_run(run_id=run_id):
-        info = mlflow.pyfunc.log_model(
-            name="model",
-            python_model=str(Path(__file__).with_name("served_model.py")),
-            artifacts={
-                "weights": str(TRAINED / "model.safetensors"),
-                "config": str(TRAINED / "config.json"),
-            },
-            code_paths=[str(Path(__file__).parent.parent / "detr")],
-            signature=signature,
-            input_example=pd.DataFrame({"image": [example_image()]}),
-            pip_requirements=[f"{name}=={installed(name)}" for name in REQUIREMENTS],
-        )
-    return mlflow.register_model(info.model_uri, tracking.MODEL, tags=tags)
 
 
 def example_image() -> str:

@@ -94,18 +94,19 @@ class Scene:
         self.owner = np.zeros(self.colours.shape[:2], dtype=np.uint8)
         self.drawn: list[Drawn] = []
 
-    def add(self, category_id: int, sides: tuple[float, float], crowd: bool = False) -> None:
-        """Tries up to 20 places and sizes, of a side between `sides`, for one object."""
+    def add(self, category_id: int, sides: tuple[float, float]) -> None:
+        """One object with a side between `sides` in pixels, if one of 20 random sizes and places is free."""
         for _ in range(20):
             side = np.exp(self.rng.uniform(*np.log(sides)))
             aspect = np.exp(self.rng.uniform(-0.35, 0.35))
             points = self._turned(category_id, (side * aspect, side / aspect))
             low, high = -points.min(axis=0), self.owner.shape[::-1] - points.max(axis=0)
-            if (low <= high).all() and self._paint(points + self.rng.uniform(low, high), Drawn(category_id, crowd)):
+            fits = (low <= high).all()
+            if fits and self._paint(points + self.rng.uniform(low, high), Drawn(category_id, crowd=False)):
                 return
 
     def add_heap(self, category_id: int, side: float, spread: float) -> None:
-        """A heap of shapes of about `side`, annotated as one crowd."""
+        """A heap of shapes of about `side` pixels, strewn by `spread`, annotated as one crowd."""
         size = np.array(self.owner.shape[::-1])
         middle = self.rng.uniform(0.25 * size, 0.75 * size)
         heap = Drawn(category_id, crowd=True)
@@ -116,12 +117,13 @@ class Scene:
                 self._paint(points, heap)
 
     def _turned(self, category_id: int, size: tuple[float, float]) -> np.ndarray:
+        """A supersampled outline at a random angle, around the origin."""
         return outline(CATEGORIES[category_id], size, self.rng.uniform(-0.4, 0.4)) * SUPERSAMPLE
 
     def _paint(self, points: np.ndarray, thing: Drawn) -> bool:
         """Paints a polygon [n, 2] as a part of `thing`, unless it would hide too much of another one."""
-        left, top = np.floor(points.min(axis=0)).astype(int)
-        right, bottom = np.ceil(points.max(axis=0)).astype(int)
+        left, top = np.floor(points.min(axis=0)).astype(int).tolist()
+        right, bottom = np.ceil(points.max(axis=0)).astype(int).tolist()
         stencil = Image.new("1", (right - left, bottom - top))
         ImageDraw.Draw(stencil).polygon([tuple(p) for p in points - [left, top]], fill=1)
         mask = np.asarray(stencil)
@@ -155,14 +157,11 @@ def draw_scene(params: ShapesParams, split: str, index: int) -> tuple[bytes, tup
     height, width = [(params.image_size,) * 2, (params.image_size, short), (short, params.image_size)][rng.integers(3)]
     scene = Scene(rng, height, width)
     if rng.random() >= params.empty_share:
-        categories = list(CATEGORIES)
+        ids = list(CATEGORIES)
         if rng.random() < params.crowd_share:
-            scene.add_heap(
-                categories[rng.integers(len(categories))], 0.8 * params.min_object_size, params.image_size / 10
-            )
+            scene.add_heap(ids[rng.integers(len(ids))], 0.8 * params.min_object_size, params.image_size / 10)
         for _ in range(rng.integers(1, params.max_objects + 1)):
-            sides = (params.min_object_size, params.max_object_size)
-            scene.add(categories[rng.integers(len(categories))], sides)
+            scene.add(ids[rng.integers(len(ids))], (params.min_object_size, params.max_object_size))
     image = Image.fromarray(scene.colours).reduce(SUPERSAMPLE)
     buffer = io.BytesIO()
     image.save(buffer, "JPEG", quality=92, subsampling=0)
@@ -209,7 +208,8 @@ def _annotation(owner: np.ndarray, thing: Drawn) -> dict:
 def write_shapes(params: ShapesParams, folder: Path) -> None:
     """Draws the four dataset files into `folder`: {train,val}.zip and instances_{train,val}.json."""
     for split, count in (("train", params.num_train), ("val", params.num_val)):
-        images, annotations = [], []
+        images: list[dict] = []
+        annotations: list[dict] = []
         with (
             ProcessPoolExecutor(os.cpu_count()) as pool,
             zipfile.ZipFile(folder / f"{split}.zip", "w", zipfile.ZIP_STORED) as archive,

@@ -103,12 +103,17 @@ def log_rows(client: "MlflowClient", run_id: str, rows: Iterable[dict[str, float
         client.log_batch(run_id, metrics=metrics[start : start + 1000])
 
 
+def logged_steps(client: "MlflowClient", run_id: str, name: str) -> set[int]:
+    """The steps at which the run has the training metric `name`."""
+    return {metric.step for metric in client.get_metric_history(run_id, f"train/{name}")}
+
+
 def fill_in(client: "MlflowClient", run_id: str, rows: list[dict[str, float]]) -> int:
     """Logs what the run lacks of `rows`, and says how many rows that were."""
     missing = rows
     for name in ("loss", "images_per_second"):
         if rows and name in rows[0]:
-            known = {metric.step for metric in client.get_metric_history(run_id, f"train/{name}")}
+            known = logged_steps(client, run_id, name)
             missing = [row for row in rows if row["step"] not in known]
     log_rows(client, run_id, missing)
     return len(missing)
@@ -117,7 +122,8 @@ def fill_in(client: "MlflowClient", run_id: str, rows: list[dict[str, float]]) -
 class Mirror:
     """Sends rows to MLflow from a daemon thread; no failure there reaches the caller, who never waits.
 
-    A row that cannot be sent is kept and tried again; one warning says so.
+    A row that cannot be sent is kept and tried again; one warning says so. Steps that the run has already,
+    from a training that was killed or repeated, are not sent again.
     """
 
     def __init__(self, fingerprint: str, name: str, document: dict[str, Any]) -> None:
@@ -134,7 +140,7 @@ class Mirror:
         self._thread.join(timeout_seconds)
 
     def _work(self, fingerprint: str, name: str, document: dict[str, Any]) -> None:
-        client, run_id, warned = None, "", False
+        client, run_id, known, warned = None, "", set[int](), False
         pending: list[dict[str, float]] = []
         while True:
             row = self._rows.get()
@@ -148,7 +154,8 @@ class Mirror:
                     client = connect()
                     run_id = find_run(client, fingerprint, name)
                     log_params(client, run_id, document)
-                log_rows(client, run_id, pending)
+                    known = logged_steps(client, run_id, "loss")
+                log_rows(client, run_id, [row for row in pending if row["step"] not in known])
                 pending = []
             except Exception as error:
                 if not warned:

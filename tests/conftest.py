@@ -69,7 +69,13 @@ def environment(**extra: str) -> dict[str, str]:
 def call(cwd: Path, *arguments: str, code: int | None = 0, **extra: str) -> str:
     """The output of a command, stdout and stderr together; fails unless it ends with `code`."""
     done = subprocess.run(
-        arguments, cwd=cwd, env=environment(**extra), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=False
+        arguments,
+        cwd=cwd,
+        env=environment(**extra),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        check=False,
     )
     assert code is None or done.returncode == code, f"{arguments} ended with {done.returncode}:\n{done.stdout}"
     return done.stdout

@@ -194,7 +194,10 @@ def test_an_address_that_does_not_exist_is_named(source, tmp_path):
 
 def test_a_member_that_the_zip_lacks_is_named(source, tmp_path):
     places = FileSources(
-        str(source / "train.zip"), str(source / "val.zip"), f"{source}/train.zip#nothing.json", f"{source}/val.zip#n.json"
+        str(source / "train.zip"),
+        str(source / "val.zip"),
+        f"{source}/train.zip#nothing.json",
+        f"{source}/val.zip#n.json",
     )
     with pytest.raises(ValueError, match=r"holds no nothing.json; it holds"):
         fetch(places, tmp_path / "coco")

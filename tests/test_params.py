@@ -51,7 +51,10 @@ def test_numbers_without_a_point_are_numbers(tmp_path):
         ({"epochs": None}, "train.epochs is None"),
         ({"epochs": 1, "inner": 4}, "train.inner is 4, expected a section with the keys"),
         ({"epochs": 1, "inner": {"rate": 1.0, "sizes": ["a"]}}, "train.inner.sizes is .* expected `int`, got `str`"),
-        ({"epochs": 1, "inner": {"rte": 1.0, "sizes": []}}, "train.inner has an unknown key 'rte'; did you mean 'rate'"),
+        (
+            {"epochs": 1, "inner": {"rte": 1.0, "sizes": []}},
+            "train.inner has an unknown key 'rte'; did you mean 'rate'",
+        ),
     ],
 )
 def test_a_wrong_key_is_named_with_the_nearest_right_one(changes, message):

@@ -17,7 +17,11 @@ def scenes(count, **changes):
 
 def test_a_scene_is_a_function_of_seed_split_and_index():
     assert draw_scene(SHAPES, "train", 5) == draw_scene(SHAPES, "train", 5)
-    others = [draw_scene(SHAPES, "train", 6), draw_scene(SHAPES, "val", 5), draw_scene(replace(SHAPES, seed=4), "train", 5)]
+    others = [
+        draw_scene(SHAPES, "train", 6),
+        draw_scene(SHAPES, "val", 5),
+        draw_scene(replace(SHAPES, seed=4), "train", 5),
+    ]
     assert all(other[0] != draw_scene(SHAPES, "train", 5)[0] for other in others)
 
 

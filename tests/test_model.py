@@ -1,0 +1,167 @@
+from dataclasses import replace
+
+import pytest
+import torch
+
+import detr
+from detr.batch import Sample, collate, normalize
+from detr.model import MLP, ModelConfig, build_model
+
+TINY = ModelConfig(
+    backbone="resnet10",
+    backbone_width=0.25,
+    backbone_norm="group",
+    backbone_weights="none",
+    stride=32,
+    position="sine",
+    hidden_dim=32,
+    num_heads=4,
+    dim_feedforward=64,
+    num_encoder_layers=1,
+    num_decoder_layers=2,
+    num_queries=5,
+    dropout=0.0,
+    pre_norm=False,
+)
+CONFIGS = {
+    "tiny": TINY,
+    "frozen": replace(TINY, backbone_norm="frozen"),
+    "dilated": replace(TINY, stride=16),
+    "learned": replace(TINY, position="learned"),
+    "pre_norm": replace(TINY, pre_norm=True),
+    "no_encoder": replace(TINY, num_encoder_layers=0),
+}
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _one_thread():
+    torch.set_num_threads(1)
+
+
+@pytest.fixture(params=CONFIGS)
+def model(request):
+    torch.manual_seed(0)
+    return build_model(CONFIGS[request.param], num_classes=3).eval()
+
+
+def batch_of(*sizes_hw):
+    generator = torch.Generator().manual_seed(1)
+    images = [torch.randint(256, (3, *size), dtype=torch.uint8, generator=generator) for size in sizes_hw]
+    no_boxes, no_labels = torch.zeros(0, 4), torch.zeros(0, dtype=torch.int64)
+    return collate([Sample(image, no_boxes, no_labels, i, (1, 1)) for i, image in enumerate(images)])
+
+
+@torch.no_grad()
+def predict(model, images, padding):
+    return model(normalize(images, padding), padding)
+
+
+def assert_same(results, expected):
+    for result, value in zip(results, expected, strict=True):
+        torch.testing.assert_close(result, value, rtol=1e-4, atol=1e-5)
+
+
+def test_shapes_and_ranges(model):
+    batch = batch_of((64, 96), (70, 33))
+    logits, boxes = predict(model, batch.images, batch.padding)
+    assert logits.shape == (2, 2, 5, 4)
+    assert boxes.shape == (2, 2, 5, 4)
+    assert ((boxes > 0) & (boxes < 1)).all()
+
+
+def test_batched_equals_single(model):
+    batch = batch_of((64, 96), (70, 33), (96, 96))
+    together = predict(model, batch.images, batch.padding)
+    for i in range(3):
+        alone = predict(model, batch.images[i : i + 1], batch.padding[i : i + 1])
+        assert_same(alone, [value[:, i : i + 1] for value in together])
+
+
+def test_pixels_in_the_padding_change_nothing(model):
+    batch = batch_of((64, 96), (70, 33))
+    noisy = torch.where(batch.padding[:, None], torch.randint_like(batch.images, 256), batch.images)
+    for result, value in zip(
+        predict(model, noisy, batch.padding), predict(model, batch.images, batch.padding), strict=True
+    ):
+        assert torch.equal(result, value)
+
+
+def test_the_pixels_inside_do_count(model):
+    batch = batch_of((64, 96))
+    other = 255 - batch.images
+    logits, _ = predict(model, batch.images, batch.padding)
+    assert not torch.allclose(predict(model, other, batch.padding)[0], logits)
+
+
+def test_permuted_queries_give_permuted_detections(model):
+    batch, order = batch_of((64, 96)), torch.tensor([4, 2, 0, 1, 3])
+    expected = [value[:, :, order] for value in predict(model, batch.images, batch.padding)]
+    model.query_embed.weight.data = model.query_embed.weight.data[order]
+    assert_same(predict(model, batch.images, batch.padding), expected)
+
+
+def test_gradients_reach_every_parameter(model):
+    batch = batch_of((64, 96), (70, 33))
+    logits, boxes = model(normalize(batch.images, batch.padding), batch.padding)
+    (logits.sin().sum() + boxes.sin().sum()).backward()
+    without = [name for name, p in model.named_parameters() if p.grad is None or not p.grad.isfinite().all()]
+    assert without == []
+
+
+def test_the_seed_alone_decides_the_weights():
+    first, second = (torch.manual_seed(seed) and build_model(TINY, 3).state_dict() for seed in (7, 7))
+    assert all(torch.equal(first[key], second[key]) for key in first)
+
+
+def test_the_published_network_has_the_papers_size():
+    paper = replace(
+        TINY, backbone="resnet50", backbone_width=1.0, backbone_norm="frozen", hidden_dim=256, num_heads=8,
+        dim_feedforward=2048, num_encoder_layers=6, num_decoder_layers=6, num_queries=100,
+    )  # fmt: skip
+    with torch.device("meta"):
+        model = build_model(paper, 91)
+    counts = [p.numel() for p in model.parameters()] + [b.numel() for name, b in model.named_buffers() if "bn" in name]
+    assert 41.2e6 < sum(counts) < 41.7e6  # table 1: 41M
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"backbone": "resnet51"}, r"model.backbone is 'resnet51', expected one of \['resnet10', 'resnet18'"),
+        ({"backbone_norm": "layer"}, r"model.backbone_norm is 'layer', expected one of \['frozen', 'batch', 'group'\]"),
+        ({"stride": 8}, r"model.stride is 8, expected one of \[16, 32\]"),
+        ({"position": "none"}, r"model.position is 'none', expected one of \['sine', 'learned'\]"),
+        ({"num_decoder_layers": 0}, "model.num_decoder_layers and model.num_queries must be at least 1"),
+        ({"num_queries": 0}, "model.num_decoder_layers and model.num_queries must be at least 1"),
+        ({"dropout": 1.0}, "model.dropout is 1.0, expected a fraction"),
+        ({"dropout": -0.1}, "model.dropout is -0.1, expected a fraction"),
+    ],
+)
+def test_impossible_architectures_are_refused(change, message):
+    with pytest.raises(ValueError, match=message):
+        replace(TINY, **change)
+
+
+def test_heads_must_divide_the_width():
+    with pytest.raises(ValueError, match="model.hidden_dim is 32, not divisible by 5 heads"):
+        build_model(replace(TINY, num_heads=5), 3)
+
+
+@pytest.mark.parametrize("num_layers", [1, 2, 3])
+def test_mlp_equals_its_layers_in_a_row(num_layers):
+    mlp = MLP(6, 8, 4, num_layers)
+    x = torch.randn(2, 6)
+    expected = x
+    for index, layer in enumerate(mlp.layers):
+        expected = layer(expected.relu() if index else expected)
+    torch.testing.assert_close(mlp(x), expected)
+
+
+@pytest.mark.parametrize("name", detr.__all__)
+def test_every_public_name_is_where_it_is_said_to_be(name):
+    assert getattr(detr, name).__name__ == name
+
+
+def test_an_unknown_public_name_is_an_attribute_error():
+    with pytest.raises(AttributeError, match="module 'detr' has no attribute 'Trainer'"):
+        _ = detr.Trainer
