@@ -7,6 +7,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import termios
 import threading
 import time
 from collections import deque
@@ -64,6 +65,7 @@ def _process(command: list[str], root: Path, lines: deque[str]) -> Iterator[subp
     errors, follower = subprocess.STDOUT, None
     if sys.stderr.isatty():
         master, errors = pty.openpty()
+        termios.tcsetwinsize(errors, termios.tcgetwinsize(sys.stderr.fileno()))
         follower = threading.Thread(target=_follow, args=(master, lines), daemon=True)
     process = subprocess.Popen(
         command, cwd=root, env=env, stdout=subprocess.PIPE, stderr=errors, text=True, start_new_session=True
@@ -76,6 +78,8 @@ def _process(command: list[str], root: Path, lines: deque[str]) -> Iterator[subp
         process.wait()
     finally:
         _stop_group(process)
+        if process.stdout:
+            process.stdout.close()
         if follower:
             follower.join(timeout=5)
 
@@ -192,5 +196,5 @@ def _commit(place: Path, file: str, message: str) -> None:
 
 
 def is_dirty(root: Path) -> bool:
-    """Whether tracked files differ from HEAD."""
-    return bool(_git(root, "status", "--porcelain", "--untracked-files=no"))
+    """Whether tracked files differ from HEAD; dvc.lock may, it is a result."""
+    return bool(_git(root, "status", "--porcelain", "--untracked-files=no", "--", ".", ":!dvc.lock"))

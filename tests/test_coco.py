@@ -111,7 +111,9 @@ def test_a_document_without_images_has_no_samples(tmp_path):
 @pytest.mark.parametrize("category_id", [1, 3, 91])
 def test_a_category_that_is_not_listed_is_named(category_id, tmp_path):
     path = write_json(tmp_path / "a.json", [*ANNOTATIONS, annotation(20, category_id, [1, 1, 5, 5])])
-    with pytest.raises(ValueError, match=rf"a\.json: annotations have category ids \[{category_id}\], which its categor"):
+    with pytest.raises(
+        ValueError, match=rf"a\.json: annotations have category ids \[{category_id}\], which its categor"
+    ):
         load_annotations(path)
 
 
@@ -163,7 +165,9 @@ def test_an_archive_with_a_hole_is_refused(tmp_path):
     (tmp_path / "hole.zip").write_bytes(whole[:1500] + whole[1700:])
     archive = ImageArchive(tmp_path / "hole.zip")
     assert archive.read("4.jpg") == bytes([4]) * 1000
-    with pytest.raises(ValueError, match=r"hole\.zip is damaged: 0\.jpg is not where its directory says; fetch it again"):
+    with pytest.raises(
+        ValueError, match=r"hole\.zip is damaged: 0\.jpg is not where its directory says; fetch it again"
+    ):
         archive.read("0.jpg")
 
 

@@ -15,7 +15,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:The image decoding:DeprecationWa
 # Weight 1 for "no object": the class loss is normalised per process by the weights of its own targets, so with
 # another weight it equals that of one process only when the targets are shared out evenly. Size multiple 64: with
 # group norm the amount of padding counts, and shares of a batch are padded each on its own.
-SCRIPT = '''
+SCRIPT = """
 import json
 import sys
 from pathlib import Path
@@ -60,7 +60,7 @@ if __name__ == "__main__":
     with process_group() as process:
         result = measure(drawn, process)
         (output / f"{process.rank}.json").write_text(json.dumps(result))
-'''
+"""
 
 
 def test_two_processes_compute_what_one_does(drawn, tmp_path):

@@ -5,10 +5,13 @@ import json
 import os
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
+import urllib.request
 import zipfile
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -284,10 +287,63 @@ def test_an_interrupted_stage_ends_with_all_its_processes(project, tmp_path):
     wait_until_nobody_works_in(slow)
 
 
+@contextmanager
+def mlflow_server(folder):
+    """A real tracking server with its own SQLite file and artifact store; yields its address once it is healthy."""
+    folder.mkdir()
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    command = [sys.executable, "-m", "mlflow", "server", "--host", "127.0.0.1", "--port", str(port), "--workers", "1"]
+    command += [
+        "--backend-store-uri",
+        f"sqlite:///{folder}/server.db",
+        "--artifacts-destination",
+        str(folder / "store"),
+    ]
+    with (folder / "log").open("w") as log:
+        server = subprocess.Popen(
+            command, cwd=folder, env=environment(), stdout=log, stderr=log, start_new_session=True
+        )
+    try:
+        deadline = time.monotonic() + 120
+        while True:
+            try:
+                urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=5).close()
+                break
+            except OSError:
+                if server.poll() is not None or time.monotonic() > deadline:
+                    raise AssertionError((folder / "log").read_text()) from None
+                time.sleep(0.5)
+        yield f"http://127.0.0.1:{port}"
+    finally:
+        os.killpg(server.pid, signal.SIGTERM)
+        server.wait()
+
+
+def test_any_mlflow_server_will_do(project, tmp_path):
+    with zipfile.ZipFile(project / "data/coco/val.zip") as archive:
+        image = base64.b64encode(archive.read(archive.namelist()[0])).decode()
+    with mlflow_server(tmp_path / "server") as uri:
+        for _ in range(2):
+            said = call(project, "python", "-m", "pipelines.register", MLFLOW_TRACKING_URI=uri)
+            assert "registered detr version 1 as champion" in said
+        env = environment(MLFLOW_TRACKING_URI=uri)
+        done = subprocess.run(
+            [sys.executable, "-c", ASK],
+            cwd=tmp_path,
+            env=env,
+            input=json.dumps([image]),
+            capture_output=True,
+            text=True,
+            check=True,
+        )
+    (row,) = json.loads(done.stdout.strip().splitlines()[-2])
+    assert len(row["scores"]) == len(row["boxes"]) == len(row["labels"]) > 0
+
+
 @pytest.mark.parametrize("which", ["mlflow", "docs"])
 def test_a_busy_port_is_named(project, which):
-    import socket
-
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
         taken.listen()

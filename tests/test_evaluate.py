@@ -50,7 +50,13 @@ def truth(tmp_path):
             crowd = int(k == 5 and image_id == 25)
             category_id = (3, 44, 90)[int(rng.integers(3))]
             annotations.append(
-                {"image_id": image_id, "category_id": category_id, "bbox": box, "area": box[2] * box[3], "iscrowd": crowd}
+                {
+                    "image_id": image_id,
+                    "category_id": category_id,
+                    "bbox": box,
+                    "area": box[2] * box[3],
+                    "iscrowd": crowd,
+                }
             )
     document = {
         "images": [{"id": k, "width": 500, "height": 500, "file_name": f"{k}.jpg"} for k in (11, 4, 25, 9, 30, 7)],

@@ -44,9 +44,7 @@ def loss_of(logits, boxes, batch, config=LOSS):
 
 def giou(a, b):
     """Of two centre boxes, in numbers."""
-    (ax0, ay0, ax1, ay1), (bx0, by0, bx1, by1) = (
-        (x - w / 2, y - h / 2, x + w / 2, y + h / 2) for x, y, w, h in (a, b)
-    )
+    (ax0, ay0, ax1, ay1), (bx0, by0, bx1, by1) = ((x - w / 2, y - h / 2, x + w / 2, y + h / 2) for x, y, w, h in (a, b))
     overlap = max(0, min(ax1, bx1) - max(ax0, bx0)) * max(0, min(ay1, by1) - max(ay0, by0))
     union = (ax1 - ax0) * (ay1 - ay0) + (bx1 - bx0) * (by1 - by0) - overlap
     hull = (max(ax1, bx1) - min(ax0, bx0)) * (max(ay1, by1) - min(ay0, by0))
@@ -138,7 +136,10 @@ def test_the_order_of_queries_and_of_targets_changes_nothing():
     shuffled = replace(
         batch, boxes_cxcywh=batch.boxes_cxcywh[:, order], labels=batch.labels[:, order], valid=batch.valid[:, order]
     )
-    for result, other in (loss_of(logits[:, :, queries], boxes[:, :, queries], batch), loss_of(logits, boxes, shuffled)):
+    for result, other in (
+        loss_of(logits[:, :, queries], boxes[:, :, queries], batch),
+        loss_of(logits, boxes, shuffled),
+    ):
         torch.testing.assert_close(result, total)
         for name, value in parts.items():
             torch.testing.assert_close(other[name], value)

@@ -96,7 +96,12 @@ def test_an_image_is_matched_as_if_alone():
     for image, count in enumerate((2, 0, 4)):
         part = slice(image, image + 1)
         alone = match(
-            logits[:, part], boxes[:, part], labels[part, :count], target_boxes[part, :count], valid[part, :count], COSTS
+            logits[:, part],
+            boxes[:, part],
+            labels[part, :count],
+            target_boxes[part, :count],
+            valid[part, :count],
+            COSTS,
         )
         assert torch.equal(alone[:, 0], together[:, image, :count])
 

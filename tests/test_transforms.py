@@ -39,7 +39,9 @@ def extent(image):
 
 
 def assert_box_is_where_the_pixels_are(image, boxes, view, box):
-    scale = max(view.size_hw[0] / (view.region[3] - view.region[1]), view.size_hw[1] / (view.region[2] - view.region[0]))
+    scale = max(
+        view.size_hw[0] / (view.region[3] - view.region[1]), view.size_hw[1] / (view.region[2] - view.region[0])
+    )
     seen = extent(image)
     if len(boxes) and seen is not None:
         torch.testing.assert_close(boxes[0], seen, rtol=0, atol=0.5 * scale + 1)
