@@ -21,6 +21,7 @@ class ModelConfig:
     backbone_weights: str  # none, imagenet, or a local file
     stride: int  # 32, or 16 for the paper's DC5
     position: str  # sine or learned
+    position_temperature: float  # of the sine encoding: 10000 in the paper, 20 suits small feature maps
     hidden_dim: int
     num_heads: int
     dim_feedforward: int
@@ -60,7 +61,9 @@ class DETR(nn.Module):
         self.num_classes = num_classes
         dim = config.hidden_dim
         self.backbone = ResNet(config.backbone, config.backbone_width, config.stride, config.backbone_norm)
-        self.position = SinePosition(dim) if config.position == "sine" else LearnedPosition(dim)
+        self.position = (
+            SinePosition(dim, config.position_temperature) if config.position == "sine" else LearnedPosition(dim)
+        )
         self.input_proj = nn.Conv2d(self.backbone.num_channels, dim, 1)
         self.transformer = Transformer(
             config.num_encoder_layers,

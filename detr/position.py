@@ -10,7 +10,8 @@ class SinePosition(nn.Module):
     """Fixed sine encoding [B, D, H, W] of a padding mask [B, H, W] (True in the padding).
 
     Positions run from 0 to 2*pi over the unpadded part of each image, so padding changes no encoding.
-    The first D/2 channels encode y, the rest x. Source: paper, appendix A.4.
+    The first D/2 channels encode y, the rest x; wavelengths grow from 2*pi to 2*pi times `temperature`.
+    Source: paper, appendix A.4.
     """
 
     def __init__(self, hidden_dim: int, temperature: float = 10000.0) -> None:

@@ -94,8 +94,8 @@ def publish(client: Any, run_id: str, mark: str, metrics: dict[str, float], line
         return
     for name, value in metrics.items():
         client.log_metric(run_id, name, value)
-    for key, value in lineage.items():
-        client.set_tag(run_id, key, value)
+    for key, tag in lineage.items():
+        client.set_tag(run_id, key, tag)
     client.log_artifact(run_id, "dvc.lock")
     client.log_artifact(run_id, "params.yaml")
     client.log_artifact(run_id, str(VALIDATED / "report.json"), "validate")

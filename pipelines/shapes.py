@@ -1,5 +1,6 @@
 """Draws the embedded dataset: textured scenes of overlapping shapes with COCO annotations.
 
+A category is a shape that leans to a hue; the hues of neighbours overlap, so colour helps but does not decide.
 Every scene is a pure function of (seed, split, index), so any number of processes draws the same bytes.
 """
 
@@ -8,6 +9,7 @@ import io
 import json
 import os
 import zipfile
+from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from functools import partial
@@ -15,7 +17,8 @@ from pathlib import Path
 
 import numpy as np
 from PIL import Image, ImageDraw
-from tqdm import tqdm
+
+from pipelines.stage import Progress
 
 CATEGORIES = {3: "ellipse", 7: "box", 12: "triangle", 31: "star", 58: "cross"}  # ids with gaps, as COCO's
 SPLITS = ("train", "val")
@@ -205,19 +208,23 @@ def _annotation(owner: np.ndarray, thing: Drawn) -> dict:
     }
 
 
+def _draw_all(params: ShapesParams, split: str, count: int) -> Iterator[tuple[bytes, tuple[int, int], list[dict]]]:
+    """The scenes 0..count-1, drawn by all cores; who stops reading early waits for none that is not begun."""
+    pool = ProcessPoolExecutor(os.cpu_count())
+    try:
+        scenes = pool.map(partial(draw_scene, params, split), range(count), chunksize=64)
+        yield from Progress(scenes, f"draw {split}", count, "image")
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
 def write_shapes(params: ShapesParams, folder: Path) -> None:
     """Draws the four dataset files into `folder`: {train,val}.zip and instances_{train,val}.json."""
     for split, count in (("train", params.num_train), ("val", params.num_val)):
         images: list[dict] = []
         annotations: list[dict] = []
-        with (
-            ProcessPoolExecutor(os.cpu_count()) as pool,
-            zipfile.ZipFile(folder / f"{split}.zip", "w", zipfile.ZIP_STORED) as archive,
-        ):
-            scenes = pool.map(partial(draw_scene, params, split), range(count), chunksize=64)
-            for index, (jpeg, (height, width), objects) in enumerate(
-                tqdm(scenes, f"draw {split}", count, unit="image")
-            ):
+        with zipfile.ZipFile(folder / f"{split}.zip", "w", zipfile.ZIP_STORED) as archive:
+            for index, (jpeg, (height, width), objects) in enumerate(_draw_all(params, split, count)):
                 image_id = index * 7 + 11  # ids with gaps, as COCO's
                 name = f"{image_id:012d}.jpg"
                 archive.writestr(zipfile.ZipInfo(name, ZIP_DATE), jpeg)

@@ -31,7 +31,7 @@ from detr.model import ModelConfig, build_model
 from detr.train import TrainConfig, fit
 from detr.transforms import TrainTransform, TransformConfig
 
-TINY = ModelConfig("resnet10", 0.25, "group", "none", 32, "sine", 32, 4, 64, 1, 2, 5, 0.0, False)
+TINY = ModelConfig("resnet10", 0.25, "group", "none", 32, "sine", 20.0, 32, 4, 64, 1, 2, 5, 0.0, False)
 TRANSFORM = TransformConfig((64,), 64, 0.5, 0.0, (), (0, 0))
 CONFIG = TrainConfig(
     0, 2, 8, 1e-3, 1e-3, 1e-4, "cosine", 0, 2, 0.1, "float32", 64, 1, 0, 1.0,

@@ -22,6 +22,7 @@ TINY = ModelConfig(
     backbone_weights="none",
     stride=32,
     position="sine",
+    position_temperature=20.0,
     hidden_dim=32,
     num_heads=4,
     dim_feedforward=64,

@@ -14,6 +14,7 @@ TINY = ModelConfig(
     backbone_weights="none",
     stride=32,
     position="sine",
+    position_temperature=20.0,
     hidden_dim=32,
     num_heads=4,
     dim_feedforward=64,
@@ -27,6 +28,7 @@ CONFIGS = {
     "tiny": TINY,
     "frozen": replace(TINY, backbone_norm="frozen"),
     "dilated": replace(TINY, stride=16),
+    "published_wavelengths": replace(TINY, position_temperature=10000.0),
     "learned": replace(TINY, position="learned"),
     "pre_norm": replace(TINY, pre_norm=True),
     "no_encoder": replace(TINY, num_encoder_layers=0),
@@ -84,6 +86,24 @@ def test_pixels_in_the_padding_change_nothing(model):
         predict(model, noisy, batch.padding), predict(model, batch.images, batch.padding), strict=True
     ):
         assert torch.equal(result, value)
+
+
+@pytest.mark.parametrize("counts", [False, True])
+def test_features_count_inside_the_image_and_not_in_the_padding(model, counts):
+    batch = batch_of((128, 192), (64, 96))
+    expected = predict(model, batch.images, batch.padding)
+    cells = 32 // model.config.stride
+    changed = torch.full((128 // model.config.stride, 192 // model.config.stride), not counts)
+    changed[: 2 * cells, : 3 * cells] = counts
+
+    def disturb(module, inputs, features):
+        features[1] *= torch.where(changed, -3.0, 1.0)
+        return features
+
+    model.input_proj.register_forward_hook(disturb)
+    for result, value in zip(predict(model, batch.images, batch.padding), expected, strict=True):
+        torch.testing.assert_close(result[:, 0], value[:, 0])
+        assert torch.allclose(result[:, 1], value[:, 1], rtol=1e-4, atol=1e-5) is not counts
 
 
 def test_the_pixels_inside_do_count(model):

@@ -13,15 +13,16 @@ def padding_of(sizes_hw, height, width):
     return padding
 
 
-def test_sine_encoding_equals_the_formula():
+@pytest.mark.parametrize("temperature", [20.0, 10000.0])
+def test_sine_encoding_equals_the_formula(temperature):
     dim, height, width = 16, 3, 5
-    result = SinePosition(dim)(padding_of([(height, width)], height, width))[0]
+    result = SinePosition(dim, temperature)(padding_of([(height, width)], height, width))[0]
     for row in range(height):
         for column in range(width):
             expected = []
             for position in ((row + 1) / height, (column + 1) / width):
                 for channel in range(dim // 2):
-                    angle = 2 * math.pi * position / 10000 ** (2 * (channel // 2) / (dim // 2))
+                    angle = 2 * math.pi * position / temperature ** (2 * (channel // 2) / (dim // 2))
                     expected.append(math.cos(angle) if channel % 2 else math.sin(angle))
             torch.testing.assert_close(result[:, row, column], torch.tensor(expected), rtol=1e-4, atol=1e-4)
 

@@ -8,6 +8,11 @@ DIM, HEADS = 32, 4
 SHAPE = {"hidden_dim": DIM, "num_heads": HEADS, "dim_feedforward": 64, "dropout": 0.0}
 
 
+@pytest.fixture(autouse=True, scope="module")
+def _one_thread():
+    torch.set_num_threads(1)
+
+
 def randomised(module):
     generator = torch.Generator().manual_seed(1)
     for parameter in module.parameters():

@@ -22,6 +22,11 @@ SMALL = TransformConfig(
 HALVES = ((0.0, 0.0, 80.0, 120.0), (80.0, 0.0, 160.0, 120.0), (0.0, 60.0, 160.0, 120.0))
 
 
+@pytest.fixture(autouse=True, scope="module")
+def _one_thread():
+    torch.set_num_threads(1)
+
+
 def picture(box, size_hw=(120, 160)):
     """A black image with a white rectangle, and the rectangle as its one box."""
     image = torch.zeros(3, *size_hw, dtype=torch.uint8)
@@ -109,6 +114,18 @@ def test_a_view_of_everything_changes_no_bit_and_flips_undo_themselves():
         for view in views:
             result = apply_view(*result, view)
         assert all(torch.equal(a, b) for a, b in zip(result, (image, boxes, labels), strict=True))
+
+
+@pytest.mark.parametrize("flip", [False, True])
+def test_a_view_shows_its_region_and_flips_it(flip):
+    image = torch.randint(256, (3, 40, 60), dtype=torch.uint8)
+    boxes = torch.tensor([[0.0, 0.0, 9.0, 40.0], [12.0, 3.0, 30.0, 21.0]])
+    view = View((10.0, 5.0, 50.0, 35.0), (30, 40), flip)
+    result, result_boxes, labels = apply_view(image, boxes, torch.tensor([1, 2]), view)
+    cut = image[:, 5:35, 10:50]
+    assert torch.equal(result, cut.flip(-1) if flip else cut)
+    assert result_boxes.tolist() == [[20.0, 0.0, 38.0, 16.0] if flip else [2.0, 0.0, 20.0, 16.0]]
+    assert labels.tolist() == [2]
 
 
 def test_inputs_are_left_as_they_are():
