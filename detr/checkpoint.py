@@ -23,6 +23,15 @@ class Category:
     name: str
 
 
+@dataclass(frozen=True)
+class InputSize:
+    """How an image becomes the model's input: resized to `short`, at most `max_size`, padded to `size_multiple`."""
+
+    short: int
+    max_size: int
+    size_multiple: int
+
+
 def write_atomically(path: Path, write: Callable[[BinaryIO], Any]) -> None:
     """Writes a file that is either whole or absent: temporary name, sync, rename."""
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -37,27 +46,25 @@ def write_atomically(path: Path, write: Callable[[BinaryIO], Any]) -> None:
         partial.unlink(missing_ok=True)
 
 
-def save_model(
-    model: DETR, categories: list[Category], eval_size: tuple[int, int], fingerprint: str, folder: Path
-) -> None:
+def save_model(model: DETR, categories: list[Category], input_size: InputSize, fingerprint: str, folder: Path) -> None:
     """Writes `model.safetensors` and `config.json` into `folder`.
 
-    The latter holds the architecture, the categories, the evaluation size (short side, max size) and the
+    The latter holds the architecture, the categories, the input size and the
     fingerprint of the training.
     """
     weights = {name: value.contiguous().cpu() for name, value in model.state_dict().items()}
     config = {
         "model": asdict(model.config),
         "categories": [asdict(category) for category in categories],
-        "eval_size": {"short": eval_size[0], "max_size": eval_size[1]},
+        "input_size": asdict(input_size),
         "fingerprint": fingerprint,
     }
     write_atomically(folder / "model.safetensors", lambda file: file.write(save(weights)))
     write_atomically(folder / "config.json", lambda file: file.write(json.dumps(config, indent=1).encode()))
 
 
-def load_model(folder: Path) -> tuple[DETR, list[Category], tuple[int, int]]:
-    """The model in eval mode, its categories, and (short side, max size) of its evaluation transform.
+def load_model(folder: Path) -> tuple[DETR, list[Category], InputSize]:
+    """The model in eval mode, its categories and its input size.
 
     Raises ValueError that names the file when one is torn or they disagree. Runs no code from the files.
     """
@@ -74,7 +81,7 @@ def load_model(folder: Path) -> tuple[DETR, list[Category], tuple[int, int]]:
             shapes = [tuple(side[key].shape) if key in side else "absent" for side in (own, weights)]
             raise ValueError(f"{folder}: {key} is {shapes[0]} by config.json, {shapes[1]} in model.safetensors")
     model.load_state_dict(weights)
-    return model.eval(), categories, (config["eval_size"]["short"], config["eval_size"]["max_size"])
+    return model.eval(), categories, InputSize(**config["input_size"])
 
 
 def save_state(state: dict[str, Any], path: Path) -> None:

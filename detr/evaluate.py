@@ -24,7 +24,7 @@ METRICS = (
 
 @torch.no_grad()
 def detect(
-    model: DETR, dataset: CocoDataset, indices: list[int], batch_size: int, device: torch.device
+    model: DETR, dataset: CocoDataset, indices: list[int], batch_size: int, size_multiple: int, device: torch.device
 ) -> Iterator[list[dict]]:
     """COCO detections {image_id, category_id, bbox [x, y, w, h], score}, one list per batch of images.
 
@@ -34,7 +34,7 @@ def detect(
     loader = DataLoader(
         dataset,  # type: ignore[arg-type]
         batch_sampler=[[(0, i) for i in indices[k : k + batch_size]] for k in range(0, len(indices), batch_size)],  # type: ignore[arg-type]
-        collate_fn=partial(collate, size_multiple=1),
+        collate_fn=partial(collate, size_multiple=size_multiple),
     )
     category_ids = dataset.annotations.category_ids
     for batch in loader:
@@ -57,7 +57,7 @@ def detect(
         yield found
 
 
-def detect_all(model: DETR, dataset: CocoDataset, batch_size: int, process: Process) -> list[dict]:
+def detect_all(model: DETR, dataset: CocoDataset, batch_size: int, size_multiple: int, process: Process) -> list[dict]:
     """The detections of the whole dataset, each process doing its share; every process gets all.
 
     Shares are whole batches, so images share their padding with the same others for any number of processes.
@@ -65,7 +65,7 @@ def detect_all(model: DETR, dataset: CocoDataset, batch_size: int, process: Proc
     stride = batch_size * process.num_processes
     starts = range(process.rank * batch_size, len(dataset), stride)
     mine = [index for start in starts for index in range(start, min(start + batch_size, len(dataset)))]
-    found = [row for rows in detect(model, dataset, mine, batch_size, process.device) for row in rows]
+    found = [row for rows in detect(model, dataset, mine, batch_size, size_multiple, process.device) for row in rows]
     merged = [row for part in process.gather(found) for row in part]
     order = {image_id: index for index, image_id in enumerate(dataset.annotations.image_ids.tolist())}
     return sorted(merged, key=lambda row: order[row["image_id"]])

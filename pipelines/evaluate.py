@@ -42,7 +42,7 @@ def evaluate(config: EvaluateParams, data: Path, model_folder: Path, output: Pat
 
     Raises ValueError when the model's categories are not those of the validation images.
     """
-    model, categories, (short, max_size) = load_model(model_folder)
+    model, categories, size = load_model(model_folder)
     annotations = load_annotations(data / "instances_val.json")
     held = [
         Category(int(key), name) for key, name in zip(annotations.category_ids, annotations.category_names, strict=True)
@@ -54,10 +54,11 @@ def evaluate(config: EvaluateParams, data: Path, model_folder: Path, output: Pat
             f"they differ in {', '.join(different[:5])}: train again on this data"
         )
     archive = ImageArchive(data / "val.zip")
-    dataset = CocoDataset(annotations, archive, EvalTransform(short, max_size))
+    dataset = CocoDataset(annotations, archive, EvalTransform(size.short, size.max_size))
     detections: list[dict] = []
     with process_group() as process, Progress(None, "evaluate", len(dataset), "image") as bar:
-        for found in detect(model, dataset, list(range(len(dataset))), config.batch_size, process.device):
+        everything = list(range(len(dataset)))
+        for found in detect(model, dataset, everything, config.batch_size, size.size_multiple, process.device):
             detections += found
             bar.update(min(config.batch_size, len(dataset) - bar.n))
     metrics, precision = coco_metrics(data / "instances_val.json", detections)

@@ -31,8 +31,8 @@ class Detector(PythonModel):
     """
 
     def load_context(self, context: PythonModelContext) -> None:
-        self.model, self.categories, eval_size = load_model(Path(context.artifacts["weights"]).parent)
-        self.transform = EvalTransform(*eval_size)
+        self.model, self.categories, self.input_size = load_model(Path(context.artifacts["weights"]).parent)
+        self.transform = EvalTransform(self.input_size.short, self.input_size.max_size)
 
     def predict(
         self, context: PythonModelContext, model_input: pd.DataFrame, params: dict[str, Any] | None = None
@@ -41,7 +41,7 @@ class Detector(PythonModel):
         samples = [self._sample(index, text) for index, text in enumerate(model_input["image"])]
         rows: list[dict[str, list]] = []
         for start in range(0, len(samples), MAX_BATCH):
-            batch = collate(samples[start : start + MAX_BATCH])
+            batch = collate(samples[start : start + MAX_BATCH], self.input_size.size_multiple)
             with torch.no_grad():
                 logits, boxes_cxcywh = self.model(normalize(batch.images, batch.padding), batch.padding)
             for scores, labels, boxes in zip(*postprocess(logits, boxes_cxcywh, batch.original_sizes_hw), strict=True):

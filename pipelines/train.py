@@ -18,7 +18,7 @@ from pathlib import Path
 import torch
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, record
 
-from detr.checkpoint import Category, load_state, save_model, save_state
+from detr.checkpoint import Category, InputSize, load_state, save_model, save_state
 from detr.coco import CocoDataset, ImageArchive, load_annotations
 from detr.distributed import process_group
 from detr.evaluate import coco_metrics, detect_all
@@ -57,9 +57,11 @@ def train(
         dataset = CocoDataset(
             annotations, ImageArchive(data / "train.zip"), TrainTransform(config.transform, config.seed)
         )
-        size = (config.transform.scales[-1], config.transform.max_size)
+        size = InputSize(config.transform.scales[-1], config.transform.max_size, config.size_multiple)
         held_out = CocoDataset(
-            load_annotations(data / "instances_val.json"), ImageArchive(data / "val.zip"), EvalTransform(*size)
+            load_annotations(data / "instances_val.json"),
+            ImageArchive(data / "val.zip"),
+            EvalTransform(size.short, size.max_size),
         )
         torch.manual_seed(config.seed)
         model = build_model(model_config, len(annotations.category_ids))
@@ -82,7 +84,7 @@ def train(
             row = report.row
             due = config.evaluate_epochs and (report.epoch + 1) % config.evaluate_epochs == 0
             if report.epoch_done and due:
-                detections = detect_all(model, held_out, config.batch_size, process)
+                detections = detect_all(model, held_out, config.batch_size, size.size_multiple, process)
                 row |= coco_metrics(data / "instances_val.json", detections)[0] if process.is_main else {}
             if not process.is_main:
                 continue

@@ -15,8 +15,6 @@ from torch.utils.data import DataLoader
 from detr.batch import collate
 from detr.coco import CocoDataset, ImageArchive, decode, load_annotations
 
-pytestmark = pytest.mark.filterwarnings("ignore:The image decoding:DeprecationWarning")
-
 SIZES_HW = {30: (40, 60), 10: (50, 20), 20: (32, 32)}
 CATEGORIES = {90: "zebra", 2: "cat", 17: "dog"}
 

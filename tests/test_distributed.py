@@ -10,8 +10,6 @@ import torch
 
 from detr.distributed import Process, process_group
 
-pytestmark = pytest.mark.filterwarnings("ignore:The image decoding:DeprecationWarning")
-
 # Weight 1 for "no object": the class loss is normalised per process by the weights of its own targets, so with
 # another weight it equals that of one process only when the targets are shared out evenly. Size multiple 64: with
 # group norm the amount of padding counts, and shares of a batch are padded each on its own.
@@ -49,7 +47,7 @@ def measure(drawn, process):
     dataset = CocoDataset(annotations, ImageArchive(drawn / "train.zip"), TrainTransform(TRANSFORM, 0))
     torch.manual_seed(0)
     model = build_model(TINY, len(annotations.category_ids))
-    detections = detect_all(model, held_out, 2, process)
+    detections = detect_all(model, held_out, 2, 1, process)
     rows = [report.row for report in fit(model, dataset, CONFIG, process)]
     weights = sum(p.detach().double().abs().sum() for p in model.parameters()).item()
     return {"rows": rows, "detections": detections, "weights": weights, "ranks": process.gather(process.rank)}

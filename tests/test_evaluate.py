@@ -12,8 +12,6 @@ from detr.evaluate import METRICS, ap_per_class, coco_metrics, detect, detect_al
 from detr.model import ModelConfig, build_model
 from detr.postprocess import postprocess
 
-pytestmark = pytest.mark.filterwarnings("ignore:The image decoding:DeprecationWarning")
-
 CPU = torch.device("cpu")
 TINY = ModelConfig(
     backbone="resnet10",
@@ -153,7 +151,7 @@ def model(dataset):
 
 def test_detections_are_the_models_in_coco_form(model, dataset):
     model.train()
-    batches = list(detect(model, dataset, [5, 0, 7], 2, CPU))
+    batches = list(detect(model, dataset, [5, 0, 7], 2, 1, CPU))
     assert [len(rows) for rows in batches] == [10, 5]
     assert not model.training
     rows = [row for batch in batches for row in batch]
@@ -176,13 +174,13 @@ def test_detections_are_the_models_in_coco_form(model, dataset):
 
 
 def test_no_images_give_no_detections(model, dataset):
-    assert list(detect(model, dataset, [], 4, CPU)) == []
+    assert list(detect(model, dataset, [], 4, 1, CPU)) == []
 
 
 @pytest.mark.parametrize("batch_size", [1, 5, 100])
 def test_the_size_of_batches_changes_no_detection_of_images_of_one_size(model, dataset, batch_size):
-    expected = detect_all(model, dataset, 4, Process(0, 1, CPU))
-    found = detect_all(model, dataset, batch_size, Process(0, 1, CPU))
+    expected = detect_all(model, dataset, 4, 1, Process(0, 1, CPU))
+    found = detect_all(model, dataset, batch_size, 1, Process(0, 1, CPU))
     assert [row["image_id"] for row in found] == np.repeat(dataset.annotations.image_ids, 5).tolist()
     for row, other in zip(found, expected, strict=True):
         assert row["category_id"] == other["category_id"]
@@ -191,5 +189,5 @@ def test_the_size_of_batches_changes_no_detection_of_images_of_one_size(model, d
 
 
 def test_detections_of_a_model_can_be_judged(model, dataset, drawn):
-    metrics, _ = coco_metrics(drawn / "instances_val.json", detect_all(model, dataset, 4, Process(0, 1, CPU)))
+    metrics, _ = coco_metrics(drawn / "instances_val.json", detect_all(model, dataset, 4, 1, Process(0, 1, CPU)))
     assert 0 <= metrics["AP"] < 0.5

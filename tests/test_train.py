@@ -14,8 +14,6 @@ from detr.model import ModelConfig, build_model
 from detr.train import TrainConfig, build_optimizer, fit, learning_rate_factor
 from detr.transforms import TrainTransform, TransformConfig
 
-pytestmark = pytest.mark.filterwarnings("ignore:The image decoding:DeprecationWarning")
-
 CPU = Process(0, 1, torch.device("cpu"))
 TINY = ModelConfig(
     backbone="resnet10",
