@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from pipelines import params, tracking
-from pipelines.registry import champion, decide, log_version, version_with
+from pipelines.registry import champion, current_alias, decide, log_version, version_with
 from pipelines.stage import DATA, command, write_json
 
 VALIDATED = Path("artifacts/validate")
@@ -44,14 +44,12 @@ def register(config: RegisterParams, output: Path) -> None:
     if version is None:
         best = champion(client)
         alias, reason = decide(metrics["AP"], float(best.tags["AP"]) if best else None, config.min_ap_gain)
-        tags = (
-            lineage | {"fingerprint": mark, "decision": reason} | {name: str(value) for name, value in metrics.items()}
-        )
+        tags = lineage | {name: str(value) for name, value in metrics.items()}
+        tags |= {"fingerprint": mark, "decision": alias, "decision_reason": reason}
         version = log_version(run_id, TRAINED, example_image(), tags)
         client.set_registered_model_alias(tracking.MODEL, alias, version.version)
     else:
-        alias = ", ".join(client.get_model_version(tracking.MODEL, version.version).aliases) or "no alias"
-        reason = "these weights were registered before"
+        alias, reason = current_alias(client, version), "these weights were registered before"
     output.mkdir(parents=True, exist_ok=True)
     write_json(output / "version.json", {"name": tracking.MODEL, "version": int(version.version), "fingerprint": mark})
     print(f"registered {tracking.MODEL} version {version.version} as {alias}: {reason}", flush=True)

@@ -31,6 +31,16 @@ def version_with(client: "MlflowClient", weights_sha256: str) -> "ModelVersion |
     return min((v for v in found if v.status == "READY"), key=lambda v: int(v.version), default=None)
 
 
+def current_alias(client: "MlflowClient", version: "ModelVersion") -> str:
+    """The aliases of a version; the newest one gets what was decided if a kill came before it was set."""
+    aliases = client.get_model_version(MODEL, version.version).aliases
+    newest = max(int(v.version) for v in client.search_model_versions(f"name = '{MODEL}'"))
+    if not aliases and int(version.version) == newest:
+        client.set_registered_model_alias(MODEL, version.tags["decision"], version.version)
+        return str(version.tags["decision"])
+    return ", ".join(aliases) or "no alias"
+
+
 def decide(candidate_ap: float, champion_ap: float | None, min_ap_gain: float) -> tuple[str, str]:
     """The alias of a candidate, and why: champion when there is none, or when it gains at least `min_ap_gain` AP."""
     if champion_ap is None:

@@ -25,7 +25,7 @@ SPLITS = ("train", "val")
 SUPERSAMPLE = 2
 BLOTCHES = 12  # of the background, per side; three of them are one coarse blotch
 DULL, COARSE, FINE = 25, 35, 20  # strengths of the background's colour and of its blotches, of 255
-HUE_SPREAD = 0.14  # of a category's fill around its own hue, of a full turn: neighbours overlap
+HUE_SPREAD = 0.12  # of a category's fill around its own hue, of a full turn: neighbours overlap
 ZIP_DATE = (1980, 1, 1, 0, 0, 0)
 
 

@@ -23,7 +23,7 @@ from detr.coco import CocoDataset, ImageArchive, load_annotations
 from detr.distributed import process_group
 from detr.evaluate import coco_metrics, detect_all
 from detr.model import ModelConfig, build_model
-from detr.train import TrainConfig, fit
+from detr.train import Report, TrainConfig, fit
 from detr.transforms import EvalTransform, TrainTransform
 from pipelines import params
 from pipelines.stage import DATA, EXPECTED, Progress, command, explain
@@ -51,13 +51,11 @@ def train(
     finds it. Raises ValueError or FloatingPointError with what to do.
     """
     mark = fingerprint(model_config, config, json.loads(passed.read_text())["data"])
-    state_path, timings = scratch / mark / "state", scratch / mark / "timings.jsonl"
+    size = InputSize(config.transform.scales[-1], config.transform.max_size, config.size_multiple)
     with process_group() as process:
         annotations = load_annotations(data / "instances_train.json")
-        dataset = CocoDataset(
-            annotations, ImageArchive(data / "train.zip"), TrainTransform(config.transform, config.seed)
-        )
-        size = InputSize(config.transform.scales[-1], config.transform.max_size, config.size_multiple)
+        transform = TrainTransform(config.transform, config.seed)
+        dataset = CocoDataset(annotations, ImageArchive(data / "train.zip"), transform)
         held_out = CocoDataset(
             load_annotations(data / "instances_val.json"),
             ImageArchive(data / "val.zip"),
@@ -65,57 +63,76 @@ def train(
         )
         torch.manual_seed(config.seed)
         model = build_model(model_config, len(annotations.category_ids))
-        state = load_state(state_path)
+        state = load_state(scratch / mark / "state")
         history: list[dict[str, float]] = state.pop("history") if state else []
+        log = None
         if process.is_main:
-            output.mkdir(parents=True, exist_ok=True)
-            timings.parent.mkdir(parents=True, exist_ok=True)
-            where = f"resuming at step {state['step']}" if state else "starting"
+            total_steps = config.epochs * (len(dataset) // config.batch_size)
+            begins = f"resuming at step {state['step']}" if state else "starting"
             print(
-                f"train {mark}: {where}, {len(dataset)} images, {sum(p.numel() for p in model.parameters()):,} "
-                f"parameters, {process.num_processes} processes on {process.device.type}",
+                f"train {mark}: {begins}, {len(dataset)} images, "
+                f"{sum(p.numel() for p in model.parameters()):,} parameters, {process.num_processes} processes on "
+                f"{process.device.type}",
                 flush=True,
             )
             mirror = Mirror(mark, f"train {mark}", {"model": asdict(model_config), "train": asdict(config)})
-            bar = Progress(None, "train", config.epochs * (len(dataset) // config.batch_size), "step")
-            bar.update(state["step"] if state else 0)
-            saved = time.monotonic()
+            log = Log(scratch / mark, history, mirror, total_steps, config)
         for report in fit(model, dataset, config, process, state):
-            row = report.row
-            due = config.evaluate_epochs and (report.epoch + 1) % config.evaluate_epochs == 0
-            if report.epoch_done and due:
+            if report.epoch_done and config.evaluate_epochs and (report.epoch + 1) % config.evaluate_epochs == 0:
                 detections = detect_all(model, held_out, config.batch_size, size.size_multiple, process)
-                row |= coco_metrics(data / "instances_val.json", detections)[0] if process.is_main else {}
-            if not process.is_main:
-                continue
-            history.append(row)
-            timing = {"step": report.step, "images_per_second": round(report.images_per_second, 2)}
-            with timings.open("a") as file:
-                file.write(json.dumps(timing) + "\n")
-            mirror.put(row | timing)
-            bar.update(report.step - bar.n)
-            bar.set_postfix_str(f"loss {row['loss']:.3f}, {report.images_per_second:.0f} images/s", refresh=False)
-            if "AP" in row:
-                print(
-                    f"epoch {report.epoch + 1}/{config.epochs}: loss {row['loss']:.3f} class {row['loss_class']:.3f} "
-                    f"box {row['loss_box']:.3f} giou {row['loss_giou']:.3f}, AP {row['AP']:.3f} AP50 "
-                    f"{row['AP50']:.3f}, {report.images_per_second:.0f} images/s",
-                    flush=True,
-                )
-            if time.monotonic() - saved >= config.checkpoint_minutes * 60:
-                save_state(report.state() | {"history": history}, state_path)
-                saved = time.monotonic()
-        if process.is_main:
-            bar.close()
-            categories = [
-                Category(int(key), name)
-                for key, name in zip(annotations.category_ids, annotations.category_names, strict=True)
-            ]
+                if log:
+                    report.row.update(coco_metrics(data / "instances_val.json", detections)[0])
+            if log:
+                log.add(report)
+        if log:
+            pairs = zip(annotations.category_ids.tolist(), annotations.category_names, strict=True)
+            output.mkdir(parents=True, exist_ok=True)
             (output / "history.jsonl").write_text("".join(json.dumps(row) + "\n" for row in history))
-            save_model(model, categories, size, mark, output)
-            mirror.close()
-            for path in (state_path, state_path.with_suffix(".previous")):
-                path.unlink(missing_ok=True)
+            save_model(model, [Category(key, name) for key, name in pairs], size, mark, output)
+            log.close()
+
+
+class Log:
+    """What the main process keeps and shows of a training: history, timings, resume state, MLflow, a progress bar.
+
+    Only `history` and what stands in it is a pure function of code, parameters and data.
+    """
+
+    def __init__(
+        self, folder: Path, history: list[dict[str, float]], mirror: Mirror, total_steps: int, config: TrainConfig
+    ) -> None:
+        self.folder, self.history, self.mirror, self.config = folder, history, mirror, config
+        self.bar = Progress(None, "train", total_steps, "step")
+        self.bar.update(int(history[-1]["step"]) if history else 0)
+        self.saved = time.monotonic()
+        folder.mkdir(parents=True, exist_ok=True)
+
+    def add(self, report: Report) -> None:
+        row, rate = report.row, report.images_per_second
+        self.history.append(row)
+        timing = {"step": report.step, "images_per_second": round(rate, 2)}
+        with (self.folder / "timings.jsonl").open("a") as file:
+            file.write(json.dumps(timing) + "\n")
+        self.mirror.put(row | timing)
+        self.bar.update(report.step - self.bar.n)
+        self.bar.set_postfix_str(f"loss {row['loss']:.3f}, {rate:.0f} images/s", refresh=False)
+        if "AP" in row:
+            print(
+                f"epoch {report.epoch + 1}/{self.config.epochs}: loss {row['loss']:.3f} class {row['loss_class']:.3f} "
+                f"box {row['loss_box']:.3f} giou {row['loss_giou']:.3f}, AP {row['AP']:.3f} AP50 {row['AP50']:.3f}, "
+                f"{rate:.0f} images/s",
+                flush=True,
+            )
+        if time.monotonic() - self.saved >= self.config.checkpoint_minutes * 60:
+            save_state(report.state() | {"history": self.history}, self.folder / "state")
+            self.saved = time.monotonic()
+
+    def close(self) -> None:
+        """Ends the bar and the mirror, and removes the resume state of a training that is complete."""
+        self.bar.close()
+        self.mirror.close()
+        for name in ("state", "state.previous"):
+            (self.folder / name).unlink(missing_ok=True)
 
 
 def launch() -> None:

@@ -1,6 +1,6 @@
 import pytest
 
-from pipelines.registry import champion, decide, version_with
+from pipelines.registry import champion, current_alias, decide, version_with
 from pipelines.tracking import MODEL, connect
 
 
@@ -27,8 +27,15 @@ def test_champion_and_known_weights(tmp_path, monkeypatch):
     client.create_registered_model(MODEL)
     assert champion(client) is None
     (tmp_path / "model").mkdir()
-    for weights in ("w1", "w2", "w1"):
-        client.create_model_version(MODEL, str(tmp_path / "model"), tags={"weights_sha256": weights})
+    for weights in ("w1", "w2", "w3"):
+        tags = {"weights_sha256": weights, "decision": "challenger"}
+        client.create_model_version(MODEL, str(tmp_path / "model"), tags=tags)
     client.set_registered_model_alias(MODEL, "champion", "2")
     assert champion(client).version == 2
     assert version_with(client, "w1").version == 1
+    assert [current_alias(client, version_with(client, w)) for w in ("w1", "w2", "w3")] == [
+        "no alias",
+        "champion",
+        "challenger",
+    ]
+    assert client.get_model_version_by_alias(MODEL, "challenger").version == 3
