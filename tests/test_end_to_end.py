@@ -282,8 +282,8 @@ def test_without_mlflow_training_goes_on_and_registration_says_so(project):
 
 def test_an_interrupted_stage_ends_with_all_its_processes(project, tmp_path):
     slow = small_project(tmp_path / "slow", "train.epochs=100000", "train.evaluate_epochs=0")
-    for stage in ("download", "validate"):
-        call(slow, "dvc", "repro", "--single-item", stage)
+    for made in ("data/coco", "artifacts/validate"):
+        shutil.copytree(project / made, slow / made)
 
     def interrupt(line):
         if line.startswith("train ") and "starting" in line:
@@ -332,9 +332,8 @@ def test_any_mlflow_server_will_do(project, tmp_path):
     with zipfile.ZipFile(project / "data/coco/val.zip") as archive:
         image = base64.b64encode(archive.read(archive.namelist()[0])).decode()
     with mlflow_server(tmp_path / "server") as uri:
-        for _ in range(2):
-            said = call(project, "python", "-m", "pipelines.register", MLFLOW_TRACKING_URI=uri)
-            assert "registered detr version 1 as champion" in said
+        said = call(project, "python", "-m", "pipelines.register", MLFLOW_TRACKING_URI=uri)
+        assert "registered detr version 1 as champion" in said
         env = environment(MLFLOW_TRACKING_URI=uri)
         done = subprocess.run(
             [sys.executable, "-c", ASK],
