@@ -11,6 +11,7 @@ import pytest
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 
+from detr.model import ModelConfig  # noqa: E402
 from pipelines.params import merged, to_yaml  # noqa: E402
 from pipelines.shapes import ShapesParams, write_shapes  # noqa: E402
 from pipelines.stage import QUIET  # noqa: E402
@@ -32,6 +33,23 @@ TINY = [
     "train.checkpoint_minutes=0.0",
     "evaluate.num_pictures=2",
 ]
+TINY_MODEL = ModelConfig(
+    backbone="resnet10",
+    backbone_width=0.25,
+    backbone_norm="group",
+    backbone_weights="none",
+    stride=32,
+    position="sine",
+    position_temperature=20.0,
+    hidden_dim=32,
+    num_heads=4,
+    dim_feedforward=64,
+    num_encoder_layers=1,
+    num_decoder_layers=2,
+    num_queries=5,
+    dropout=0.0,
+    pre_norm=False,
+)
 SHAPES = ShapesParams(
     seed=3,
     num_train=24,

@@ -8,25 +8,10 @@ from safetensors.torch import save_file
 from torchvision.ops import FrozenBatchNorm2d
 
 from detr.backbone import ResNet, freeze_stem, load_pretrained
-from detr.model import ModelConfig, build_model
+from detr.model import build_model
+from tests.conftest import TINY_MODEL
 
-TINY = ModelConfig(
-    backbone="resnet10",
-    backbone_width=0.25,
-    backbone_norm="frozen",
-    backbone_weights="none",
-    stride=32,
-    position="sine",
-    position_temperature=20.0,
-    hidden_dim=32,
-    num_heads=4,
-    dim_feedforward=64,
-    num_encoder_layers=1,
-    num_decoder_layers=2,
-    num_queries=5,
-    dropout=0.0,
-    pre_norm=False,
-)
+TINY = replace(TINY_MODEL, backbone_norm="frozen")
 
 
 @pytest.fixture(autouse=True, scope="module")

@@ -7,29 +7,13 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from detr.checkpoint import Category, InputSize, load_model, load_state, save_model, save_state, write_atomically
-from detr.model import ModelConfig, build_model
+from detr.model import build_model
+from tests.conftest import TINY_MODEL
 
-TINY = ModelConfig(
-    backbone="resnet10",
-    backbone_width=0.25,
-    backbone_norm="group",
-    backbone_weights="none",
-    stride=32,
-    position="sine",
-    position_temperature=20.0,
-    hidden_dim=32,
-    num_heads=4,
-    dim_feedforward=64,
-    num_encoder_layers=1,
-    num_decoder_layers=2,
-    num_queries=5,
-    dropout=0.0,
-    pre_norm=False,
-)
 CATEGORIES = [Category(3, "cat"), Category(44, "dog")]
 
 
-def saved(folder, config=TINY):
+def saved(folder, config=TINY_MODEL):
     torch.manual_seed(0)
     model = build_model(config, len(CATEGORIES))
     save_model(model, CATEGORIES, InputSize(480, 640, 32), "abc", folder)
@@ -61,7 +45,7 @@ def test_a_writer_that_fails_leaves_the_old_file_and_no_other(before, tmp_path):
 
 @pytest.mark.parametrize("change", [{}, {"backbone_norm": "batch", "position": "learned"}, {"stride": 16}])
 def test_a_model_comes_back_as_it_was(change, tmp_path):
-    model = saved(tmp_path, replace(TINY, **change)).eval()
+    model = saved(tmp_path, replace(TINY_MODEL, **change)).eval()
     again, categories, input_size = load_model(tmp_path)
     assert not again.training
     assert (categories, input_size, again.config) == (CATEGORIES, InputSize(480, 640, 32), model.config)
@@ -79,7 +63,7 @@ def test_models_in_channels_last_are_the_same_file(tmp_path):
 
 
 def test_a_model_with_pretrained_weights_needs_them_no_more(tmp_path):
-    model = saved(tmp_path, replace(TINY, backbone_norm="frozen"))
+    model = saved(tmp_path, replace(TINY_MODEL, backbone_norm="frozen"))
     document = json.loads((tmp_path / "config.json").read_text())
     document["model"]["backbone_weights"] = "imagenet"
     (tmp_path / "config.json").write_text(json.dumps(document))

@@ -9,27 +9,11 @@ from pycocotools.cocoeval import COCOeval
 from detr.coco import CocoDataset, ImageArchive, load_annotations
 from detr.distributed import Process
 from detr.evaluate import METRICS, ap_per_class, coco_metrics, detect, detect_all
-from detr.model import ModelConfig, build_model
+from detr.model import build_model
 from detr.postprocess import postprocess
+from tests.conftest import TINY_MODEL
 
 CPU = torch.device("cpu")
-TINY = ModelConfig(
-    backbone="resnet10",
-    backbone_width=0.25,
-    backbone_norm="group",
-    backbone_weights="none",
-    stride=32,
-    position="sine",
-    position_temperature=20.0,
-    hidden_dim=32,
-    num_heads=4,
-    dim_feedforward=64,
-    num_encoder_layers=1,
-    num_decoder_layers=2,
-    num_queries=5,
-    dropout=0.0,
-    pre_norm=False,
-)
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -146,7 +130,7 @@ def dataset(drawn):
 @pytest.fixture
 def model(dataset):
     torch.manual_seed(0)
-    return build_model(TINY, len(dataset.annotations.category_ids))
+    return build_model(TINY_MODEL, len(dataset.annotations.category_ids))
 
 
 def test_detections_are_the_models_in_coco_form(model, dataset):

@@ -5,33 +5,17 @@ import torch
 
 import detr
 from detr.batch import Sample, collate, normalize
-from detr.model import MLP, ModelConfig, build_model
+from detr.model import MLP, build_model
+from tests.conftest import TINY_MODEL
 
-TINY = ModelConfig(
-    backbone="resnet10",
-    backbone_width=0.25,
-    backbone_norm="group",
-    backbone_weights="none",
-    stride=32,
-    position="sine",
-    position_temperature=20.0,
-    hidden_dim=32,
-    num_heads=4,
-    dim_feedforward=64,
-    num_encoder_layers=1,
-    num_decoder_layers=2,
-    num_queries=5,
-    dropout=0.0,
-    pre_norm=False,
-)
 CONFIGS = {
-    "tiny": TINY,
-    "frozen": replace(TINY, backbone_norm="frozen"),
-    "dilated": replace(TINY, stride=16),
-    "published_wavelengths": replace(TINY, position_temperature=10000.0),
-    "learned": replace(TINY, position="learned"),
-    "pre_norm": replace(TINY, pre_norm=True),
-    "no_encoder": replace(TINY, num_encoder_layers=0),
+    "tiny": TINY_MODEL,
+    "frozen": replace(TINY_MODEL, backbone_norm="frozen"),
+    "dilated": replace(TINY_MODEL, stride=16),
+    "published_wavelengths": replace(TINY_MODEL, position_temperature=10000.0),
+    "learned": replace(TINY_MODEL, position="learned"),
+    "pre_norm": replace(TINY_MODEL, pre_norm=True),
+    "no_encoder": replace(TINY_MODEL, num_encoder_layers=0),
 }
 
 
@@ -129,13 +113,13 @@ def test_gradients_reach_every_parameter(model):
 
 
 def test_the_seed_alone_decides_the_weights():
-    first, second = (torch.manual_seed(seed) and build_model(TINY, 3).state_dict() for seed in (7, 7))
+    first, second = (torch.manual_seed(seed) and build_model(TINY_MODEL, 3).state_dict() for seed in (7, 7))
     assert all(torch.equal(first[key], second[key]) for key in first)
 
 
 def test_the_published_network_has_the_papers_size():
     paper = replace(
-        TINY, backbone="resnet50", backbone_width=1.0, backbone_norm="frozen", hidden_dim=256, num_heads=8,
+        TINY_MODEL, backbone="resnet50", backbone_width=1.0, backbone_norm="frozen", hidden_dim=256, num_heads=8,
         dim_feedforward=2048, num_encoder_layers=6, num_decoder_layers=6, num_queries=100,
     )  # fmt: skip
     with torch.device("meta"):
@@ -159,12 +143,12 @@ def test_the_published_network_has_the_papers_size():
 )
 def test_impossible_architectures_are_refused(change, message):
     with pytest.raises(ValueError, match=message):
-        replace(TINY, **change)
+        replace(TINY_MODEL, **change)
 
 
 def test_heads_must_divide_the_width():
     with pytest.raises(ValueError, match="model.hidden_dim is 32, not divisible by 5 heads"):
-        build_model(replace(TINY, num_heads=5), 3)
+        build_model(replace(TINY_MODEL, num_heads=5), 3)
 
 
 @pytest.mark.parametrize("num_layers", [1, 2, 3])

@@ -10,28 +10,13 @@ from detr.coco import CocoDataset, ImageArchive, load_annotations
 from detr.distributed import Process
 from detr.loss import LossConfig
 from detr.matcher import MatcherConfig
-from detr.model import ModelConfig, build_model
+from detr.model import build_model
 from detr.train import TrainConfig, build_optimizer, fit, learning_rate_factor
 from detr.transforms import TrainTransform, TransformConfig
+from tests.conftest import TINY_MODEL
 
 CPU = Process(0, 1, torch.device("cpu"))
-TINY = ModelConfig(
-    backbone="resnet10",
-    backbone_width=0.25,
-    backbone_norm="group",
-    backbone_weights="none",
-    stride=32,
-    position="sine",
-    position_temperature=20.0,
-    hidden_dim=32,
-    num_heads=4,
-    dim_feedforward=64,
-    num_encoder_layers=1,
-    num_decoder_layers=2,
-    num_queries=5,
-    dropout=0.1,
-    pre_norm=False,
-)
+TINY = replace(TINY_MODEL, dropout=0.1)
 CONFIG = TrainConfig(
     seed=3,
     epochs=3,
