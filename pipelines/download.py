@@ -5,6 +5,7 @@ import json
 import os
 import shutil
 import zipfile
+import zlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -120,10 +121,9 @@ def _fetch(url: str, target: Path) -> None:
         session.mount(scheme, HTTPAdapter(max_retries=retry))
     for attempt in range(5):
         have = target.stat().st_size if target.exists() else 0
+        headers = {"Accept-Encoding": "identity"} | ({"Range": f"bytes={have}-"} if have else {})
         try:
-            with session.get(
-                url, stream=True, timeout=30, headers={"Range": f"bytes={have}-"} if have else {}
-            ) as answer:
+            with session.get(url, stream=True, timeout=30, headers=headers) as answer:
                 answer.raise_for_status()
                 have = have if answer.status_code == 206 else 0
                 total = have + int(answer.headers.get("Content-Length", 0))
@@ -154,7 +154,7 @@ def _open_zip(path: Path) -> Iterator[zipfile.ZipFile]:
     try:
         with zipfile.ZipFile(path) as archive:
             yield archive
-    except zipfile.BadZipFile as error:
+    except (zipfile.BadZipFile, zlib.error, EOFError) as error:
         raise ValueError(f"{path} is not a whole zip file ({error}); fetch it again") from error
 
 
@@ -177,10 +177,14 @@ def _take_annotations(path: Path, member: str, target: Path, max_images: int) ->
     if not max_images:
         return None
     document["images"] = document["images"][:max_images]
-    ids = {image["id"] for image in document["images"]}
-    document["annotations"] = [a for a in document["annotations"] if a["image_id"] in ids]
+    try:
+        ids = {image["id"] for image in document["images"]}
+        names = {Path(image["file_name"]).name for image in document["images"]}
+        document["annotations"] = [a for a in document["annotations"] if a["image_id"] in ids]
+    except KeyError as error:
+        raise ValueError(f"{member or path}: an entry lacks {error}") from error
     target.write_text(json.dumps(document))
-    return {Path(image["file_name"]).name for image in document["images"]}
+    return names
 
 
 def _take_images(path: Path, target: Path, wanted: set[str] | None) -> None:

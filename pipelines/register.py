@@ -1,6 +1,7 @@
 """Stage 5: the model in the registry, with its lineage. `python -m pipelines.register`"""
 
 import base64
+import hashlib
 import json
 import os
 import platform
@@ -72,7 +73,8 @@ def collect_lineage() -> dict[str, str]:
 
     return {
         "git_commit": git("rev-parse", "HEAD") or "none",
-        "git_dirty": str(bool(git("status", "--porcelain", "--untracked-files=no", "--", ".", ":!dvc.lock"))).lower(),
+        "git_branch": git("branch", "--show-current") or "none",
+        "git_dirty": str(bool(git("status", "--porcelain", "--", ".", ":!dvc.lock"))).lower(),
         "data_digest": json.loads((VALIDATED / "passed.json").read_text())["data"],
         "weights_sha256": tracking.sha256(TRAINED / "model.safetensors"),
         "dvc_lock_sha256": tracking.sha256(Path("dvc.lock")),
@@ -88,7 +90,10 @@ def publish(client: Any, run_id: str, mark: str, metrics: dict[str, float], line
     tracking.log_params(client, run_id, {name: document[name] for name in params.SECTIONS})
     tracking.fill_in(client, run_id, tracking.read_rows(TRAINED / "history.jsonl"))
     tracking.fill_in(client, run_id, tracking.read_rows(SCRATCH / mark / "timings.jsonl"))
-    if client.get_run(run_id).data.tags.get("published") == lineage["weights_sha256"]:
+    results = hashlib.sha256(lineage["weights_sha256"].encode())
+    for path in sorted(path for path in EVALUATED.rglob("*") if path.is_file()):
+        results.update(tracking.sha256(path).encode())
+    if client.get_run(run_id).data.tags.get("published") == results.hexdigest():
         return
     for name, value in metrics.items():
         client.log_metric(run_id, name, value)
@@ -101,9 +106,10 @@ def publish(client: Any, run_id: str, mark: str, metrics: dict[str, float], line
     for name in ("metrics.json", "per_class.csv", "detections.json", "plots"):
         log = client.log_artifacts if (EVALUATED / name).is_dir() else client.log_artifact
         log(run_id, str(EVALUATED / name), f"evaluate/{name}" if (EVALUATED / name).is_dir() else "evaluate")
-    if (SCRATCH / "data_docs").exists():
+    docs_of = SCRATCH / "data_docs" / "data.sha256"
+    if docs_of.exists() and docs_of.read_text() == lineage["data_digest"]:
         client.log_artifacts(run_id, str(SCRATCH / "data_docs"), "data_docs")
-    client.set_tag(run_id, "published", lineage["weights_sha256"])
+    client.set_tag(run_id, "published", results.hexdigest())
     client.set_terminated(run_id, "FINISHED")
 
 

@@ -3,6 +3,7 @@
 import fcntl
 import os
 import pty
+import re
 import shutil
 import signal
 import subprocess
@@ -98,20 +99,29 @@ def _follow(master: int, lines: deque[str]) -> None:
         sys.stderr.buffer.write(data)
         sys.stderr.flush()
         *whole, rest = (rest + data.decode(errors="replace")).replace("\r", "\n").split("\n")
-        lines.extend(line for line in whole if line.startswith("error: "))
+        plain = (re.sub(r"\x1b\[[0-9;]*m", "", line) for line in whole)
+        lines.extend(line for line in plain if line.startswith(("error: ", "ERROR: ")))
 
 
 def _stop_group(process: subprocess.Popen[str]) -> None:
     """Ends every process of the group: SIGTERM, and SIGKILL for what is left after STOP_SECONDS."""
     deadline = time.monotonic() + STOP_SECONDS
     for number in (signal.SIGTERM, signal.SIGKILL):
-        try:
-            os.killpg(process.pid, number)
-        except ProcessLookupError:
+        if not _signal_group(process.pid, number):
             break
-        while process.poll() is None and time.monotonic() < deadline:
+        while time.monotonic() < deadline and _signal_group(process.pid, 0):
+            process.poll()
             time.sleep(0.1)
     process.wait()
+
+
+def _signal_group(group: int, number: int) -> bool:
+    """Sends a signal (0: none) to a process group; whether there was one."""
+    try:
+        os.killpg(group, number)
+    except ProcessLookupError:
+        return False
+    return True
 
 
 def _git(root: Path, *arguments: str) -> str:
@@ -151,6 +161,7 @@ def absolute_paths(document: Any, root: Path) -> None:
         document["download"]["source"] = {key: absolute(place) for key, place in source.items()}
     else:
         document["download"]["source"] = absolute(source)
+    document["download"]["sha256"] = {absolute(place): sum_ for place, sum_ in document["download"]["sha256"].items()}
     document["model"]["backbone_weights"] = absolute(document["model"]["backbone_weights"])
 
 
@@ -158,9 +169,9 @@ def absolute_paths(document: Any, root: Path) -> None:
 def worktree(root: Path, name: str, document: Any) -> Iterator[Path]:
     """A git worktree at HEAD with `document` as its params.yaml, the DVC cache and scratch/ shared.
 
-    params.yaml is committed first, so that what is registered names the commit that made it; when the block
-    ends well, dvc.lock follows, the branch `runs/NAME` holds both, and the evaluation is kept in
-    `scratch/runs/NAME`. The worktree is removed in any case.
+    params.yaml is committed first, on the branch `runs/NAME`, so that what is registered names the commit that
+    made it; when the block ends well, dvc.lock follows, and the evaluation is kept in `scratch/runs/NAME`. The
+    worktree is removed in any case, the branch when nothing was registered.
     """
     place = root / "scratch" / "worktrees" / name
     cache = subprocess.run(
@@ -169,22 +180,28 @@ def worktree(root: Path, name: str, document: Any) -> Iterator[Path]:
         env=os.environ | QUIET,
         capture_output=True,
         text=True,
-        check=True,
-    ).stdout.strip()
+        check=False,
+    )
+    if cache.returncode:
+        raise ValueError(f"dvc cache dir failed in {root}: {cache.stderr.strip()}")
+    for left in place.parent.glob("*"):  # of a run that was killed: the run lock is ours
+        shutil.rmtree(left, ignore_errors=True)
     _git(root, "worktree", "prune")
-    _git(root, "worktree", "add", "--detach", str(place), "HEAD")
+    _git(root, "worktree", "add", "-b", f"runs/{name}", str(place), "HEAD")
     try:
         absolute_paths(document, root)
         (place / "params.yaml").write_text(to_yaml(document))
-        (place / ".dvc" / "config.local").write_text(f"[cache]\n    dir = {root / cache}\n")
+        (place / ".dvc" / "config.local").write_text(f"[cache]\n    dir = {root / cache.stdout.strip()}\n")
         (place / "scratch").symlink_to(root / "scratch")
         _commit(place, "params.yaml", f"Parameters of run {name}")
         yield place
         _commit(place, "dvc.lock", f"Results of run {name}")
-        _git(place, "branch", f"runs/{name}")
         shutil.copytree(place / "artifacts" / "evaluate", root / "scratch" / "runs" / name)
     finally:
+        registered = (place / "artifacts" / "register" / "version.json").exists()
         _git(root, "worktree", "remove", "--force", str(place))
+        if not registered:
+            _git(root, "branch", "-D", f"runs/{name}")
 
 
 def _commit(place: Path, file: str, message: str) -> None:
@@ -192,9 +209,9 @@ def _commit(place: Path, file: str, message: str) -> None:
     known = subprocess.run(["git", "config", "user.email"], cwd=place, capture_output=True, check=False).returncode == 0
     identity = () if known else ("-c", "user.name=pipelines", "-c", "user.email=pipelines@localhost")
     _git(place, "add", file)
-    _git(place, *identity, "commit", "--quiet", "--allow-empty", "--no-verify", "-m", message)
+    _git(place, *identity, "commit", "--quiet", "--allow-empty", "--no-verify", "--no-gpg-sign", "-m", message)
 
 
 def is_dirty(root: Path) -> bool:
-    """Whether tracked files differ from HEAD; dvc.lock may, it is a result."""
-    return bool(_git(root, "status", "--porcelain", "--untracked-files=no", "--", ".", ":!dvc.lock"))
+    """Whether files differ from HEAD that a worktree would lack; parameters are merged in, dvc.lock is a result."""
+    return bool(_git(root, "status", "--porcelain", "--", ".", ":!dvc.lock", ":!params.yaml", ":!presets"))

@@ -19,6 +19,7 @@ from pipelines.stage import DATA, FILES, Progress, command, write_json
 
 OUTPUT = Path("artifacts/validate")
 DATA_DOCS = Path("scratch/data_docs")
+DIGEST = "data.sha256"  # in DATA_DOCS: which data they show
 
 
 @dataclass(frozen=True)
@@ -47,6 +48,8 @@ def validate(config: ValidateParams, data: Path, output: Path, data_docs: Path) 
     for split in ("train", "val"):
         tables |= tabulate(config, data, split)
     report = judge(config, tables, data_docs)
+    data_digest = digest(data)
+    (data_docs / DIGEST).write_text(data_digest)
     write_json(output / "report.json", report)
     for row in report:
         if not row["success"]:
@@ -55,10 +58,10 @@ def validate(config: ValidateParams, data: Path, output: Path, data_docs: Path) 
     if broken:
         raise ValueError(
             f"{len(broken)} of {len(report)} expectations on {data} are broken, "
-            f"first: {describe(broken[0])}; see {output}/report.json"
+            f"first: {describe(broken[0])}; see {data_docs}/index.html"
         )
     print(f"{len(report)} expectations hold; Data Docs: {data_docs / 'index.html'}", flush=True)
-    write_json(output / "passed.json", {"data": digest(data)})
+    write_json(output / "passed.json", {"data": data_digest})
 
 
 def digest(data: Path) -> str:
@@ -86,6 +89,8 @@ def tabulate(config: ValidateParams, data: Path, split: str) -> dict[str, pd.Dat
     )
     categories = _columns(document["categories"], ("id", "name"), f"instances_{split}.json categories")
 
+    if images.empty:
+        raise ValueError(f"{data}/instances_{split}.json lists no images")
     seen = _inspect(data / f"{split}.zip", images["file_name"].tolist(), config.num_decoded)
     images["stored"], images["real_width"], images["real_height"], images["decodes"] = zip(*seen, strict=True)
     images["size_agrees"] = (images["real_width"] < 0) | (
@@ -131,10 +136,11 @@ def _inspect(path: Path, names: list[str], num_decoded: int) -> list[tuple[int, 
     with archive:
         members: dict[str, list[zipfile.ZipInfo]] = {}
         for info in archive.infolist():
-            members.setdefault(info.filename.rsplit("/", 1)[-1], []).append(info)
+            for key in {info.filename, info.filename.rsplit("/", 1)[-1]}:
+                members.setdefault(key, []).append(info)
         rows = []
         for index, name in enumerate(Progress(names, f"inspect {path.name}", len(names), "image")):
-            found = members.get(name.rsplit("/", 1)[-1], [])
+            found = members.get(name, [])
             width = height = -1
             decodes = False
             if found:
@@ -144,7 +150,7 @@ def _inspect(path: Path, names: list[str], num_decoded: int) -> list[tuple[int, 
                         if num_decoded and index % every == 0:
                             image.load()
                     decodes = True
-                except (OSError, SyntaxError, zipfile.BadZipFile):
+                except (OSError, SyntaxError, zipfile.BadZipFile, Image.DecompressionBombError):
                     pass
             rows.append((len(found), width, height, decodes))
     return rows
