@@ -1,11 +1,16 @@
 """The residual backbone and its norms. B images, H W padded size, S output stride."""
 
+import re
+from collections.abc import Mapping
+from itertools import pairwise
 from pathlib import Path
+from typing import Any, BinaryIO, TypeGuard
 
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
+from torch.nn.utils.fusion import fuse_conv_bn_weights
 from torchvision.models import get_model
 from torchvision.models.resnet import BasicBlock, Bottleneck
 from torchvision.ops import FrozenBatchNorm2d
@@ -83,9 +88,20 @@ def _dilate(stage: nn.Module) -> None:
                 module.dilation, module.padding = (2, 2), (2, 2)
 
 
+@torch.no_grad()
+def fold_norms(backbone: ResNet) -> None:
+    """Moves frozen and batch norms, as they stand in eval mode, into the convolutions before them; in place."""
+    for parent in [module for module in backbone.modules() if not isinstance(module, nn.Conv2d)]:
+        for (_, conv), (norm_name, norm) in pairwise(list(parent.named_children())):
+            if isinstance(conv, nn.Conv2d) and isinstance(norm, FrozenBatchNorm2d | nn.BatchNorm2d):
+                statistics = (norm.running_mean, norm.running_var, norm.eps, norm.weight, norm.bias)
+                conv.weight, conv.bias = fuse_conv_bn_weights(conv.weight, conv.bias, *statistics)
+                setattr(parent, norm_name, nn.Identity())
+
+
 def freeze_stem(backbone: ResNet) -> None:
     """Stops training of the stem and the first stage, as the paper does with pretrained weights."""
-    for module in (backbone.conv1, backbone.layer1):
+    for module in (backbone.conv1, backbone.bn1, backbone.layer1):
         module.requires_grad_(False)
 
 
@@ -93,7 +109,8 @@ def load_pretrained(backbone: ResNet, name: str, source: str) -> None:
     """Fills the backbone with published weights, without their classifier.
 
     `source` is `imagenet` (torchvision's weights API, downloaded once) or a local `.safetensors` or `.pth`
-    file under torchvision's names. Raises ValueError that names the first key that differs.
+    file under torchvision's names. Raises ValueError that names the first key that differs. Runs no code from
+    the file.
     """
     if source == "imagenet":
         state = get_model(name, weights="IMAGENET1K_V1").state_dict()
@@ -105,20 +122,41 @@ def load_pretrained(backbone: ResNet, name: str, source: str) -> None:
         except SafetensorError as error:
             raise ValueError(f"{source} is not a whole safetensors file ({error}); fetch it again") from error
     else:
-        try:
-            state = torch.load(source, map_location="cpu", weights_only=True)
-        except Exception as error:  # damaged bytes make the unpickler fail in any way
-            reason = str(error).partition("\n")[0]
-            raise ValueError(f"{source} is not a whole file of weights and nothing else ({reason})") from error
-    if not isinstance(state, dict) or not all(isinstance(value, torch.Tensor) for value in state.values()):
+        state = read_torch(source)
+    if not is_state(state):
         raise ValueError(f"{source} is not a flat dictionary of tensors; save the backbone's state_dict() alone")
     state = {key: value.float() for key, value in state.items() if not key.startswith("fc.")}
     own = backbone.state_dict()
     state = {key: value for key, value in state.items() if key in own or not key.endswith("num_batches_tracked")}
-    for key in sorted(own.keys() | state.keys()):
-        if key not in own or key not in state or own[key].shape != state[key].shape:
-            shapes = [tuple(side[key].shape) if key in side else "absent" for side in (own, state)]
-            raise ValueError(
-                f"{source} does not fit {name}: {key} is {shapes[0]} in the model, {shapes[1]} in the file"
-            )
+    if difference := first_difference(own, state):
+        raise ValueError(f"{source} does not fit {name}: {difference}")
     backbone.load_state_dict(state)
+
+
+def read_torch(file: str | Path | BinaryIO, name: str = "", allowed: tuple[type, ...] = ()) -> Any:
+    """What torch.save wrote: tensors, plain values and `allowed` classes. Runs no code from the file.
+
+    Raises ValueError that names a file that is damaged, that is something else, or that holds more; `name` is
+    that of an open one.
+    """
+    try:
+        with torch.serialization.safe_globals(list(allowed)):
+            return torch.load(file, map_location="cpu", weights_only=True)
+    except Exception as error:  # damaged bytes make the unpickler fail in any way, with advice to trust them
+        code = re.search(r"GLOBAL (\S+)", str(error))
+        reason = f"it asks for {code[1]}" if code else type(error).__name__
+        raise ValueError(f"{name or file} is not a whole file of weights and nothing else ({reason})") from error
+
+
+def is_state(value: Any) -> TypeGuard[dict[str, Tensor]]:
+    """Whether `value` is a flat dictionary of named tensors."""
+    return isinstance(value, dict) and all(isinstance(k, str) and isinstance(v, Tensor) for k, v in value.items())
+
+
+def first_difference(own: Mapping[str, Tensor], given: Mapping[str, Tensor]) -> str:
+    """The first key, by name, that has another shape in `given` or is only on one side; empty if there is none."""
+    for key in sorted(own.keys() | given.keys()):
+        shapes = [tuple(side[key].shape) if key in side else "absent" for side in (own, given)]
+        if shapes[0] != shapes[1]:
+            return f"{key} is {shapes[0]} in the model, {shapes[1]} in the file"
+    return ""

@@ -1,10 +1,11 @@
 """Images and targets of different sizes as one padded batch.
 
-B images, T largest number of targets in the batch, H W padded size.
+B images, T targets of all of them together, H W padded size.
 """
 
-from collections.abc import Sequence
-from dataclasses import dataclass, fields, replace
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, fields, is_dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -31,19 +32,37 @@ class Sample:
 
 
 @dataclass(frozen=True)
+class Targets:
+    """The targets of all images of a batch, image after image.
+
+    boxes_cxcywh [T, 4] fractions of the unpadded image; labels [T] in 0..C-1; owners [T] the image that each
+    belongs to; counts, one per image, is known without asking the device.
+    """
+
+    boxes_cxcywh: Tensor
+    labels: Tensor
+    owners: Tensor
+    counts: tuple[int, ...]
+
+    @classmethod
+    def join(cls, boxes_cxcywh: Sequence[Tensor], labels: Sequence[Tensor]) -> "Targets":
+        """The targets of images with boxes [t, 4] and labels [t] each."""
+        counts = tuple(map(len, labels))
+        owners = torch.repeat_interleave(torch.arange(len(counts)), torch.tensor(counts, dtype=torch.int64))
+        return cls(torch.cat(list(boxes_cxcywh)), torch.cat(list(labels)), owners, counts)
+
+
+@dataclass(frozen=True)
 class Batch:
     """Padded samples. Invariant: whatever stands in the padding never changes a result.
 
-    images [B, 3, H, W] uint8; padding [B, H, W] bool, True outside the image;
-    boxes_cxcywh [B, T, 4] fractions of the unpadded image; labels [B, T]; valid [B, T] bool, True where a
-    target stands; image_ids [B]; original_sizes_hw [B, 2].
+    images [B, 3, H, W] uint8; padding [B, H, W] bool, True outside the image; image_ids [B];
+    original_sizes_hw [B, 2].
     """
 
     images: Tensor
     padding: Tensor
-    boxes_cxcywh: Tensor
-    labels: Tensor
-    valid: Tensor
+    targets: Targets
     image_ids: Tensor
     original_sizes_hw: Tensor
 
@@ -51,10 +70,21 @@ class Batch:
         return len(self.images)
 
     def to(self, device: torch.device) -> "Batch":
-        return replace(self, **{f.name: getattr(self, f.name).to(device, non_blocking=True) for f in fields(self)})
+        return _each_tensor(self, lambda tensor: tensor.to(device, non_blocking=True))
 
     def pin_memory(self) -> "Batch":
-        return replace(self, **{f.name: getattr(self, f.name).pin_memory() for f in fields(self)})
+        return _each_tensor(self, Tensor.pin_memory)
+
+
+def _each_tensor(record: Any, change: Callable[[Tensor], Tensor]) -> Any:
+    changed = {}
+    for field in fields(record):
+        value = getattr(record, field.name)
+        if isinstance(value, Tensor):
+            changed[field.name] = change(value)
+        elif is_dataclass(value):
+            changed[field.name] = _each_tensor(value, change)
+    return replace(record, **changed)
 
 
 def collate(samples: Sequence[Sample], size_multiple: int = 1) -> Batch:
@@ -66,26 +96,18 @@ def collate(samples: Sequence[Sample], size_multiple: int = 1) -> Batch:
     height = max(sample.image.shape[1] for sample in samples)
     width = max(sample.image.shape[2] for sample in samples)
     height, width = (-(-size // size_multiple) * size_multiple for size in (height, width))
-    num_targets = max(len(sample.labels) for sample in samples)
     images = torch.zeros(len(samples), 3, height, width, dtype=torch.uint8)
     padding = torch.ones(len(samples), height, width, dtype=torch.bool)
-    boxes = torch.zeros(len(samples), num_targets, 4)
-    labels = torch.zeros(len(samples), num_targets, dtype=torch.int64)
-    valid = torch.zeros(len(samples), num_targets, dtype=torch.bool)
+    boxes = []
     for i, sample in enumerate(samples):
         h, w = sample.image.shape[1:]
         images[i, :, :h, :w] = sample.image
         padding[i, :h, :w] = False
-        count = len(sample.labels)
-        boxes[i, :count] = xyxy_to_cxcywh(sample.boxes_xyxy) / torch.tensor([w, h, w, h])
-        labels[i, :count] = sample.labels
-        valid[i, :count] = True
+        boxes.append(xyxy_to_cxcywh(sample.boxes_xyxy) / torch.tensor([w, h, w, h]))
     return Batch(
         images,
         padding,
-        boxes,
-        labels,
-        valid,
+        Targets.join(boxes, [sample.labels for sample in samples]),
         torch.tensor([sample.image_id for sample in samples]),
         torch.tensor([sample.original_size_hw for sample in samples]),
     )

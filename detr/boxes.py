@@ -22,8 +22,8 @@ def xyxy_to_cxcywh(boxes_xyxy: Tensor) -> Tensor:
 
 def area(boxes_xyxy: Tensor) -> Tensor:
     """Areas [...] of boxes [..., 4]; an inverted box has area 0."""
-    size = (boxes_xyxy[..., 2:] - boxes_xyxy[..., :2]).clamp(min=0)
-    return size[..., 0] * size[..., 1]
+    left, top, right, bottom = boxes_xyxy.unbind(-1)
+    return (right - left).clamp(min=0) * (bottom - top).clamp(min=0)
 
 
 def generalized_iou(boxes_xyxy: Tensor, others_xyxy: Tensor) -> Tensor:
@@ -33,12 +33,19 @@ def generalized_iou(boxes_xyxy: Tensor, others_xyxy: Tensor) -> Tensor:
     same place give 0, not NaN, so a degenerate annotation cannot poison a loss.
     Source: Rezatofighi et al., CVPR 2019, Algorithm 1.
     """
-    low = torch.maximum(boxes_xyxy[..., :2], others_xyxy[..., :2])
-    high = torch.minimum(boxes_xyxy[..., 2:], others_xyxy[..., 2:])
-    overlap = (high - low).clamp(min=0).prod(dim=-1)
+    left, top, right, bottom = boxes_xyxy.unbind(-1)
+    other_left, other_top, other_right, other_bottom = others_xyxy.unbind(-1)
+    width = torch.minimum(right, other_right) - torch.maximum(left, other_left)
+    height = torch.minimum(bottom, other_bottom) - torch.maximum(top, other_top)
+    overlap = width.clamp(min=0) * height.clamp(min=0)
     union = area(boxes_xyxy) + area(others_xyxy) - overlap
-    hull_low = torch.minimum(boxes_xyxy[..., :2], others_xyxy[..., :2])
-    hull_high = torch.maximum(boxes_xyxy[..., 2:], others_xyxy[..., 2:])
-    hull = (hull_high - hull_low).clamp(min=0).prod(dim=-1)
+    hull_width = torch.maximum(right, other_right) - torch.minimum(left, other_left)
+    hull_height = torch.maximum(bottom, other_bottom) - torch.minimum(top, other_top)
+    hull = hull_width * hull_height
     tiny = torch.finfo(union.dtype).tiny
     return overlap / union.clamp(min=tiny) - (hull - union) / hull.clamp(min=tiny)
+
+
+def precise(values: Tensor) -> Tensor:
+    """The values in float32 at least: box arithmetic in half precision would be off by pixels."""
+    return values if values.dtype == torch.float64 else values.float()

@@ -1,6 +1,7 @@
 """Models and resume states as files."""
 
 import hashlib
+import io
 import json
 import os
 from collections.abc import Callable
@@ -12,6 +13,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 
+from detr.backbone import first_difference, read_torch
 from detr.model import DETR, ModelConfig
 
 
@@ -25,11 +27,10 @@ class Category:
 
 @dataclass(frozen=True)
 class InputSize:
-    """How an image becomes the model's input: resized to `short`, at most `max_size`, padded to `size_multiple`."""
+    """How an image becomes the model's input: its short side resized to `short`, the long one to at most `max_size`."""
 
     short: int
     max_size: int
-    size_multiple: int
 
 
 def write_atomically(path: Path, write: Callable[[BinaryIO], Any]) -> None:
@@ -71,17 +72,18 @@ def load_model(folder: Path) -> tuple[DETR, list[Category], InputSize]:
     try:
         config = json.loads((folder / "config.json").read_text())
         weights = load_file(folder / "model.safetensors")
-    except (SafetensorError, json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ValueError(f"{folder} holds a torn model ({error}); train or fetch it again") from error
-    categories = [Category(**category) for category in config["categories"]]
-    model = DETR(ModelConfig(**config["model"]), len(categories))
-    own = model.state_dict()
-    for key in sorted(own.keys() | weights.keys()):
-        if key not in own or key not in weights or own[key].shape != weights[key].shape:
-            shapes = [tuple(side[key].shape) if key in side else "absent" for side in (own, weights)]
-            raise ValueError(f"{folder}: {key} is {shapes[0]} by config.json, {shapes[1]} in model.safetensors")
+        model_config, input_size = ModelConfig(**config["model"]), InputSize(**config["input_size"])
+        categories = [Category(**category) for category in config["categories"]]
+    except (SafetensorError, KeyError, TypeError, ValueError) as error:
+        reason = f"{type(error).__name__}: {error}"
+        raise ValueError(
+            f"{folder} holds no whole model of this version ({reason}); train or fetch it again"
+        ) from error
+    model = DETR(model_config, len(categories))
+    if difference := first_difference(model.state_dict(), weights):
+        raise ValueError(f"{folder}: model.safetensors does not fit config.json: {difference}")
     model.load_state_dict(weights)
-    return model.eval(), categories, InputSize(**config["input_size"])
+    return model.eval(), categories, input_size
 
 
 def save_state(state: dict[str, Any], path: Path) -> None:
@@ -99,13 +101,15 @@ def save_state(state: dict[str, Any], path: Path) -> None:
 
 
 def load_state(path: Path) -> dict[str, Any] | None:
-    """The newest whole resume state, or None. A torn one is passed over for the one before."""
-    import io
+    """The newest whole resume state, or None. A torn one is passed over for the one before.
 
+    Raises ValueError for one that was written whole but holds more than values. Runs no code from the file.
+    """
     for candidate in (path, path.with_suffix(".previous")):
         if not candidate.exists():
             continue
         data = candidate.read_bytes()
         if hashlib.sha256(data[:-32]).digest() == data[-32:]:
-            return torch.load(io.BytesIO(data[:-32]), map_location="cpu", weights_only=True)
+            state: dict[str, Any] = read_torch(io.BytesIO(data[:-32]), str(candidate))
+            return state
     return None

@@ -2,8 +2,7 @@
 
 import contextlib
 import os
-from collections.abc import Iterator
-from functools import partial
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +12,7 @@ from torch.utils.data import DataLoader
 from detr.batch import collate, normalize
 from detr.coco import CocoDataset
 from detr.distributed import Process
-from detr.model import DETR
+from detr.model import DETR, for_inference
 from detr.postprocess import postprocess
 
 METRICS = (
@@ -22,24 +21,35 @@ METRICS = (
 )  # fmt: skip
 
 
+def batches_of_one_size(sizes_hw: Sequence[tuple[int, int]], batch_size: int) -> list[list[int]]:
+    """Indices of `sizes_hw` in batches of images of one size, which need no padding.
+
+    Padding is not free of effect: convolutions and norms reach into it, and detections suffer. Without any, an image's
+    detections do not depend on the batch size.
+    """
+    groups: dict[tuple[int, int], list[int]] = {}
+    for index, size in enumerate(sizes_hw):
+        groups.setdefault(size, []).append(index)
+    return [group[k : k + batch_size] for group in groups.values() for k in range(0, len(group), batch_size)]
+
+
 @torch.no_grad()
-def detect(
-    model: DETR, dataset: CocoDataset, indices: list[int], batch_size: int, size_multiple: int, device: torch.device
-) -> Iterator[list[dict]]:
-    """COCO detections {image_id, category_id, bbox [x, y, w, h], score}, one list per batch of images.
+def detect(model: DETR, dataset: CocoDataset, batches: list[list[int]], device: torch.device) -> Iterator[list[dict]]:
+    """COCO detections {image_id, category_id, bbox [x, y, w, h], score}, one list per batch of indices.
 
     Coordinates are rounded to 1/100 pixel and scores to 6 digits, which no COCO metric sees.
     """
-    model.to(device).eval()
+    model = for_inference(model).to(device)
     loader = DataLoader(
         dataset,  # type: ignore[arg-type]
-        batch_sampler=[[(0, i) for i in indices[k : k + batch_size]] for k in range(0, len(indices), batch_size)],  # type: ignore[arg-type]
-        collate_fn=partial(collate, size_multiple=size_multiple),
+        batch_sampler=[[(0, index) for index in batch] for batch in batches],  # type: ignore[arg-type]
+        collate_fn=collate,
     )
     category_ids = dataset.annotations.category_ids
     for batch in loader:
         batch = batch.to(device)
-        logits, boxes = model(normalize(batch.images, batch.padding), batch.padding)
+        padding = batch.padding if batch.padding.any() else None
+        logits, boxes = model(normalize(batch.images, batch.padding), padding)
         scores, labels, boxes_xyxy = (x.cpu() for x in postprocess(logits, boxes, batch.original_sizes_hw))
         boxes_xyxy[..., 2:] -= boxes_xyxy[..., :2]
         found = []
@@ -57,15 +67,23 @@ def detect(
         yield found
 
 
-def detect_all(model: DETR, dataset: CocoDataset, batch_size: int, size_multiple: int, process: Process) -> list[dict]:
-    """The detections of the whole dataset, each process doing its share; every process gets all.
+def detect_all(
+    model: DETR,
+    dataset: CocoDataset,
+    batch_size: int,
+    process: Process,
+    progress: Callable[[int], object] = lambda num_images: None,
+) -> list[dict]:
+    """The detections of the whole dataset in its order, each process doing its share; every process gets all.
 
-    Shares are whole batches, so images share their padding with the same others for any number of processes.
+    `progress` is called with the number of images after each batch of this process.
     """
-    stride = batch_size * process.num_processes
-    starts = range(process.rank * batch_size, len(dataset), stride)
-    mine = [index for start in starts for index in range(start, min(start + batch_size, len(dataset)))]
-    found = [row for rows in detect(model, dataset, mine, batch_size, size_multiple, process.device) for row in rows]
+    sizes_hw = [(height, width) for height, width in dataset.annotations.sizes_hw.tolist()]
+    mine = batches_of_one_size(sizes_hw, batch_size)[process.rank :: process.num_processes]
+    found: list[dict] = []
+    for batch, rows in zip(mine, detect(model, dataset, mine, process.device), strict=True):
+        found += rows
+        progress(len(batch))
     merged = [row for part in process.gather(found) for row in part]
     order = {image_id: index for index, image_id in enumerate(dataset.annotations.image_ids.tolist())}
     return sorted(merged, key=lambda row: order[row["image_id"]])

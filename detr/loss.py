@@ -1,4 +1,4 @@
-"""The set loss. B images, Q queries, C classes, T targets, L decoder layers."""
+"""The set loss. B images, Q queries, C classes, T targets of all images, L decoder layers."""
 
 from dataclasses import dataclass
 
@@ -6,8 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from detr.batch import Batch
-from detr.boxes import cxcywh_to_xyxy, generalized_iou
+from detr.batch import Targets
+from detr.boxes import cxcywh_to_xyxy, generalized_iou, precise
 from detr.matcher import MatcherConfig, match
 
 
@@ -25,7 +25,7 @@ class LossConfig:
 def set_loss(
     logits: Tensor,
     boxes_cxcywh: Tensor,
-    batch: Batch,
+    targets: Targets,
     num_boxes: Tensor,
     matcher: MatcherConfig,
     config: LossConfig,
@@ -40,33 +40,34 @@ def set_loss(
     """
     if not config.auxiliary:
         logits, boxes_cxcywh = logits[-1:], boxes_cxcywh[-1:]
-    logits, boxes_cxcywh = logits.float(), boxes_cxcywh.float()
-    matched = match(logits, boxes_cxcywh, batch.labels, batch.boxes_cxcywh, batch.valid, matcher)  # [L, B, T]
+    logits, boxes_cxcywh = precise(logits), precise(boxes_cxcywh)
+    matched = match(logits, boxes_cxcywh, targets, matcher)  # [L, T]
     found = matched >= 0
-    no_object = logits.shape[-1] - 1
+    num_layers, num_images, num_queries, slots = logits.shape
+    no_object = slots - 1
+    layer = torch.arange(num_layers, device=logits.device)[:, None]
 
-    slot = torch.where(found, matched, logits.shape[2])  # unmatched targets land in a spare column
-    classes = logits.new_full((*logits.shape[:2], logits.shape[2] + 1), no_object, dtype=torch.int64)
-    classes = classes.scatter(2, slot, batch.labels.expand_as(slot))[..., :-1]  # [L, B, Q]
-    weight = logits.new_ones(no_object + 1)
+    classes = torch.full((num_layers, num_images, num_queries + 1), no_object, device=logits.device)
+    classes[layer, targets.owners, matched] = targets.labels  # of unmatched targets in the spare column, -1
+    classes = classes[..., :-1]
+    weight = logits.new_ones(slots)
     weight[no_object] = config.no_object_weight
     entropy = F.cross_entropy(logits.flatten(0, 2), classes.flatten(), weight, reduction="none").view_as(classes)
     loss_class = entropy.sum(dim=(1, 2)) / weight[classes].sum(dim=(1, 2))
 
-    query = matched.clamp(min=0)
-    predicted = boxes_cxcywh.gather(2, query[..., None].expand(-1, -1, -1, 4))  # [L, B, T, 4]
-    target = batch.boxes_cxcywh[None]
+    predicted = boxes_cxcywh[layer, targets.owners, matched]  # [L, T, 4]
+    target = targets.boxes_cxcywh.to(predicted.dtype)
     distance = (predicted - target).abs().sum(dim=-1)
     overlap = generalized_iou(cxcywh_to_xyxy(predicted), cxcywh_to_xyxy(target))
-    loss_box = torch.where(found, distance, 0.0).sum(dim=(1, 2)) / num_boxes
-    loss_giou = torch.where(found, 1 - overlap, 0.0).sum(dim=(1, 2)) / num_boxes
+    loss_box = torch.where(found, distance, 0.0).sum(dim=1) / num_boxes
+    loss_giou = torch.where(found, 1 - overlap, 0.0).sum(dim=1) / num_boxes
 
     with torch.no_grad():
-        counted = (logits.argmax(dim=-1) != no_object).sum(dim=2)  # [L, B]
-        cardinality_error = (counted - batch.valid.sum(dim=1)).abs().float().mean(dim=1)
-        guess = logits[-1].argmax(dim=-1).gather(1, query[-1])
-        right = ((guess == batch.labels) & found[-1]).sum()
-        class_error = 100 * (1 - right / found[-1].sum().clamp(min=1)) * found[-1].any()
+        guess = logits.argmax(dim=-1)  # [L, B, Q]
+        counts = torch.bincount(targets.owners, minlength=num_images)
+        cardinality_error = ((guess != no_object).sum(dim=2) - counts).abs().to(logits.dtype).mean(dim=1)
+        right = (guess[-1, targets.owners, matched[-1]] == targets.labels) & found[-1]
+        class_error = 100 * (1 - right.sum() / found[-1].sum().clamp(min=1)) * found[-1].any()
 
     total = (config.class_weight * loss_class + config.box_weight * loss_box + config.giou_weight * loss_giou).sum()
     parts = {

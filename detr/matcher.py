@@ -1,12 +1,16 @@
-"""Hungarian matching. B images, Q queries, C classes, T targets, L decoder layers."""
+"""Hungarian matching. B images, Q queries, C classes, T targets of all images, L decoder layers."""
 
+import warnings
 from dataclasses import dataclass
+from itertools import accumulate, pairwise
+from typing import NoReturn
 
 import torch
 from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
-from detr.boxes import cxcywh_to_xyxy, generalized_iou
+from detr.batch import Targets
+from detr.boxes import cxcywh_to_xyxy, generalized_iou, precise
 
 
 @dataclass(frozen=True)
@@ -19,31 +23,75 @@ class MatcherConfig:
 
 
 @torch.no_grad()
-def match(
-    logits: Tensor, boxes_cxcywh: Tensor, labels: Tensor, target_boxes: Tensor, valid: Tensor, config: MatcherConfig
-) -> Tensor:
-    """The query [L, B, T] matched to each target, -1 where there is none.
+def match(logits: Tensor, boxes_cxcywh: Tensor, targets: Targets, config: MatcherConfig) -> Tensor:
+    """The query [L, T] matched to each target, -1 where there is none.
 
-    logits [L, B, Q, C+1]; boxes_cxcywh [L, B, Q, 4]; labels [B, T]; target_boxes [B, T, 4] cxcywh;
-    valid [B, T]. Every query is used at most once per layer and image; with more targets than queries the
-    Q cheapest assignments are kept. All layers' costs are computed in float32 in one go and cross to the
-    CPU in one transfer. Source: paper, equation 1 and appendix A.2. Raises ValueError on non-finite costs.
+    logits [L, B, Q, C+1]; boxes_cxcywh [L, B, Q, 4]. Every query is used at most once per layer and image; with more
+    targets than queries the Q cheapest are matched, and a warning counts the others. Costs are in float32 at
+    least, are computed for a target and the queries of its own image only, and cross to the CPU in one transfer.
+    Source: paper, equation 1 and appendix A.2. Raises ValueError on targets that are out of range and on
+    predictions that are not finite.
     """
-    num_targets = labels.shape[1]
-    probability = logits.float().softmax(dim=-1)  # [L, B, Q, C+1]
-    index = labels[None, :, None, :].expand(*probability.shape[:3], num_targets)
-    class_cost = -probability.gather(-1, index)  # [L, B, Q, T]
-    boxes, targets = boxes_cxcywh.float()[..., :, None, :], target_boxes[None, :, None]
-    box_cost = (boxes - targets).abs().sum(dim=-1)
-    giou_cost = -generalized_iou(cxcywh_to_xyxy(boxes), cxcywh_to_xyxy(targets))
-    cost = config.class_cost * class_cost + config.box_cost * box_cost + config.giou_cost * giou_cost
-    costs = cost.cpu()
-    if not costs.isfinite().all():
-        raise ValueError("predictions are not finite: the matching cost has NaN or infinity; lower train.lr")
-    columns = [row.nonzero().flatten() for row in valid.cpu()]
-    matched = torch.full((*costs.shape[:2], num_targets), -1)
-    for layer in range(costs.shape[0]):
-        for image, column in enumerate(columns):
-            queries, assigned = linear_sum_assignment(costs[layer, image][:, column].numpy())
-            matched[layer, image, column[assigned]] = torch.from_numpy(queries)
+    surplus = max(targets.counts, default=0) - logits.shape[2]
+    if surplus > 0:
+        warnings.warn(
+            f"an image has {surplus + logits.shape[2]} targets, the model {logits.shape[2]} queries: {surplus} targets "
+            "stay unmatched; raise model.num_queries",
+            stacklevel=2,
+        )
+    chunk = 1 if logits.device.type == "cpu" else len(logits)  # a layer at a time stays in a CPU's cache
+    chunks = zip(precise(logits).split(chunk), precise(boxes_cxcywh).split(chunk), strict=True)
+    parts, finite = zip(*(_costs(*layers, targets, config) for layers in chunks), strict=True)
+    costs = torch.cat(parts).double().cpu().numpy()  # scipy's own type
+    if not torch.stack(finite).all():
+        raise ValueError("predictions are not finite; lower train.lr")
+    matched = torch.full(costs.shape[:2], -1)
+    starts = [0, *accumulate(targets.counts)]
+    for layer, row in zip(costs, matched.numpy(), strict=True):
+        for start, end in pairwise(starts):
+            try:
+                assigned, queries = linear_sum_assignment(layer[start:end])
+            except ValueError:  # there is NaN in the costs
+                _explain(logits, targets)
+            row[start + assigned] = queries
     return matched.to(logits.device)
+
+
+def _costs(logits: Tensor, boxes_cxcywh: Tensor, targets: Targets, config: MatcherConfig) -> tuple[Tensor, Tensor]:
+    """The matching cost [L, T, Q], NaN for targets that cannot be, and whether all predictions are finite [].
+
+    Coordinates are laid out as planes [L, T, Q]: everything here is bound by memory.
+    """
+    labels = targets.labels.clamp(0, logits.shape[3] - 2)
+    probabilities = logits.softmax(dim=-1)
+    probability = probabilities[:, targets.owners, :, labels].transpose(0, 1)  # [L, T, Q]
+
+    def beside(boxes: Tensor) -> Tensor:
+        """Of queries [L, B, Q, 4], those beside each target [L, T, Q, 4]."""
+        return boxes.permute(3, 0, 1, 2).contiguous().index_select(2, targets.owners).movedim(0, -1)
+
+    target = targets.boxes_cxcywh.to(boxes_cxcywh.dtype)
+    distance = (beside(boxes_cxcywh) - target[:, None]).abs().sum(dim=-1)
+    giou = generalized_iou(beside(cxcywh_to_xyxy(boxes_cxcywh)), cxcywh_to_xyxy(target)[:, None])
+    cost = config.box_cost * distance - config.class_cost * probability - config.giou_cost * giou
+    wrong = (targets.labels != labels) | ((target - 0.5).abs() > 0.51).any(dim=-1)
+    finite = (probabilities[..., -1] + boxes_cxcywh.sum(dim=-1)).isfinite().all()
+    return cost.masked_fill(wrong[:, None], torch.nan), finite
+
+
+def _explain(logits: Tensor, targets: Targets) -> NoReturn:
+    """Raises ValueError that says why a cost is not a number."""
+    num_classes = logits.shape[3] - 1
+    columns = (targets.labels, targets.boxes_cxcywh, targets.owners)
+    for label, box, owner in zip(*(column.tolist() for column in columns), strict=True):
+        if not 0 <= label < num_classes:
+            raise ValueError(
+                f"image {owner} of the batch has label {label}, the model's are 0..{num_classes - 1}; "
+                "build the model with the number of classes of the data"
+            )
+        if not all(-0.01 <= value <= 1.01 for value in box):
+            raise ValueError(
+                f"image {owner} of the batch has target box {[round(v, 4) for v in box]}, expected centre x, centre y, "
+                "width, height as fractions of the image; see detr.boxes.xyxy_to_cxcywh"
+            )
+    raise ValueError("the matching cost is not a number: a class logit is not finite; lower train.lr")

@@ -1,14 +1,16 @@
 """DETR. B images, Q queries, C classes, L decoder layers, D hidden, H W padded size, S output stride."""
 
+from copy import deepcopy
 from dataclasses import dataclass
 from itertools import pairwise
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from detr.backbone import DEPTHS, NORMS, ResNet, freeze_stem, load_pretrained
+from detr.backbone import DEPTHS, NORMS, ResNet, fold_norms, freeze_stem, load_pretrained
 from detr.position import LearnedPosition, SinePosition
-from detr.transformer import Transformer
+from detr.transformer import LayerShape, Transformer
 
 
 @dataclass(frozen=True)
@@ -29,6 +31,7 @@ class ModelConfig:
     num_decoder_layers: int
     num_queries: int
     dropout: float
+    attention_dropout: float  # of the attention weights; 0 is fused on every device and stores no weights
     pre_norm: bool
 
     def __post_init__(self) -> None:
@@ -42,17 +45,19 @@ class ModelConfig:
                 raise ValueError(f"model.{key} is {getattr(self, key)!r}, expected one of {choices}")
         if self.num_decoder_layers < 1 or self.num_queries < 1:
             raise ValueError("model.num_decoder_layers and model.num_queries must be at least 1")
-        if not 0 <= self.dropout < 1:
-            raise ValueError(f"model.dropout is {self.dropout}, expected a fraction in 0 <= dropout < 1")
+        for key in ("dropout", "attention_dropout"):
+            if not 0 <= getattr(self, key) < 1:
+                raise ValueError(f"model.{key} is {getattr(self, key)}, expected a fraction in 0 <= {key} < 1")
 
 
 class DETR(nn.Module):
     """Class logits [L, B, Q, C+1] and boxes_cxcywh [L, B, Q, 4] (0..1) of normalised images [B, 3, H, W].
 
-    `padding` [B, H, W] is True outside each image. The last logit is "no object". The last entry along L is
-    the prediction; the others feed the auxiliary losses. Invariants: an image's result does not depend on its
-    batch mates nor on pixels in the padding. The amount of padding counts, as in the authors' code: the backbone's
-    convolutions (and group norm) reach into it. Source: paper, section 3.2.
+    `padding` [B, H, W] is True outside each image; None stands for images of one size. The last logit is "no
+    object". The last entry along L is the prediction; the others feed the auxiliary losses. Invariants: an image's
+    result does not depend on its batch mates nor on pixels in the padding. The amount of padding counts, as in the
+    authors' code: the backbone's convolutions (and group norm) reach into it; `detect` therefore batches images of
+    one size. Source: paper, section 3.2.
     """
 
     def __init__(self, config: ModelConfig, num_classes: int) -> None:
@@ -65,30 +70,50 @@ class DETR(nn.Module):
             SinePosition(dim, config.position_temperature) if config.position == "sine" else LearnedPosition(dim)
         )
         self.input_proj = nn.Conv2d(self.backbone.num_channels, dim, 1)
-        self.transformer = Transformer(
-            config.num_encoder_layers,
-            config.num_decoder_layers,
-            dim,
-            config.num_heads,
-            config.dim_feedforward,
-            config.dropout,
-            config.pre_norm,
+        shape = LayerShape(
+            dim, config.num_heads, config.dim_feedforward, config.dropout, config.attention_dropout, config.pre_norm
         )
+        self.transformer = Transformer(config.num_encoder_layers, config.num_decoder_layers, shape)
         self.query_embed = nn.Embedding(config.num_queries, dim)
         self.class_embed = nn.Linear(dim, num_classes + 1)
         self.bbox_embed = MLP(dim, dim, 4, num_layers=3)
 
-    def forward(self, images: Tensor, padding: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(self, images: Tensor, padding: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        _check(images, padding)
         features = self.input_proj(self.backbone(images))  # [B, D, H/S, W/S]
-        feature_padding = F.interpolate(padding[:, None].float(), size=features.shape[-2:]).bool().squeeze(1)
+        batch, _, height, width = features.shape
+        if padding is None:
+            feature_padding = features.new_zeros(batch, height, width, dtype=torch.bool)
+        else:
+            feature_padding = F.interpolate(padding[:, None].float(), size=(height, width)).bool().squeeze(1)
         position = self.position(feature_padding)
         outputs = self.transformer(
             features.flatten(2).transpose(1, 2),
             position.flatten(2).transpose(1, 2),
-            feature_padding.flatten(1),
+            None if padding is None else feature_padding.flatten(1),
             self.query_embed.weight,
         )  # [L, B, Q, D]
+        device = images.device.type
+        if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
+            with torch.autocast(device, enabled=False):  # half precision would round boxes to whole pixels
+                return self._heads(outputs.float())
+        return self._heads(outputs)
+
+    def _heads(self, outputs: Tensor) -> tuple[Tensor, Tensor]:
         return self.class_embed(outputs), self.bbox_embed(outputs).sigmoid()
+
+
+def _check(images: Tensor, padding: Tensor | None) -> None:
+    if images.dim() != 4 or images.shape[1] != 3 or not images.is_floating_point():
+        raise ValueError(
+            f"images are {images.dtype} {tuple(images.shape)}, expected normalised floating point [B, 3, H, W]; "
+            "see detr.normalize"
+        )
+    if padding is not None and (padding.dtype != torch.bool or padding.shape != (images.shape[0], *images.shape[2:])):
+        raise ValueError(
+            f"padding is {padding.dtype} {tuple(padding.shape)}, expected bool [B, H, W] for images "
+            f"{tuple(images.shape)}, True outside each image"
+        )
 
 
 class MLP(nn.Module):
@@ -112,3 +137,13 @@ def build_model(config: ModelConfig, num_classes: int) -> DETR:
         load_pretrained(model.backbone, config.backbone, config.backbone_weights)
         freeze_stem(model.backbone)
     return model
+
+
+def for_inference(model: DETR) -> DETR:
+    """A copy in eval mode that answers the same faster: norms folded into convolutions, channels last, no gradients.
+
+    It is for answers alone: training and saving go on with the original.
+    """
+    model = deepcopy(model).eval().requires_grad_(False)
+    fold_norms(model.backbone)
+    return model.to(memory_format=torch.channels_last)

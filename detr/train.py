@@ -29,6 +29,7 @@ class TrainConfig:
     """The training: the `train` section of params.yaml."""
 
     seed: int
+    initial_weights: str  # none, or what detr.official.initialize takes; wins over model.backbone_weights
     epochs: int
     batch_size: int  # global, over all processes
     lr: float
@@ -104,7 +105,8 @@ def fit(
 
     With the `state` of an earlier report it goes on from there, to the same bits as if it had never stopped:
     samples are keyed by (seed, epoch, index) and dropout by (seed, step, rank), so no generator has a memory.
-    Raises FloatingPointError, naming step and images, when the loss is not finite.
+    Raises FloatingPointError, naming step, images and the layer where it began, when predictions are not finite, and
+    ValueError, naming step and images, when targets do not fit the model.
     """
     model.to(process.device).to(memory_format=torch.channels_last)
     optimizer = build_optimizer(model, config)
@@ -137,15 +139,23 @@ def fit(
             factor = learning_rate_factor(step, steps_per_epoch, config)
             for group in optimizer.param_groups:
                 group["lr"] = group["base_lr"] * factor
-            num_boxes = process.mean(batch.valid.sum().float()).clamp(min=1)
+            num_boxes = process.mean(torch.tensor(float(sum(batch.targets.counts)), device=process.device)).clamp(min=1)
             with precision:
                 images = normalize(batch.images, batch.padding).contiguous(memory_format=torch.channels_last)
                 logits, boxes = runner(images, batch.padding)
             try:
-                loss, parts = set_loss(logits, boxes, batch, num_boxes, config.matcher, config.loss)
+                loss, parts = set_loss(logits, boxes, batch.targets, num_boxes, config.matcher, config.loss)
             except ValueError as error:
-                where = f"step {step + 1} of epoch {epoch}; last batch: images {_ids(batch)}"
-                raise FloatingPointError(f"{error}; at {where}") from error
+                where = f"at step {step + 1} of epoch {epoch}"
+                bad = ~(logits.isfinite().all(-1) & boxes.isfinite().all(-1)).all(2).all(0)  # [B]
+                if not bad.any():
+                    raise ValueError(f"{error}; {where}, images {_ids(batch.image_ids)}") from error
+                torch.manual_seed((config.seed * 1_000_003 + step) * 4096 + process.rank)
+                with precision:
+                    layer = first_non_finite(model, images, batch.padding)
+                raise FloatingPointError(
+                    f"{error}; {where}, images {_ids(batch.image_ids[bad])}, first in {layer}"
+                ) from error
             optimizer.zero_grad()
             loss.backward()
             norm = nn.utils.clip_grad_norm_(model.parameters(), config.clip_norm)
@@ -160,7 +170,7 @@ def fit(
                 if not math.isfinite(row["loss"]) or not math.isfinite(row["grad_norm"]):
                     raise FloatingPointError(
                         f"loss is {row['loss']}, gradient norm {row['grad_norm']} at step {step} of epoch {epoch}; "
-                        f"last batch: images {_ids(batch)}; lower train.lr or raise train.warmup_steps"
+                        f"last batch: images {_ids(batch.image_ids)}; lower train.lr or raise train.warmup_steps"
                     )
                 rate = since * config.batch_size / (time.perf_counter() - started)
                 head = {"epoch": epoch, "step": step, "lr": config.lr * factor}
@@ -196,5 +206,27 @@ def _row(sums: dict[str, Tensor], count: int, process: Process) -> dict[str, flo
     return row
 
 
-def _ids(batch: Batch) -> str:
-    return ", ".join(map(str, batch.image_ids.tolist()))
+@torch.no_grad()
+def first_non_finite(model: DETR, images: Tensor, padding: Tensor | None) -> str:
+    """The first module, in the order of computation, whose output has NaN or infinity; "input" if the images have."""
+    found: list[str] = []
+
+    def watch(name: str) -> Callable[..., None]:
+        def look(module: nn.Module, inputs: Any, output: Tensor | tuple[Tensor, ...]) -> None:
+            values = [output] if isinstance(output, Tensor) else output
+            if not found and not all(value.isfinite().all() for value in values):
+                found.append(name)
+
+        return look
+
+    hooks = [module.register_forward_hook(watch(name)) for name, module in model.named_modules() if name]
+    try:
+        model(images, padding)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return found[0] if found and images.isfinite().all() else "input"
+
+
+def _ids(image_ids: Tensor) -> str:
+    return ", ".join(map(str, image_ids.tolist()))

@@ -1,8 +1,22 @@
 """The encoder and decoder. B images, Q queries, N feature positions, D hidden, L decoder layers."""
 
+from dataclasses import dataclass
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+
+@dataclass(frozen=True)
+class LayerShape:
+    """What all encoder and decoder layers have in common."""
+
+    hidden_dim: int
+    num_heads: int
+    dim_feedforward: int
+    dropout: float
+    attention_dropout: float
+    pre_norm: bool
 
 
 class Attention(nn.Module):
@@ -39,15 +53,16 @@ class Attention(nn.Module):
 
 
 class EncoderLayer(nn.Module):
-    def __init__(self, hidden_dim: int, num_heads: int, dim_feedforward: int, dropout: float, pre_norm: bool) -> None:
+    def __init__(self, shape: LayerShape) -> None:
         super().__init__()
-        self.self_attn = Attention(hidden_dim, num_heads, dropout)
-        self.linear1 = nn.Linear(hidden_dim, dim_feedforward)
-        self.linear2 = nn.Linear(dim_feedforward, hidden_dim)
-        self.norm1 = nn.LayerNorm(hidden_dim)
-        self.norm2 = nn.LayerNorm(hidden_dim)
-        self.dropout = nn.Dropout(dropout)
-        self.pre_norm = pre_norm
+        dim = shape.hidden_dim
+        self.self_attn = Attention(dim, shape.num_heads, shape.attention_dropout)
+        self.linear1 = nn.Linear(dim, shape.dim_feedforward)
+        self.linear2 = nn.Linear(shape.dim_feedforward, dim)
+        self.norm1 = nn.LayerNorm(dim)
+        self.norm2 = nn.LayerNorm(dim)
+        self.dropout = nn.Dropout(shape.dropout)
+        self.pre_norm = shape.pre_norm
 
     def _feedforward(self, x: Tensor) -> Tensor:
         return self.dropout(self.linear2(self.dropout(F.relu(self.linear1(x)))))
@@ -65,10 +80,10 @@ class EncoderLayer(nn.Module):
 
 
 class DecoderLayer(EncoderLayer):
-    def __init__(self, hidden_dim: int, num_heads: int, dim_feedforward: int, dropout: float, pre_norm: bool) -> None:
-        super().__init__(hidden_dim, num_heads, dim_feedforward, dropout, pre_norm)
-        self.multihead_attn = Attention(hidden_dim, num_heads, dropout)
-        self.norm3 = nn.LayerNorm(hidden_dim)
+    def __init__(self, shape: LayerShape) -> None:
+        super().__init__(shape)
+        self.multihead_attn = Attention(shape.hidden_dim, shape.num_heads, shape.attention_dropout)
+        self.norm3 = nn.LayerNorm(shape.hidden_dim)
 
     def forward(  # type: ignore[override]
         self, x: Tensor, queries: Tensor, memory: Tensor, placed_memory: Tensor, attend: Tensor | None
@@ -86,14 +101,10 @@ class DecoderLayer(EncoderLayer):
 
 
 class Encoder(nn.Module):
-    def __init__(
-        self, num_layers: int, hidden_dim: int, num_heads: int, dim_feedforward: int, dropout: float, pre_norm: bool
-    ) -> None:
+    def __init__(self, num_layers: int, shape: LayerShape) -> None:
         super().__init__()
-        self.layers = nn.ModuleList(
-            EncoderLayer(hidden_dim, num_heads, dim_feedforward, dropout, pre_norm) for _ in range(num_layers)
-        )
-        self.norm = nn.LayerNorm(hidden_dim) if pre_norm else nn.Identity()
+        self.layers = nn.ModuleList(EncoderLayer(shape) for _ in range(num_layers))
+        self.norm = nn.LayerNorm(shape.hidden_dim) if shape.pre_norm else nn.Identity()
 
     def forward(self, x: Tensor, position: Tensor, attend: Tensor | None) -> Tensor:
         for layer in self.layers:
@@ -102,14 +113,10 @@ class Encoder(nn.Module):
 
 
 class Decoder(nn.Module):
-    def __init__(
-        self, num_layers: int, hidden_dim: int, num_heads: int, dim_feedforward: int, dropout: float, pre_norm: bool
-    ) -> None:
+    def __init__(self, num_layers: int, shape: LayerShape) -> None:
         super().__init__()
-        self.layers = nn.ModuleList(
-            DecoderLayer(hidden_dim, num_heads, dim_feedforward, dropout, pre_norm) for _ in range(num_layers)
-        )
-        self.norm = nn.LayerNorm(hidden_dim)
+        self.layers = nn.ModuleList(DecoderLayer(shape) for _ in range(num_layers))
+        self.norm = nn.LayerNorm(shape.hidden_dim)
 
     def forward(self, queries: Tensor, memory: Tensor, position: Tensor, attend: Tensor | None) -> Tensor:
         """Normed outputs of every layer [L, B, Q, D]; auxiliary losses read all, inference the last."""
@@ -123,30 +130,20 @@ class Decoder(nn.Module):
 
 
 class Transformer(nn.Module):
-    """Decoder outputs [L, B, Q, D] of features and positions [B, N, D], padding [B, N] and queries [Q, D].
+    """Decoder outputs [L, B, Q, D] of features and positions [B, N, D], padding [B, N] or None, and queries [Q, D].
 
     Invariant: features where `padding` is True change nothing. Source: paper, section 3.2 and figure 10.
     """
 
-    def __init__(
-        self,
-        num_encoder_layers: int,
-        num_decoder_layers: int,
-        hidden_dim: int,
-        num_heads: int,
-        dim_feedforward: int,
-        dropout: float,
-        pre_norm: bool,
-    ) -> None:
+    def __init__(self, num_encoder_layers: int, num_decoder_layers: int, shape: LayerShape) -> None:
         super().__init__()
-        shape = (hidden_dim, num_heads, dim_feedforward, dropout, pre_norm)
-        self.encoder = Encoder(num_encoder_layers, *shape)
-        self.decoder = Decoder(num_decoder_layers, *shape)
+        self.encoder = Encoder(num_encoder_layers, shape)
+        self.decoder = Decoder(num_decoder_layers, shape)
         for parameter in self.parameters():
             if parameter.dim() > 1:
                 nn.init.xavier_uniform_(parameter)
 
-    def forward(self, features: Tensor, position: Tensor, padding: Tensor, queries: Tensor) -> Tensor:
-        attend = ~padding[:, None, None, :]  # [B, 1, 1, N]
+    def forward(self, features: Tensor, position: Tensor, padding: Tensor | None, queries: Tensor) -> Tensor:
+        attend = None if padding is None else ~padding[:, None, None, :]  # [B, 1, 1, N]
         memory = self.encoder(features, position, attend)
-        return self.decoder(queries.expand(len(features), -1, -1), memory, position, attend)
+        return self.decoder(queries.expand(features.shape[0], -1, -1), memory, position, attend)

@@ -12,7 +12,7 @@ from torchvision.io import write_png
 from detr.checkpoint import Category, load_model
 from detr.coco import CocoDataset, ImageArchive, decode, load_annotations
 from detr.distributed import process_group
-from detr.evaluate import ap_per_class, coco_metrics, detect
+from detr.evaluate import ap_per_class, coco_metrics, detect_all
 from detr.transforms import EvalTransform
 from detr.visualize import draw, side_by_side
 from pipelines import params
@@ -55,12 +55,8 @@ def evaluate(config: EvaluateParams, data: Path, model_folder: Path, output: Pat
         )
     archive = ImageArchive(data / "val.zip")
     dataset = CocoDataset(annotations, archive, EvalTransform(size.short, size.max_size))
-    detections: list[dict] = []
     with process_group() as process, Progress(None, "evaluate", len(dataset), "image") as bar:
-        everything = list(range(len(dataset)))
-        for found in detect(model, dataset, everything, config.batch_size, size.size_multiple, process.device):
-            detections += found
-            bar.update(min(config.batch_size, len(dataset) - bar.n))
+        detections = detect_all(model, dataset, config.batch_size, process, bar.update)
     metrics, precision = coco_metrics(data / "instances_val.json", detections)
     output.mkdir(parents=True, exist_ok=True)
     write_json(output / "detections.json", detections)

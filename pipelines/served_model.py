@@ -17,6 +17,8 @@ from mlflow.pyfunc import PythonModel, PythonModelContext
 from detr.batch import Sample, collate, normalize
 from detr.checkpoint import load_model
 from detr.coco import decode
+from detr.evaluate import batches_of_one_size
+from detr.model import for_inference
 from detr.postprocess import postprocess
 from detr.transforms import EvalTransform
 
@@ -31,29 +33,29 @@ class Detector(PythonModel):
     """
 
     def load_context(self, context: PythonModelContext) -> None:
-        self.model, self.categories, self.input_size = load_model(Path(context.artifacts["weights"]).parent)
-        self.transform = EvalTransform(self.input_size.short, self.input_size.max_size)
+        model, self.categories, size = load_model(Path(context.artifacts["weights"]).parent)
+        self.model, self.transform = for_inference(model), EvalTransform(size.short, size.max_size)
 
     def predict(
         self, context: PythonModelContext, model_input: pd.DataFrame, params: dict[str, Any] | None = None
     ) -> pd.DataFrame:
         threshold = float((params or {}).get("threshold", 0.5))
         samples = [self._sample(index, text) for index, text in enumerate(model_input["image"])]
-        rows: list[dict[str, list]] = []
-        for start in range(0, len(samples), MAX_BATCH):
-            batch = collate(samples[start : start + MAX_BATCH], self.input_size.size_multiple)
+        rows: dict[int, dict[str, list]] = {}
+        sizes_hw = [(sample.image.shape[1], sample.image.shape[2]) for sample in samples]
+        for indices in batches_of_one_size(sizes_hw, MAX_BATCH):
+            batch = collate([samples[index] for index in indices])
             with torch.no_grad():
-                logits, boxes_cxcywh = self.model(normalize(batch.images, batch.padding), batch.padding)
-            for scores, labels, boxes in zip(*postprocess(logits, boxes_cxcywh, batch.original_sizes_hw), strict=True):
+                outputs = self.model(normalize(batch.images, batch.padding))
+            found = zip(*postprocess(*outputs, batch.original_sizes_hw), strict=True)
+            for index, (scores, labels, boxes) in zip(indices, found, strict=True):
                 order = [k for k in scores.argsort(descending=True).tolist() if scores[k] >= threshold]
-                rows.append(
-                    {
-                        "boxes": [[round(v, 2) for v in boxes[k].tolist()] for k in order],
-                        "scores": [round(scores[k].item(), 6) for k in order],
-                        "labels": [self.categories[labels[k]].name for k in order],
-                    }
-                )
-        return pd.DataFrame(rows, columns=["boxes", "scores", "labels"])
+                rows[index] = {
+                    "boxes": [[round(v, 2) for v in boxes[k].tolist()] for k in order],
+                    "scores": [round(scores[k].item(), 6) for k in order],
+                    "labels": [self.categories[labels[k]].name for k in order],
+                }
+        return pd.DataFrame([rows[index] for index in sorted(rows)], columns=["boxes", "scores", "labels"])
 
     def _sample(self, index: int, text: str) -> Sample:
         try:

@@ -12,8 +12,9 @@ import os
 import signal
 import sys
 import time
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, record
@@ -23,11 +24,12 @@ from detr.coco import CocoDataset, ImageArchive, load_annotations
 from detr.distributed import process_group
 from detr.evaluate import coco_metrics, detect_all
 from detr.model import ModelConfig, build_model
+from detr.official import fetch, initialize
 from detr.train import Report, TrainConfig, fit
 from detr.transforms import EvalTransform, TrainTransform
 from pipelines import params
 from pipelines.stage import DATA, EXPECTED, Progress, command, explain
-from pipelines.tracking import Mirror
+from pipelines.tracking import Mirror, sha256
 
 PASSED = Path("artifacts/validate/passed.json")
 OUTPUT = Path("artifacts/train")
@@ -35,8 +37,11 @@ SCRATCH = Path("scratch")
 
 
 def fingerprint(model: ModelConfig, config: TrainConfig, data_digest: str) -> str:
-    """A digest of parameters, data and library code: equal fingerprints give equal bits on equal hardware."""
+    """A digest of parameters, data, local weights and library code: equal ones give equal bits on equal hardware."""
     total = hashlib.sha256(json.dumps([asdict(model), asdict(config), data_digest], sort_keys=True).encode())
+    for place in (Path(model.backbone_weights), Path(config.initial_weights)):
+        file = place / "model.safetensors" if place.is_dir() else place
+        total.update(sha256(file).encode() if file.is_file() else b"")
     for path in [*sorted((Path(__file__).parent.parent / "detr").glob("*.py")), Path(__file__)]:
         total.update(path.read_bytes())
     return total.hexdigest()[:16]
@@ -50,8 +55,11 @@ def train(
     The resume state lies in `scratch/<fingerprint>/`, where a change of parameters, data or library code never
     finds it. Raises ValueError or FloatingPointError with what to do.
     """
+    initial = config.initial_weights
+    if Path(initial).resolve() == output.resolve():
+        raise ValueError(f"train.initial_weights is {initial}, which this training replaces; copy it elsewhere first")
     mark = fingerprint(model_config, config, json.loads(passed.read_text())["data"])
-    size = InputSize(config.transform.scales[-1], config.transform.max_size, config.size_multiple)
+    size = InputSize(config.transform.scales[-1], config.transform.max_size)
     with process_group() as process:
         annotations = load_annotations(data / "instances_train.json")
         transform = TrainTransform(config.transform, config.seed)
@@ -62,7 +70,10 @@ def train(
             EvalTransform(size.short, size.max_size),
         )
         torch.manual_seed(config.seed)
-        model = build_model(model_config, len(annotations.category_ids))
+        architecture = model_config if initial == "none" else replace(model_config, backbone_weights="none")
+        model = build_model(architecture, len(annotations.category_ids))
+        if initial != "none":
+            initialize(model, initial)
         state = load_state(scratch / mark / "state")
         history: list[dict[str, float]] = state.pop("history") if state else []
         log = None
@@ -79,7 +90,7 @@ def train(
             log = Log(scratch / mark, history, mirror, total_steps, config)
         for report in fit(model, dataset, config, process, state):
             if report.epoch_done and config.evaluate_epochs and (report.epoch + 1) % config.evaluate_epochs == 0:
-                detections = detect_all(model, held_out, config.batch_size, size.size_multiple, process)
+                detections = detect_all(model, held_out, config.batch_size, process)
                 if log:
                     report.row.update(coco_metrics(data / "instances_val.json", detections)[0])
             if log:
@@ -146,8 +157,10 @@ def launch() -> None:
     try:
         run(parse_args([*(["--standalone"] if alone else []), "-m", "pipelines.train", *sys.argv[1:]]))
     except ChildFailedError as error:
-        _, failure = error.get_first_failure()
-        raise RuntimeError(failure.message.partition(": ")[2] or failure.message) from None
+        message: Any = error.get_first_failure()[1].message
+        if isinstance(message, dict):  # of a process that recorded its exception
+            message = message["message"].partition(": ")[2]
+        raise RuntimeError(message) from None
 
 
 def die_with_parent() -> None:
@@ -170,7 +183,8 @@ def sections() -> tuple[ModelConfig, TrainConfig]:
 
 
 def main() -> None:
-    sections()
+    """Downloads what is needed once on this node, before its processes start, and trains."""
+    fetch(sections()[1].initial_weights)
     launch()
 
 

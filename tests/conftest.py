@@ -48,6 +48,7 @@ TINY_MODEL = ModelConfig(
     num_decoder_layers=2,
     num_queries=5,
     dropout=0.0,
+    attention_dropout=0.0,
     pre_norm=False,
 )
 SHAPES = ShapesParams(

@@ -41,7 +41,9 @@ def test_a_batch_gives_back_its_samples(name, multiple):
     assert len(batch) == len(samples)
     assert height % multiple == width % multiple == 0
     assert all(0 <= size - needed < multiple for size, needed in zip((height, width), largest, strict=True))
-    assert batch.labels.shape[1] == max(len(s.labels) for s in samples)
+    targets = batch.targets
+    assert targets.counts == tuple(len(s.labels) for s in samples)
+    assert targets.owners.tolist() == [i for i, s in enumerate(samples) for _ in s.labels]
     for i, one in enumerate(samples):
         h, w = one.image.shape[1:]
         inside = ~batch.padding[i]
@@ -49,17 +51,18 @@ def test_a_batch_gives_back_its_samples(name, multiple):
         assert inside.sum() == h * w
         assert torch.equal(batch.images[i, :, :h, :w], one.image)
         assert batch.images[i].sum(dtype=torch.int64) == one.image.sum(dtype=torch.int64)
-        boxes = cxcywh_to_xyxy(batch.boxes_cxcywh[i][batch.valid[i]]) * torch.tensor([w, h, w, h])
+        own = targets.owners == i
+        boxes = cxcywh_to_xyxy(targets.boxes_cxcywh[own]) * torch.tensor([w, h, w, h])
         torch.testing.assert_close(boxes, one.boxes_xyxy)
-        assert torch.equal(batch.labels[i][batch.valid[i]], one.labels)
+        assert torch.equal(targets.labels[own], one.labels)
         assert batch.image_ids[i] == one.image_id
         assert tuple(batch.original_sizes_hw[i].tolist()) == one.original_size_hw
 
 
 def test_a_sample_is_the_same_alone_and_in_a_batch():
     alone, together = collate(SAMPLES["several"][1:2]), collate(SAMPLES["several"])
-    assert torch.equal(alone.boxes_cxcywh[0], together.boxes_cxcywh[1])
-    assert torch.equal(alone.valid[0], together.valid[1])
+    assert torch.equal(alone.targets.boxes_cxcywh, together.targets.boxes_cxcywh[1:3])
+    assert alone.targets.counts == together.targets.counts[1:2]
 
 
 def test_normalize_equals_torchvision_and_is_zero_in_the_padding():
@@ -78,7 +81,9 @@ def test_pixels_in_the_padding_change_nothing():
 
 def test_batches_move_between_devices_and_processes():
     batch = collate(SAMPLES["several"])
-    assert batch.to(torch.device("meta")).padding.device.type == "meta"
+    moved = batch.to(torch.device("meta"))
+    assert {moved.padding.device.type, moved.targets.labels.device.type} == {"meta"}
+    assert moved.targets.counts == batch.targets.counts
     again = pickle.loads(pickle.dumps(batch))
     assert torch.equal(again.images, batch.images)
-    assert torch.equal(again.boxes_cxcywh, batch.boxes_cxcywh)
+    assert torch.equal(again.targets.boxes_cxcywh, batch.targets.boxes_cxcywh)

@@ -16,7 +16,7 @@ CATEGORIES = [Category(3, "cat"), Category(44, "dog")]
 def saved(folder, config=TINY_MODEL):
     torch.manual_seed(0)
     model = build_model(config, len(CATEGORIES))
-    save_model(model, CATEGORIES, InputSize(480, 640, 32), "abc", folder)
+    save_model(model, CATEGORIES, InputSize(480, 640), "abc", folder)
     return model
 
 
@@ -48,7 +48,7 @@ def test_a_model_comes_back_as_it_was(change, tmp_path):
     model = saved(tmp_path, replace(TINY_MODEL, **change)).eval()
     again, categories, input_size = load_model(tmp_path)
     assert not again.training
-    assert (categories, input_size, again.config) == (CATEGORIES, InputSize(480, 640, 32), model.config)
+    assert (categories, input_size, again.config) == (CATEGORIES, InputSize(480, 640), model.config)
     images, padding = torch.randn(1, 3, 64, 64), torch.zeros(1, 64, 64, dtype=torch.bool)
     with torch.no_grad():
         for result, expected in zip(again(images, padding), model(images, padding), strict=True):
@@ -57,7 +57,7 @@ def test_a_model_comes_back_as_it_was(change, tmp_path):
 
 def test_models_in_channels_last_are_the_same_file(tmp_path):
     model = saved(tmp_path / "a")
-    save_model(model.to(memory_format=torch.channels_last), CATEGORIES, InputSize(480, 640, 32), "abc", tmp_path / "b")
+    save_model(model.to(memory_format=torch.channels_last), CATEGORIES, InputSize(480, 640), "abc", tmp_path / "b")
     for name in ("model.safetensors", "config.json"):
         assert (tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes()
 
@@ -76,15 +76,15 @@ def test_a_model_with_pretrained_weights_needs_them_no_more(tmp_path):
     [
         (
             lambda weights: weights.update({"class_embed.bias": torch.zeros(7)}),
-            r"class_embed.bias is \(3,\) by config.json, \(7,\) in model.safetensors",
+            r"class_embed.bias is \(3,\) in the model, \(7,\) in the file",
         ),
         (
             lambda weights: weights.pop("query_embed.weight"),
-            r"query_embed.weight is \(5, 32\) by config.json, absent in model.safetensors",
+            r"query_embed.weight is \(5, 32\) in the model, absent in the file",
         ),
         (
             lambda weights: weights.update(extra=torch.zeros(2)),
-            r"extra is absent by config.json, \(2,\) in model.safetensors",
+            r"extra is absent in the model, \(2,\) in the file",
         ),
     ],
 )
@@ -93,7 +93,7 @@ def test_weights_that_do_not_fit_name_the_first_difference(change, message, tmp_
     weights = load_file(tmp_path / "model.safetensors")
     change(weights)
     save_file(weights, tmp_path / "model.safetensors")
-    with pytest.raises(ValueError, match=f"{tmp_path}: {message}"):
+    with pytest.raises(ValueError, match=f"{tmp_path}: model.safetensors does not fit config.json: {message}"):
         load_model(tmp_path)
 
 
@@ -102,8 +102,46 @@ def test_weights_that_do_not_fit_name_the_first_difference(change, message, tmp_
 def test_a_torn_model_is_named(name, damage, tmp_path):
     saved(tmp_path)
     (tmp_path / name).write_bytes(damage((tmp_path / name).read_bytes()))
-    with pytest.raises(ValueError, match=rf"{tmp_path} holds a torn model \(.+\); train or fetch it again"):
+    with pytest.raises(
+        ValueError, match=rf"{tmp_path} holds no whole model of this version \(.+\); train or fetch it again"
+    ):
         load_model(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda document: document["model"].pop("dropout"), "TypeError: .*'dropout'"),
+        (lambda document: document["model"].update(width=2), "TypeError: .*'width'"),
+        (lambda document: document["model"].update(stride=8), "ValueError: model.stride is 8, expected one of"),
+        (lambda document: document.pop("categories"), "KeyError: 'categories'"),
+        (lambda document: document.update(categories=["cat"]), "TypeError: "),
+    ],
+)
+def test_a_model_of_another_version_is_named(change, message, tmp_path):
+    saved(tmp_path)
+    document = json.loads((tmp_path / "config.json").read_text())
+    change(document)
+    (tmp_path / "config.json").write_text(json.dumps(document))
+    with pytest.raises(ValueError, match=rf"{tmp_path} holds no whole model of this version \({message}"):
+        load_model(tmp_path)
+
+
+def test_weights_of_another_architecture_name_the_first_difference(tmp_path):
+    saved(tmp_path)
+    saved(tmp_path / "other", replace(TINY_MODEL, num_decoder_layers=1, num_queries=9))
+    (tmp_path / "other/model.safetensors").rename(tmp_path / "model.safetensors")
+    message = r"query_embed.weight is \(5, 32\) in the model, \(9, 32\) in the file"
+    with pytest.raises(ValueError, match=f"{tmp_path}: model.safetensors does not fit config.json: {message}"):
+        load_model(tmp_path)
+
+
+def test_a_pickle_with_code_in_the_place_of_weights_is_never_run(tmp_path):
+    saved(tmp_path)
+    torch.save({"a": Malicious(str(tmp_path / "run"))}, tmp_path / "model.safetensors")
+    with pytest.raises(ValueError, match="holds no whole model of this version"):
+        load_model(tmp_path)
+    assert not (tmp_path / "run").exists()
 
 
 @pytest.mark.parametrize("name", ["model.safetensors", "config.json"])
@@ -191,6 +229,7 @@ class Malicious:
 
 def test_code_in_a_state_is_never_run(tmp_path):
     save_state({"step": Malicious(str(tmp_path / "run"))}, tmp_path / "state")
-    with pytest.raises(Exception, match="Weights only load failed"):
+    message = rf"{tmp_path}/state is not a whole file of weights and nothing else \(it asks for posix.mkdir\)"
+    with pytest.raises(ValueError, match=message):
         load_state(tmp_path / "state")
     assert not (tmp_path / "run").exists()

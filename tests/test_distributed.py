@@ -29,10 +29,10 @@ from detr.model import ModelConfig, build_model
 from detr.train import TrainConfig, fit
 from detr.transforms import TrainTransform, TransformConfig
 
-TINY = ModelConfig("resnet10", 0.25, "group", "none", 32, "sine", 20.0, 32, 4, 64, 1, 2, 5, 0.0, False)
+TINY = ModelConfig("resnet10", 0.25, "group", "none", 32, "sine", 20.0, 32, 4, 64, 1, 2, 5, 0.0, 0.0, False)
 TRANSFORM = TransformConfig((64,), 64, 0.5, 0.0, (), (0, 0))
 CONFIG = TrainConfig(
-    0, 2, 8, 1e-3, 1e-3, 1e-4, "cosine", 0, 2, 0.1, "float32", 64, 1, 0, 1.0,
+    0, "none", 2, 8, 1e-3, 1e-3, 1e-4, "cosine", 0, 2, 0.1, "float32", 64, 1, 0, 1.0,
     MatcherConfig(1.0, 5.0, 2.0), LossConfig(1.0, 5.0, 2.0, 1.0, True), TRANSFORM,
 )
 
@@ -47,7 +47,7 @@ def measure(drawn, process):
     dataset = CocoDataset(annotations, ImageArchive(drawn / "train.zip"), TrainTransform(TRANSFORM, 0))
     torch.manual_seed(0)
     model = build_model(TINY, len(annotations.category_ids))
-    detections = detect_all(model, held_out, 2, 1, process)
+    detections = detect_all(model, held_out, 2, process)
     rows = [report.row for report in fit(model, dataset, CONFIG, process)]
     weights = sum(p.detach().double().abs().sum() for p in model.parameters()).item()
     return {"rows": rows, "detections": detections, "weights": weights, "ranks": process.gather(process.rank)}

@@ -1,4 +1,5 @@
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -8,7 +9,7 @@ from pycocotools.cocoeval import COCOeval
 
 from detr.coco import CocoDataset, ImageArchive, load_annotations
 from detr.distributed import Process
-from detr.evaluate import METRICS, ap_per_class, coco_metrics, detect, detect_all
+from detr.evaluate import METRICS, ap_per_class, batches_of_one_size, coco_metrics, detect, detect_all
 from detr.model import build_model
 from detr.postprocess import postprocess
 from tests.conftest import TINY_MODEL
@@ -119,12 +120,15 @@ def test_detections_in_images_that_do_not_exist_are_refused(truth):
 
 @pytest.fixture
 def dataset(drawn):
-    """Images of one size: with group norm, the amount of padding that others bring changes a result."""
+    """Images of several sizes."""
+    annotations = load_annotations(drawn / "instances_val.json")
+    sizes = [(50 + 7 * (k % 3), 64 - 9 * (k % 2)) for k in range(len(annotations.image_ids))]
 
     def cut(image, boxes, labels, key):
-        return image[:, :64, :64], boxes, labels
+        height, width = sizes[key[1]]
+        return image[:, :height, :width], boxes, labels
 
-    return CocoDataset(load_annotations(drawn / "instances_val.json"), ImageArchive(drawn / "val.zip"), cut)
+    return CocoDataset(replace(annotations, sizes_hw=np.array(sizes)), ImageArchive(drawn / "val.zip"), cut)
 
 
 @pytest.fixture
@@ -135,18 +139,19 @@ def model(dataset):
 
 def test_detections_are_the_models_in_coco_form(model, dataset):
     model.train()
-    batches = list(detect(model, dataset, [5, 0, 7], 2, 1, CPU))
+    batches = list(detect(model, dataset, [[6, 0], [7]], CPU))
     assert [len(rows) for rows in batches] == [10, 5]
-    assert not model.training
+    assert model.training
     rows = [row for batch in batches for row in batch]
     ids = dataset.annotations.image_ids
-    assert [row["image_id"] for row in rows] == [int(ids[k]) for k in (5, 0, 7) for _ in range(5)]
+    assert [row["image_id"] for row in rows] == [int(ids[k]) for k in (6, 0, 7) for _ in range(5)]
     image = dataset[0, 0].image[None]
+    model.eval()
     normal = (image / 255 - torch.tensor([0.485, 0.456, 0.406]).view(3, 1, 1)) / torch.tensor(
         [0.229, 0.224, 0.225]
     ).view(3, 1, 1)
     with torch.no_grad():
-        logits, boxes = model(normal, torch.zeros(1, 64, 64, dtype=torch.bool))
+        logits, boxes = model(normal)
     scores, labels, corners = (x[0] for x in postprocess(logits, boxes, torch.tensor([dataset[0, 0].original_size_hw])))
     for row, score, label, (left, top, right, bottom) in zip(
         rows[5:10], scores.tolist(), labels.tolist(), corners.tolist(), strict=True
@@ -158,13 +163,16 @@ def test_detections_are_the_models_in_coco_form(model, dataset):
 
 
 def test_no_images_give_no_detections(model, dataset):
-    assert list(detect(model, dataset, [], 4, 1, CPU)) == []
+    assert list(detect(model, dataset, [], CPU)) == []
 
 
-@pytest.mark.parametrize("batch_size", [1, 5, 100])
-def test_the_size_of_batches_changes_no_detection_of_images_of_one_size(model, dataset, batch_size):
-    expected = detect_all(model, dataset, 4, 1, Process(0, 1, CPU))
-    found = detect_all(model, dataset, batch_size, 1, Process(0, 1, CPU))
+@pytest.mark.parametrize("config", ["group", "frozen", "batch"])
+@pytest.mark.parametrize("batch_size", [1, 2, 100])
+def test_the_size_of_batches_changes_no_detection(dataset, batch_size, config):
+    torch.manual_seed(0)
+    model = build_model(replace(TINY_MODEL, backbone_norm=config), len(dataset.annotations.category_ids)).eval()
+    expected = [row for rows in detect(model, dataset, [[k] for k in range(len(dataset))], CPU) for row in rows]
+    found = detect_all(model, dataset, batch_size, Process(0, 1, CPU))
     assert [row["image_id"] for row in found] == np.repeat(dataset.annotations.image_ids, 5).tolist()
     for row, other in zip(found, expected, strict=True):
         assert row["category_id"] == other["category_id"]
@@ -172,6 +180,20 @@ def test_the_size_of_batches_changes_no_detection_of_images_of_one_size(model, d
         assert row["bbox"] == pytest.approx(other["bbox"], abs=0.02)
 
 
+@pytest.mark.parametrize("num_images", [0, 1, 12])
+def test_every_image_is_in_one_batch_of_its_size(num_images):
+    sizes = [(64 + 7 * (k % 3), 96 - 9 * (k % 2)) for k in range(num_images)]
+    batches = batches_of_one_size(sizes, 2)
+    assert sorted(index for batch in batches for index in batch) == list(range(num_images))
+    assert all(1 <= len(batch) <= 2 and len({sizes[index] for index in batch}) == 1 for batch in batches)
+
+
+def test_progress_counts_every_image(model, dataset):
+    counts = []
+    detect_all(model, dataset, 3, Process(0, 1, CPU), counts.append)
+    assert sum(counts) == len(dataset)
+
+
 def test_detections_of_a_model_can_be_judged(model, dataset, drawn):
-    metrics, _ = coco_metrics(drawn / "instances_val.json", detect_all(model, dataset, 4, 1, Process(0, 1, CPU)))
+    metrics, _ = coco_metrics(drawn / "instances_val.json", detect_all(model, dataset, 4, Process(0, 1, CPU)))
     assert 0 <= metrics["AP"] < 0.5

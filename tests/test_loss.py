@@ -1,11 +1,12 @@
 import math
+import warnings
 from dataclasses import replace
 from itertools import permutations
 
 import pytest
 import torch
 
-from detr.batch import Batch
+from detr.batch import Targets
 from detr.loss import LossConfig, set_loss
 from detr.matcher import MatcherConfig
 
@@ -21,25 +22,14 @@ def predictions(num_layers=2, num_images=2, num_queries=4, seed=0):
     return logits.requires_grad_(), boxes.requires_grad_()
 
 
-def batch_of(*counts, seed=1):
+def targets_of(*counts, seed=1):
     generator = torch.Generator().manual_seed(seed)
-    valid = torch.arange(max(counts))[None] < torch.tensor(counts)[:, None]
-    boxes = (0.1 + 0.4 * torch.rand(*valid.shape, 4, generator=generator)) * valid[..., None]
-    labels = torch.randint(NUM_CLASSES, valid.shape, generator=generator) * valid
-    size = len(counts)
-    return Batch(
-        torch.zeros(size, 3, 8, 8, dtype=torch.uint8),
-        torch.zeros(size, 8, 8, dtype=torch.bool),
-        boxes,
-        labels,
-        valid,
-        torch.arange(size),
-        torch.full((size, 2), 8),
-    )
+    boxes = [0.1 + 0.4 * torch.rand(count, 4, generator=generator) for count in counts]
+    return Targets.join(boxes, [torch.randint(NUM_CLASSES, (count,), generator=generator) for count in counts])
 
 
-def loss_of(logits, boxes, batch, config=LOSS):
-    return set_loss(logits, boxes, batch, batch.valid.sum().float().clamp(min=1), MATCHER, config)
+def loss_of(logits, boxes, targets, config=LOSS):
+    return set_loss(logits, boxes, targets, torch.tensor(float(max(1, sum(targets.counts)))), MATCHER, config)
 
 
 def giou(a, b):
@@ -86,11 +76,11 @@ def naive_layer(logits, boxes, goals):
 @pytest.mark.parametrize("counts", [(0, 0), (0, 3), (2, 1), (4, 4), (1, 0, 3)])
 def test_the_loss_equals_a_naive_one(counts):
     logits, boxes = predictions(num_images=len(counts))
-    batch = batch_of(*counts)
-    total, parts = loss_of(logits, boxes, batch)
+    targets = targets_of(*counts)
+    total, parts = loss_of(logits, boxes, targets)
+    pairs = list(zip(targets.labels.tolist(), targets.boxes_cxcywh.tolist(), strict=True))
     goals = [
-        list(zip(batch.labels[i, :n].tolist(), batch.boxes_cxcywh[i, :n].tolist(), strict=True))
-        for i, n in enumerate(counts)
+        [pair for pair, i in zip(pairs, targets.owners.tolist(), strict=True) if i == k] for k in range(len(counts))
     ]
     layers = [naive_layer(logits[layer], boxes[layer], goals) for layer in range(2)]
     names = ("loss_class", "loss_box", "loss_giou", "cardinality_error")
@@ -103,7 +93,9 @@ def test_the_loss_equals_a_naive_one(counts):
 @pytest.mark.parametrize("counts", [(0, 0), (0, 3), (7, 2)])
 def test_gradients_are_finite_and_reach_the_boxes_of_matched_queries_only(counts):
     logits, boxes = predictions()
-    total, _ = loss_of(logits, boxes, batch_of(*counts))
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "an image has 7 targets")
+        total, _ = loss_of(logits, boxes, targets_of(*counts))
     total.backward()
     assert logits.grad.isfinite().all()
     assert logits.grad.abs().sum(-1).all()
@@ -113,31 +105,30 @@ def test_gradients_are_finite_and_reach_the_boxes_of_matched_queries_only(counts
 
 
 def test_perfect_predictions_cost_nothing():
-    batch = batch_of(4, 4)
-    logits = (torch.nn.functional.one_hot(batch.labels, NUM_CLASSES + 1) * 100.0)[None]
-    total, parts = loss_of(logits, batch.boxes_cxcywh[None], batch)
+    targets = targets_of(4, 4)
+    logits = (torch.nn.functional.one_hot(targets.labels.view(2, 4), NUM_CLASSES + 1) * 100.0)[None]
+    total, parts = loss_of(logits, targets.boxes_cxcywh.view(1, 2, 4, 4), targets)
     torch.testing.assert_close(total, torch.tensor(0.0), rtol=0, atol=1e-5)
     assert parts["class_error"] == 0
     assert parts["cardinality_error"].tolist() == [0.0]
 
 
 def test_more_targets_than_queries():
-    batch = batch_of(9, 2)
-    total, parts = loss_of(*predictions(), batch)
+    targets = targets_of(9, 2)
+    with pytest.warns(UserWarning, match="5 targets stay unmatched"):
+        total, parts = loss_of(*predictions(), targets)
     assert total.isfinite()
     assert all(value.isfinite().all() for value in parts.values())
 
 
 def test_the_order_of_queries_and_of_targets_changes_nothing():
     logits, boxes = predictions()
-    batch = batch_of(3, 1)
-    total, parts = loss_of(logits, boxes, batch)
-    queries, order = torch.tensor([2, 0, 3, 1]), torch.tensor([1, 2, 0])
-    shuffled = replace(
-        batch, boxes_cxcywh=batch.boxes_cxcywh[:, order], labels=batch.labels[:, order], valid=batch.valid[:, order]
-    )
+    targets = targets_of(3, 1)
+    total, parts = loss_of(logits, boxes, targets)
+    queries, order = torch.tensor([2, 0, 3, 1]), torch.tensor([1, 2, 0, 3])
+    shuffled = replace(targets, boxes_cxcywh=targets.boxes_cxcywh[order], labels=targets.labels[order])
     for result, other in (
-        loss_of(logits[:, :, queries], boxes[:, :, queries], batch),
+        loss_of(logits[:, :, queries], boxes[:, :, queries], targets),
         loss_of(logits, boxes, shuffled),
     ):
         torch.testing.assert_close(result, total)
@@ -145,41 +136,28 @@ def test_the_order_of_queries_and_of_targets_changes_nothing():
             torch.testing.assert_close(other[name], value)
 
 
-def test_what_stands_in_unused_targets_changes_nothing():
-    logits, boxes = predictions()
-    batch, other = batch_of(3, 1), batch_of(3, 3, seed=5)
-    noisy = replace(
-        batch,
-        boxes_cxcywh=torch.where(batch.valid[..., None], batch.boxes_cxcywh, other.boxes_cxcywh),
-        labels=torch.where(batch.valid, batch.labels, other.labels),
-    )
-    (total, parts), (result, again) = loss_of(logits, boxes, batch), loss_of(logits, boxes, noisy)
-    assert result == total
-    assert all(torch.equal(again[name], value) for name, value in parts.items())
-
-
 def test_without_auxiliary_losses_the_last_layer_counts_alone():
     logits, boxes = predictions(num_layers=3)
-    batch = batch_of(3, 1)
-    total, parts = loss_of(logits, boxes, batch, replace(LOSS, auxiliary=False))
-    expected, expected_parts = loss_of(logits[-1:], boxes[-1:], batch)
+    targets = targets_of(3, 1)
+    total, parts = loss_of(logits, boxes, targets, replace(LOSS, auxiliary=False))
+    expected, expected_parts = loss_of(logits[-1:], boxes[-1:], targets)
     assert total == expected
     assert parts["loss_box"].shape == (1,)
     assert all(torch.equal(parts[name], value) for name, value in expected_parts.items())
 
 
 def test_class_error_is_the_percentage_of_matched_queries_with_a_wrong_class():
-    batch = batch_of(4)
-    classes = batch.labels.clone()
-    classes[0, 0] = (classes[0, 0] + 1) % NUM_CLASSES
-    logits = (torch.nn.functional.one_hot(classes, NUM_CLASSES + 1) * 5.0)[None]
-    assert loss_of(logits, batch.boxes_cxcywh[None], batch)[1]["class_error"] == 25
+    targets = targets_of(4)
+    classes = targets.labels.clone()
+    classes[0] = (classes[0] + 1) % NUM_CLASSES
+    logits = (torch.nn.functional.one_hot(classes, NUM_CLASSES + 1) * 5.0)[None, None]
+    assert loss_of(logits, targets.boxes_cxcywh[None, None], targets)[1]["class_error"] == 25
 
 
 def test_num_boxes_scales_the_box_losses_alone():
     logits, boxes = predictions()
-    batch = batch_of(3, 1)
-    one, two = (set_loss(logits, boxes, batch, torch.tensor(n), MATCHER, LOSS)[1] for n in (4.0, 8.0))
+    targets = targets_of(3, 1)
+    one, two = (set_loss(logits, boxes, targets, torch.tensor(n), MATCHER, LOSS)[1] for n in (4.0, 8.0))
     torch.testing.assert_close(two["loss_box"] * 2, one["loss_box"])
     torch.testing.assert_close(two["loss_giou"] * 2, one["loss_giou"])
     assert torch.equal(two["loss_class"], one["loss_class"])
@@ -187,7 +165,7 @@ def test_num_boxes_scales_the_box_losses_alone():
 
 def test_half_precision_outputs_give_a_float32_loss():
     logits, boxes = predictions()
-    total, _ = loss_of(logits.bfloat16(), boxes.bfloat16(), batch_of(3, 1))
-    expected, _ = loss_of(logits.bfloat16().float(), boxes.bfloat16().float(), batch_of(3, 1))
+    total, _ = loss_of(logits.bfloat16(), boxes.bfloat16(), targets_of(3, 1))
+    expected, _ = loss_of(logits.bfloat16().float(), boxes.bfloat16().float(), targets_of(3, 1))
     assert total.dtype == torch.float32
     assert total == expected

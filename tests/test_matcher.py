@@ -5,6 +5,7 @@ import torch
 from scipy.optimize import linear_sum_assignment
 from torchvision.ops import generalized_box_iou
 
+from detr.batch import Targets
 from detr.boxes import cxcywh_to_xyxy
 from detr.matcher import MatcherConfig, match
 
@@ -18,10 +19,16 @@ def predictions(num_layers=2, num_images=3, num_queries=5, num_classes=4, seed=0
 
 
 def targets(*counts, num_classes=4, seed=1):
+    """Per image: boxes [t, 4] and labels [t]."""
     generator = torch.Generator().manual_seed(seed)
-    valid = torch.arange(max(counts, default=0))[None] < torch.tensor(counts)[:, None]
-    boxes = 0.1 + 0.4 * torch.rand(*valid.shape, 4, generator=generator)
-    return torch.randint(num_classes, valid.shape, generator=generator), boxes, valid
+    boxes = [0.1 + 0.4 * torch.rand(count, 4, generator=generator) for count in counts]
+    return boxes, [torch.randint(num_classes, (count,), generator=generator) for count in counts]
+
+
+def matching(outputs, boxes, labels):
+    """The matched queries of each layer and image, as lists."""
+    goal = Targets.join(boxes, labels)
+    return [[part.tolist() for part in row.split(goal.counts)] for row in match(*outputs, goal, COSTS)]
 
 
 def cost_matrix(logits, boxes, labels, target_boxes):
@@ -41,97 +48,100 @@ def cost_matrix(logits, boxes, labels, target_boxes):
 @pytest.mark.parametrize("counts", [(0, 0, 0), (0, 2, 5), (3, 1, 0), (1, 5, 2)])
 def test_matching_equals_scipy_on_a_naive_cost(counts):
     logits, boxes = predictions()
-    labels, target_boxes, valid = targets(*counts)
-    matched = match(logits, boxes, labels, target_boxes, valid, COSTS)
-    assert matched.shape == (2, 3, max(counts))
+    target_boxes, labels = targets(*counts)
+    matched = matching((logits, boxes), target_boxes, labels)
     for layer in range(2):
         for image, count in enumerate(counts):
-            cost = cost_matrix(logits[layer, image], boxes[layer, image], labels[image, :count], target_boxes[image])
+            cost = cost_matrix(logits[layer, image], boxes[layer, image], labels[image], target_boxes[image])
             queries, assigned = linear_sum_assignment(cost)
-            expected = torch.full((max(counts),), -1)
-            expected[assigned] = torch.from_numpy(queries)
-            assert torch.equal(matched[layer, image], expected)
+            expected = [-1] * count
+            for query, target in zip(queries, assigned, strict=True):
+                expected[target] = query
+            assert matched[layer][image] == expected
 
 
 def test_no_permutation_is_cheaper():
     logits, boxes = predictions(1, 1, 5)
-    labels, target_boxes, valid = targets(3)
-    matched = match(logits, boxes, labels, target_boxes, valid, COSTS)[0, 0].tolist()
+    target_boxes, labels = targets(3)
     cost = cost_matrix(logits[0, 0], boxes[0, 0], labels[0], target_boxes[0])
     cheapest = min(permutations(range(5), 3), key=lambda queries: sum(cost[q, t] for t, q in enumerate(queries)))
-    assert matched == list(cheapest)
+    assert matching((logits, boxes), target_boxes, labels) == [[list(cheapest)]]
 
 
 def test_perfect_predictions_are_matched_to_their_targets():
-    labels, boxes, valid = targets(5)
+    boxes, labels = targets(5)
     order = torch.tensor([3, 0, 4, 2, 1])
-    logits = torch.nn.functional.one_hot(labels[:, order], 5).float()[None] * 10
-    assert match(logits, boxes[None, :, order], labels, boxes, valid, COSTS)[0, 0].tolist() == order.argsort().tolist()
+    logits = torch.nn.functional.one_hot(labels[0][order], 5).float()[None, None] * 10
+    assert matching((logits, boxes[0][order][None, None]), boxes, labels) == [[order.argsort().tolist()]]
 
 
-@pytest.mark.parametrize("counts", [(0, 0, 0), (0, 7, 3), (9, 1, 6)])
-def test_every_query_is_used_once_and_every_target_that_can_be_is_matched(counts):
-    matched = match(*predictions(), *targets(*counts), COSTS)
-    for layer in range(2):
-        for image, count in enumerate(counts):
-            queries = [q for q in matched[layer, image].tolist() if q >= 0]
-            assert len(queries) == len(set(queries)) == min(count, 5)
-            assert (matched[layer, image, count:] == -1).all()
+@pytest.mark.parametrize("counts", [(0, 0, 0), (0, 5, 3), (4, 1, 5)])
+def test_every_query_is_used_once_and_every_target_is_matched(counts):
+    for layer in matching(predictions(), *targets(*counts)):
+        for queries, count in zip(layer, counts, strict=True):
+            assert len(set(queries) - {-1}) == count
 
 
-def test_with_more_targets_than_queries_the_cheapest_are_kept():
+def test_with_more_targets_than_queries_the_cheapest_are_kept_and_the_others_counted():
     logits, boxes = predictions(1, 1, 2)
-    labels, target_boxes, valid = targets(4)
-    matched = match(logits, boxes, labels, target_boxes, valid, COSTS)[0, 0]
+    target_boxes, labels = targets(4)
+    with pytest.warns(
+        UserWarning, match="has 4 targets, the model 2 queries: 2 targets stay unmatched; raise model.num_queries"
+    ):
+        ((matched,),) = matching((logits, boxes), target_boxes, labels)
     cost = cost_matrix(logits[0, 0], boxes[0, 0], labels[0], target_boxes[0])
     best = min(permutations(range(4), 2), key=lambda chosen: sum(cost[q, t] for q, t in enumerate(chosen)))
-    assert matched[list(best)].tolist() == [0, 1]
-    assert (matched >= 0).sum() == 2
+    assert [matched[target] for target in best] == [0, 1]
+    assert sorted(matched) == [-1, -1, 0, 1]
 
 
 def test_an_image_is_matched_as_if_alone():
     logits, boxes = predictions()
-    labels, target_boxes, valid = targets(2, 0, 4)
-    together = match(logits, boxes, labels, target_boxes, valid, COSTS)
-    for image, count in enumerate((2, 0, 4)):
+    target_boxes, labels = targets(2, 0, 4)
+    together = matching((logits, boxes), target_boxes, labels)
+    for image in range(3):
         part = slice(image, image + 1)
-        alone = match(
-            logits[:, part],
-            boxes[:, part],
-            labels[part, :count],
-            target_boxes[part, :count],
-            valid[part, :count],
-            COSTS,
-        )
-        assert torch.equal(alone[:, 0], together[:, image, :count])
+        alone = matching((logits[:, part], boxes[:, part]), target_boxes[part], labels[part])
+        assert [layer[0] for layer in alone] == [layer[image] for layer in together]
 
 
 def test_permuted_queries_and_targets_give_the_permuted_matching():
     logits, boxes = predictions()
-    labels, target_boxes, valid = targets(2, 0, 4)
-    matched = match(logits, boxes, labels, target_boxes, valid, COSTS)
+    target_boxes, labels = targets(2, 0, 4)
+    matched = matching((logits, boxes), target_boxes, labels)
     queries = torch.tensor([3, 0, 4, 2, 1])
-    permuted = match(logits[:, :, queries], boxes[:, :, queries], labels, target_boxes, valid, COSTS)
-    assert torch.equal(torch.where(permuted >= 0, queries[permuted], -1), matched)
-    order = torch.tensor([2, 0, 3, 1])
-    permuted = match(logits, boxes, labels[:, order], target_boxes[:, order], valid[:, order], COSTS)
-    assert torch.equal(permuted, matched[:, :, order])
-
-
-def test_what_stands_in_unused_targets_changes_nothing():
-    logits, boxes = predictions()
-    labels, target_boxes, valid = targets(2, 0, 4)
-    other_labels, other_boxes, _ = targets(4, 4, 4, seed=9)
-    noisy = torch.where(valid, labels, other_labels), torch.where(valid[..., None], target_boxes, other_boxes)
-    assert torch.equal(
-        match(logits, boxes, *noisy, valid, COSTS), match(logits, boxes, labels, target_boxes, valid, COSTS)
-    )
+    permuted = matching((logits[:, :, queries], boxes[:, :, queries]), target_boxes, labels)
+    assert [[queries[image].tolist() for image in layer] for layer in permuted] == matched
+    order = [1, 0], [], [2, 0, 3, 1]
+    shuffled = ([values[list(o)] for values, o in zip(side, order, strict=True)] for side in (target_boxes, labels))
+    expected = [[[image[k] for k in o] for image, o in zip(layer, order, strict=True)] for layer in matched]
+    assert matching((logits, boxes), *shuffled) == expected
 
 
 def test_half_precision_predictions_are_matched_in_float32():
     logits, boxes = predictions()
     logits, boxes, goal = logits.bfloat16(), boxes.bfloat16(), targets(2, 0, 4)
-    assert torch.equal(match(logits, boxes, *goal, COSTS), match(logits.float(), boxes.float(), *goal, COSTS))
+    assert matching((logits, boxes), *goal) == matching((logits.float(), boxes.float()), *goal)
+
+
+@pytest.mark.parametrize("label", [-1, 4, 9])
+def test_labels_out_of_range_are_an_error(label):
+    boxes, labels = targets(2, 0, 3)
+    labels[2][1] = label
+    message = (
+        rf"image 2 of the batch has label {label}, the model's are 0\.\.3; build the model with the number of classes"
+    )
+    with pytest.raises(ValueError, match=message):
+        matching(predictions(), boxes, labels)
+
+
+@pytest.mark.parametrize("box", [(30.0, 20.0, 50.0, 60.0), (0.4, 0.5, -0.1, 0.2), (0.4, 0.5, float("nan"), 0.2)])
+def test_targets_in_another_format_are_an_error(box):
+    boxes, labels = targets(2, 0, 3)
+    boxes[0][1] = torch.tensor(box)
+    message = r"image 0 of the batch has target box \[.*\], expected centre x, centre y, width, height as fractions"
+    with pytest.raises(ValueError, match=message):
+        matching(predictions(), boxes, labels)
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
@@ -139,5 +149,12 @@ def test_half_precision_predictions_are_matched_in_float32():
 def test_predictions_that_are_not_finite_are_an_error(value, which):
     outputs = predictions()
     outputs[which][1, 2, 3] = value
-    with pytest.raises(ValueError, match=r"predictions are not finite: .* lower train\.lr"):
-        match(*outputs, *targets(2, 0, 4), COSTS)
+    with pytest.raises(ValueError, match=r"not (finite|a number)(: .*)?; lower train\.lr"):
+        matching(outputs, *targets(2, 0, 4))
+
+
+def test_nan_is_an_error_for_images_without_targets_too():
+    logits, boxes = predictions()
+    logits[0, 1] = torch.nan
+    with pytest.raises(ValueError, match="predictions are not finite"):
+        matching((logits, boxes), *targets(2, 0, 4))

@@ -2,11 +2,14 @@ from dataclasses import replace
 
 import pytest
 import torch
+from torch.utils.flop_counter import FlopCounterMode
 
 import detr
+from detr.backbone import NORMS
 from detr.batch import Sample, collate, normalize
-from detr.model import MLP, build_model
-from tests.conftest import TINY_MODEL
+from detr.model import DETR, MLP, ModelConfig, build_model, for_inference
+from pipelines.params import from_document, merged
+from tests.conftest import ROOT, TINY_MODEL
 
 CONFIGS = {
     "tiny": TINY_MODEL,
@@ -97,6 +100,69 @@ def test_the_pixels_inside_do_count(model):
     assert not torch.allclose(predict(model, other, batch.padding)[0], logits)
 
 
+def test_no_padding_is_as_padding_that_is_nowhere(model):
+    batch = batch_of((64, 96), (64, 96))
+    images = normalize(batch.images, batch.padding)
+    with torch.no_grad():
+        assert_same(model(images), model(images, batch.padding))
+
+
+@pytest.mark.parametrize("mode", [torch.float32, torch.bfloat16])
+def test_half_precision_ends_in_float32_heads(model, mode):
+    batch = batch_of((64, 96))
+    expected = predict(model, batch.images, batch.padding)
+    with torch.autocast("cpu", torch.bfloat16, enabled=mode is torch.bfloat16):
+        found = predict(model, batch.images, batch.padding)
+    assert {value.dtype for value in found} == {torch.float32}
+    assert (found[1] - expected[1]).abs().max() < 0.05
+
+
+@pytest.mark.parametrize("norm", ["frozen", "batch", "group"])
+def test_for_inference_answers_the_same_and_leaves_the_model_alone(norm):
+    torch.manual_seed(0)
+    model = build_model(replace(TINY_MODEL, backbone="resnet50", backbone_norm=norm, dropout=0.1), 3)
+    for name, value in model.backbone.state_dict().items():
+        if "running" in name or (norm == "frozen" and value.dim() == 1):
+            value.uniform_(0.5, 1.5)
+    state = {name: value.clone() for name, value in model.state_dict().items()}
+    folded = for_inference(model)
+    batch = batch_of((64, 96), (70, 33))
+    model.eval()
+    for result, value in zip(
+        predict(folded, batch.images, batch.padding), predict(model, batch.images, batch.padding), strict=True
+    ):
+        torch.testing.assert_close(result, value, rtol=1e-5, atol=1e-5)
+    assert not any(parameter.requires_grad for parameter in folded.parameters())
+    assert all(torch.equal(value, state[name]) for name, value in model.state_dict().items())
+    left = sum(isinstance(module, NORMS[norm]) for module in folded.modules())
+    assert left == (53 if norm == "group" else 0)
+
+
+@pytest.mark.parametrize(
+    ("shape", "dtype", "padding", "message"),
+    [
+        ((3, 64, 64), torch.float32, None, r"images are torch.float32 \(3, 64, 64\), expected .* \[B, 3, H, W\]"),
+        ((1, 64, 64, 3), torch.float32, None, r"images are torch.float32 \(1, 64, 64, 3\), expected"),
+        ((1, 3, 64, 64), torch.uint8, None, r"images are torch.uint8 .*; see detr.normalize"),
+        (
+            (1, 3, 64, 64),
+            torch.float32,
+            torch.zeros(1, 64, 64),
+            r"padding is torch.float32 \(1, 64, 64\), expected bool",
+        ),
+        (
+            (2, 3, 64, 64),
+            torch.float32,
+            torch.zeros(1, 64, 64, dtype=torch.bool),
+            r"padding is torch.bool \(1, 64, 64\)",
+        ),
+    ],
+)
+def test_inputs_of_another_shape_are_refused(shape, dtype, padding, message):
+    with pytest.raises(ValueError, match=message):
+        build_model(TINY_MODEL, 3)(torch.zeros(shape, dtype=dtype), padding)
+
+
 def test_permuted_queries_give_permuted_detections(model):
     batch, order = batch_of((64, 96)), torch.tensor([4, 2, 0, 1, 3])
     expected = [value[:, :, order] for value in predict(model, batch.images, batch.padding)]
@@ -117,15 +183,24 @@ def test_the_seed_alone_decides_the_weights():
     assert all(torch.equal(first[key], second[key]) for key in first)
 
 
-def test_the_published_network_has_the_papers_size():
-    paper = replace(
-        TINY_MODEL, backbone="resnet50", backbone_width=1.0, backbone_norm="frozen", hidden_dim=256, num_heads=8,
-        dim_feedforward=2048, num_encoder_layers=6, num_decoder_layers=6, num_queries=100,
-    )  # fmt: skip
+@pytest.mark.parametrize(
+    ("preset", "billions", "millions"),
+    [
+        ("coco-detr-r50", 81.2, 41.5),
+        ("coco-detr-dc5-r50", 173.3, 41.5),
+        ("coco-detr-r101", 144.7, 60.5),
+        ("coco-detr-dc5-r101", 236.7, 60.5),
+    ],
+)
+def test_the_papers_models_have_the_authors_size(preset, billions, millions):
+    """Multiply-adds at 800x1066 as torch counts them on the authors' code; the paper's are averages over images."""
+    config = from_document(merged(ROOT, preset, []), "model", ModelConfig)
     with torch.device("meta"):
-        model = build_model(paper, 91)
-    counts = [p.numel() for p in model.parameters()] + [b.numel() for name, b in model.named_buffers() if "bn" in name]
-    assert 41.2e6 < sum(counts) < 41.7e6  # table 1: 41M
+        model = DETR(config, 91)
+        with FlopCounterMode(display=False) as counter:
+            model(torch.zeros(1, 3, 800, 1066), torch.zeros(1, 800, 1066, dtype=torch.bool))
+    assert counter.get_total_flops() / 2e9 == pytest.approx(billions, rel=0.005)
+    assert sum(p.numel() for p in model.parameters()) / 1e6 == pytest.approx(millions, rel=0.005)
 
 
 @pytest.mark.parametrize(
@@ -139,6 +214,7 @@ def test_the_published_network_has_the_papers_size():
         ({"num_queries": 0}, "model.num_decoder_layers and model.num_queries must be at least 1"),
         ({"dropout": 1.0}, "model.dropout is 1.0, expected a fraction"),
         ({"dropout": -0.1}, "model.dropout is -0.1, expected a fraction"),
+        ({"attention_dropout": 1.0}, "model.attention_dropout is 1.0, expected a fraction"),
     ],
 )
 def test_impossible_architectures_are_refused(change, message):

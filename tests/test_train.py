@@ -11,7 +11,7 @@ from detr.distributed import Process
 from detr.loss import LossConfig
 from detr.matcher import MatcherConfig
 from detr.model import build_model
-from detr.train import TrainConfig, build_optimizer, fit, learning_rate_factor
+from detr.train import TrainConfig, build_optimizer, first_non_finite, fit, learning_rate_factor
 from detr.transforms import TrainTransform, TransformConfig
 from tests.conftest import TINY_MODEL
 
@@ -19,6 +19,7 @@ CPU = Process(0, 1, torch.device("cpu"))
 TINY = replace(TINY_MODEL, dropout=0.1)
 CONFIG = TrainConfig(
     seed=3,
+    initial_weights="none",
     epochs=3,
     batch_size=8,
     lr=1e-3,
@@ -165,16 +166,32 @@ def test_images_without_any_object_are_trained_on(dataset):
     assert all(row["loss_box"] == row["loss_giou"] == row["class_error"] == 0 < row["loss_class"] for row in rows)
 
 
-@pytest.mark.parametrize("objects", [False, True])
-@pytest.mark.parametrize("log_steps", [1, 100])
-def test_a_loss_that_is_not_finite_names_step_and_images(dataset, objects, log_steps):
+@pytest.mark.parametrize("objects", [True, False])
+@pytest.mark.parametrize(
+    "layer",
+    ["backbone.layer2.0.conv1", "transformer.encoder.layers.0.linear2", "transformer.decoder.norm", "class_embed"],
+)
+def test_predictions_that_are_not_finite_name_step_images_and_layer(dataset, objects, layer):
     dataset = dataset if objects else without_objects(dataset)
     model = new_model()
-    model.class_embed.bias.data.fill_(float("nan"))
-    step = 1 if objects or log_steps == 1 else 3
-    message = rf"at step {step} of epoch 0; last batch: images \d+(, \d+){{7}}"
+    next(model.get_submodule(layer).parameters()).data.view(-1)[0] = torch.nan
+    message = rf"not finite; .* at step 1 of epoch 0, images \d+(, \d+){{7}}, first in {layer}$"
     with pytest.raises(FloatingPointError, match=message):
-        list(fit(model, dataset, replace(CONFIG, log_steps=log_steps), CPU))
+        list(fit(model, dataset, CONFIG, CPU))
+    assert not any(module._forward_hooks for module in model.modules())
+
+
+def test_images_that_are_not_finite_are_told_from_layers():
+    images = torch.full((1, 3, 64, 64), torch.nan)
+    assert first_non_finite(new_model(), images, None) == "input"
+
+
+def test_labels_that_the_model_lacks_name_step_and_images(dataset):
+    torch.manual_seed(0)
+    model = build_model(TINY, 1)
+    message = r"has label \d, the model's are 0..0; .*; at step 1 of epoch 0, images \d+(, \d+){7}"
+    with pytest.raises(ValueError, match=message):
+        list(fit(model, dataset, CONFIG, CPU))
 
 
 def test_a_learning_rate_that_is_far_too_high_is_an_error_not_a_model(dataset):

@@ -1,11 +1,13 @@
+from dataclasses import replace
+
 import pytest
 import torch
 from torch import nn
 
-from detr.transformer import Attention, DecoderLayer, EncoderLayer, Transformer
+from detr.transformer import Attention, DecoderLayer, EncoderLayer, LayerShape, Transformer
 
 DIM, HEADS = 32, 4
-SHAPE = {"hidden_dim": DIM, "num_heads": HEADS, "dim_feedforward": 64, "dropout": 0.0}
+SHAPE = LayerShape(DIM, HEADS, 64, 0.0, 0.0, False)
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -42,7 +44,7 @@ def test_attention_equals_torch(self_attention, masked):
 
 @pytest.mark.parametrize("pre_norm", [False, True])
 def test_encoder_layer_equals_torch(pre_norm):
-    ours = randomised(EncoderLayer(**SHAPE, pre_norm=pre_norm))
+    ours = randomised(EncoderLayer(replace(SHAPE, pre_norm=pre_norm)))
     theirs = nn.TransformerEncoderLayer(DIM, HEADS, 64, 0.0, batch_first=True, norm_first=pre_norm)
     theirs.load_state_dict(ours.state_dict())
     x, hidden = features(2, 7, DIM), padding(7, 4, size=7)
@@ -52,7 +54,7 @@ def test_encoder_layer_equals_torch(pre_norm):
 
 @pytest.mark.parametrize("pre_norm", [False, True])
 def test_decoder_layer_equals_torch(pre_norm):
-    ours = randomised(DecoderLayer(**SHAPE, pre_norm=pre_norm))
+    ours = randomised(DecoderLayer(replace(SHAPE, pre_norm=pre_norm)))
     theirs = nn.TransformerDecoderLayer(DIM, HEADS, 64, 0.0, batch_first=True, norm_first=pre_norm)
     theirs.load_state_dict(ours.state_dict())
     x, memory, hidden = features(2, 5, DIM), features(2, 7, DIM, seed=1), padding(7, 4, size=7)
@@ -62,7 +64,7 @@ def test_decoder_layer_equals_torch(pre_norm):
 
 
 def test_positions_enter_queries_and_keys_but_not_values():
-    layer = randomised(EncoderLayer(**SHAPE, pre_norm=False))
+    layer = randomised(EncoderLayer(SHAPE))
     attention = nn.MultiheadAttention(DIM, HEADS, batch_first=True)
     attention.load_state_dict(layer.self_attn.state_dict())
     x, position = features(1, 6, DIM), features(1, 6, DIM, seed=3)
@@ -73,7 +75,7 @@ def test_positions_enter_queries_and_keys_but_not_values():
 
 @pytest.fixture(params=[False, True], ids=["post_norm", "pre_norm"])
 def transformer(request):
-    return randomised(Transformer(2, 3, **SHAPE, pre_norm=request.param))
+    return randomised(Transformer(2, 3, replace(SHAPE, pre_norm=request.param)))
 
 
 def test_outputs_of_every_layer_are_normed_alike(transformer):
@@ -113,7 +115,7 @@ def test_the_order_of_queries_and_of_places_changes_nothing(transformer):
 
 
 def test_dropout_acts_in_training_only():
-    model = Transformer(1, 1, DIM, HEADS, 64, 0.5, False)
+    model = Transformer(1, 1, replace(SHAPE, dropout=0.5, attention_dropout=0.5))
     arguments = features(1, 4, DIM), features(1, 4, DIM), padding(4, size=4), features(3, DIM)
     assert not torch.equal(model(*arguments), model(*arguments))
     model.eval()

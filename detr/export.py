@@ -1,0 +1,71 @@
+"""A trained model for machines without this code. B images, Q queries, C classes, H W padded size, S output stride.
+
+Both forms take `images` float32 [B, 3, H, W], normalised as by `detr.normalize`, and `padding` bool [B, H, W], True
+outside each image. Both give `logits` [B, Q, C+1], the last of them "no object", and `boxes_cxcywh` [B, Q, 4] (0..1),
+each of the last decoder layer. B, H and W are free, up to the reach of learned positions.
+"""
+
+import copy
+from collections.abc import Mapping
+from importlib.util import find_spec
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from torch.export import Dim, ExportedProgram
+
+from detr.checkpoint import write_atomically
+from detr.model import DETR
+
+
+class _LastLayer(nn.Module):
+    """Logits [B, Q, C+1] and boxes_cxcywh [B, Q, 4]."""
+
+    def __init__(self, model: DETR) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, images: Tensor, padding: Tensor) -> tuple[Tensor, Tensor]:
+        logits, boxes_cxcywh = self.model(images, padding)
+        return logits[-1], boxes_cxcywh[-1]
+
+
+def export_program(model: DETR) -> ExportedProgram:
+    """The model in eval mode on the CPU, for `torch.export.save` or AOTInductor; `model` stays as it is.
+
+    H and W are more than S: pad smaller images. The program refuses what it cannot take.
+    """
+    copied = copy.deepcopy(model).to("cpu", torch.float32, memory_format=torch.contiguous_format)
+    batch, height, width = 2, 2 * model.config.stride, 3 * model.config.stride  # any: the program is not bound to them
+    free = Dim.DYNAMIC
+    return torch.export.export(
+        _LastLayer(copied).eval().requires_grad_(False),
+        (torch.zeros(batch, 3, height, width), torch.zeros(batch, height, width, dtype=torch.bool)),
+        dynamic_shapes={"images": {0: free, 2: free, 3: free}, "padding": {0: free, 1: free, 2: free}},
+    )
+
+
+def export_onnx(model: DETR, path: Path, metadata: Mapping[str, str] | None = None) -> None:
+    """Writes the model as one ONNX file with its weights inside (2 GB at most); `model` stays as it is.
+
+    `metadata` travels in the file, where onnxruntime gives it as `get_modelmeta().custom_metadata_map`. The file
+    names no path of this machine. Raises ModuleNotFoundError without the packages of the `onnx` extra.
+    """
+    missing = [name for name in ("onnx", "onnxscript") if find_spec(name) is None]
+    if missing:
+        raise ModuleNotFoundError(f"no module {' nor '.join(missing)}, which write ONNX; pip install onnx onnxscript")
+    program = torch.onnx.export(
+        export_program(model),
+        input_names=["images", "padding"],
+        output_names=["logits", "boxes_cxcywh"],
+        dynamic_shapes=({0: "batch", 2: "height", 3: "width"}, None),  # names alone; those of `padding` are the same
+        dynamo=True,
+        verbose=False,
+    )
+    proto = program.model_proto  # type: ignore[union-attr]
+    graph = proto.graph
+    for item in (graph, *graph.node, *graph.input, *graph.output, *graph.value_info):
+        del item.metadata_props[:]  # stack traces
+    for key, value in (metadata or {}).items():
+        proto.metadata_props.add(key=key, value=value)
+    write_atomically(path, lambda file: file.write(proto.SerializeToString(deterministic=True)))

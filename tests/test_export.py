@@ -1,0 +1,162 @@
+import sys
+from dataclasses import replace
+from functools import cache
+from types import SimpleNamespace
+
+import onnx
+import onnxruntime
+import pytest
+import torch
+from onnxruntime.capi.onnxruntime_pybind11_state import Fail
+
+from detr.batch import Sample, collate, normalize
+from detr.export import export_onnx, export_program
+from detr.model import build_model
+from tests.conftest import ROOT, TINY_MODEL
+
+CASES = {
+    "group": replace(TINY_MODEL, dropout=0.5, attention_dropout=0.5),
+    "frozen_dilated": replace(TINY_MODEL, backbone_norm="frozen", stride=16, position_temperature=10000.0),
+    "learned_pre_norm": replace(TINY_MODEL, position="learned", pre_norm=True, num_encoder_layers=2),
+}
+PAPER = replace(
+    TINY_MODEL, backbone="resnet50", backbone_width=1.0, backbone_norm="frozen", position_temperature=10000.0,
+    hidden_dim=256, num_heads=8, dim_feedforward=2048, num_encoder_layers=6, num_decoder_layers=6, num_queries=100,
+)  # fmt: skip
+METADATA = {"categories": '["disc", "Dreieck größer"]', "input_size": '{"short": 64}'}
+
+
+@pytest.fixture(scope="module")
+def exported(tmp_path_factory):
+    """Of a case's name: its model, its program after a round trip through a file, its ONNX file, both as functions."""
+
+    @cache
+    def export(name):
+        torch.manual_seed(0)
+        model, folder = build_model({**CASES, "paper": PAPER}[name], num_classes=3), tmp_path_factory.mktemp(name)
+        torch.export.save(export_program(model.train()), folder / "model.pt2")
+        export_onnx(model, folder / "model.onnx", METADATA)
+        session = onnxruntime.InferenceSession(folder / "model.onnx", providers=["CPUExecutionProvider"])
+
+        def run(images, padding):
+            values = session.run(["logits", "boxes_cxcywh"], {"images": images.numpy(), "padding": padding.numpy()})
+            return [torch.from_numpy(value) for value in values]
+
+        program = torch.export.load(folder / "model.pt2").module()
+        return SimpleNamespace(
+            model=model.eval(), program=program, run=run, session=session, path=folder / "model.onnx"
+        )
+
+    return export
+
+
+def batch_of(*sizes_hw):
+    """Normalised noise of these sizes and its padding."""
+    generator = torch.Generator().manual_seed(1)
+    images = [torch.randint(256, (3, *size), dtype=torch.uint8, generator=generator) for size in sizes_hw]
+    no_boxes, no_labels = torch.zeros(0, 4), torch.zeros(0, dtype=torch.int64)
+    batch = collate([Sample(image, no_boxes, no_labels, i, (1, 1)) for i, image in enumerate(images)])
+    return normalize(batch.images, batch.padding), batch.padding
+
+
+@torch.no_grad()
+def eager(model, images, padding):
+    return [value[-1] for value in model(images, padding)]
+
+
+def assert_same(results, expected):
+    for result, value in zip(results, expected, strict=True):
+        torch.testing.assert_close(result, value, rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", [*CASES, "paper"])
+@pytest.mark.parametrize("sizes_hw", [[(33, 77)], [(70, 101), (45, 131)], [(96, 64), (64, 96), (50, 33)]])
+def test_both_forms_equal_the_model(exported, name, sizes_hw):
+    case, inputs = exported(name), batch_of(*sizes_hw)
+    expected = eager(case.model, *inputs)
+    assert_same(case.program(*inputs), expected)
+    assert_same(case.run(*inputs), expected)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_the_padding_counts_in_both_forms(exported, name):
+    case, (images, padding) = exported(name), batch_of((70, 101), (45, 131))
+    logits, _ = eager(case.model, images, torch.zeros_like(padding))
+    for form in (case.program, case.run):
+        assert not torch.allclose(form(images, padding)[0], logits, rtol=0, atol=1e-3)
+
+
+@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("sizes_hw", [[(1, 1)], [(16, 32)], [(20, 200), (5, 7)]])
+def test_onnx_takes_images_of_less_than_a_stride(exported, name, sizes_hw):
+    case, inputs = exported(name), batch_of(*sizes_hw)
+    assert_same(case.run(*inputs), eager(case.model, *inputs))
+
+
+@pytest.mark.parametrize(("name", "stride"), [("group", 32), ("frozen_dilated", 16)])
+def test_the_program_needs_no_gradients_and_refuses_what_it_cannot_take(exported, name, stride):
+    program = exported(name).program
+    assert not any(value.requires_grad for value in program(*batch_of((64, 96))))
+    for shape, size_hw, message in (
+        ((1, 3, stride, 96), (stride, 96), rf"images.size\(\)\[2\] >= {stride + 1}"),
+        ((1, 3, 64, 96), (64, 97), r"padding.size\(\)\[2\] == images.size\(\)\[3\]"),
+        ((1, 4, 64, 96), (64, 96), r"images.size\(\)\[1\] == 3"),
+    ):
+        with pytest.raises(AssertionError, match=f"Guard failed: {message}"):
+            program(torch.zeros(shape), torch.zeros(1, *size_hw, dtype=torch.bool))
+
+
+def test_learned_positions_end_in_both_forms(exported):
+    case, inside, outside = exported("learned_pre_norm"), batch_of((64, 1600)), batch_of((64, 1601))
+    for form in (case.program, case.run):
+        assert_same(form(*inside), eager(case.model, *inside))
+    with pytest.raises(AssertionError, match=r"Guard failed: images.size\(\)\[3\] <= 1600"):
+        case.program(*outside)
+    with pytest.raises(Fail, match="mismatched dimensions of 51 and 50"):
+        case.run(*outside)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_the_file_says_what_it_is(exported, name):
+    case = exported(name)
+    onnx.checker.check_model(case.path, full_check=True)
+    queries = case.model.config.num_queries
+    values = [*case.session.get_inputs(), *case.session.get_outputs()]
+    assert [(value.name, value.shape, value.type) for value in values] == [
+        ("images", ["batch", 3, "height", "width"], "tensor(float)"),
+        ("padding", ["batch", "height", "width"], "tensor(bool)"),
+        ("logits", ["batch", queries, 4], "tensor(float)"),
+        ("boxes_cxcywh", ["batch", queries, 4], "tensor(float)"),
+    ]
+    assert case.session.get_modelmeta().custom_metadata_map == METADATA
+    assert {path.name for path in case.path.parent.iterdir()} == {"model.onnx", "model.pt2"}
+    assert str(ROOT).encode() not in case.path.read_bytes()
+
+
+def test_export_is_quiet_repeatable_and_leaves_the_model_alone(exported, tmp_path, capfd):
+    case = exported("group")
+    model = build_model(CASES["group"], num_classes=3).to(memory_format=torch.channels_last)
+    model.load_state_dict(case.model.state_dict())
+    for parameter in model.parameters():
+        parameter.grad = torch.ones_like(parameter)
+    capfd.readouterr()
+    program = export_program(model)
+    export_onnx(model, tmp_path / "new/model.onnx", METADATA)
+    assert capfd.readouterr() == ("", "")
+    assert (tmp_path / "new/model.onnx").read_bytes() == case.path.read_bytes()
+    assert all(module.training for module in model.modules())
+    assert all(parameter.requires_grad and (parameter.grad == 1).all() for parameter in model.parameters())
+    assert model.backbone.conv1.weight.is_contiguous(memory_format=torch.channels_last)
+    for name, value in model.state_dict().items():
+        assert torch.equal(value, case.model.state_dict()[name])
+        value.zero_()  # what becomes of the model later is not the program's
+    inputs = batch_of((70, 101), (45, 131))
+    assert_same(program.module()(*inputs), eager(case.model, *inputs))
+
+
+@pytest.mark.parametrize("name", ["onnx", "onnxscript"])
+def test_missing_packages_are_named(tmp_path, monkeypatch, name):
+    monkeypatch.setitem(sys.modules, name, None)
+    with pytest.raises(ModuleNotFoundError, match=f"no module {name}, which write ONNX; pip install onnx onnxscript"):
+        export_onnx(build_model(TINY_MODEL, 3), tmp_path / "model.onnx")
+    assert not list(tmp_path.iterdir())
