@@ -2,7 +2,7 @@
 
 Both forms take `images` float32 [B, 3, H, W], normalised as by `detr.normalize`, and `padding` bool [B, H, W], True
 outside each image. Both give `logits` [B, Q, C+1], the last of them "no object", and `boxes_cxcywh` [B, Q, 4] (0..1),
-each of the last decoder layer. B, H and W are free, up to the reach of learned positions.
+of the last decoder layer. B, H and W are free, up to the reach of learned positions.
 """
 
 import copy
@@ -35,7 +35,7 @@ def export_program(model: DETR) -> ExportedProgram:
 
     H and W are more than S: pad smaller images. The program refuses what it cannot take.
     """
-    copied = copy.deepcopy(model).to("cpu", torch.float32, memory_format=torch.contiguous_format)
+    copied = copy.deepcopy(model).cpu().float().to(memory_format=torch.contiguous_format)
     batch, height, width = 2, 2 * model.config.stride, 3 * model.config.stride  # any: the program is not bound to them
     free = Dim.DYNAMIC
     return torch.export.export(
@@ -45,17 +45,18 @@ def export_program(model: DETR) -> ExportedProgram:
     )
 
 
-def export_onnx(model: DETR, path: Path, metadata: Mapping[str, str] | None = None) -> None:
-    """Writes the model as one ONNX file with its weights inside (2 GB at most); `model` stays as it is.
+def export_onnx(model: DETR | ExportedProgram, path: Path, metadata: Mapping[str, str] | None = None) -> None:
+    """Writes the model, or its program, as one ONNX file with its weights inside (2 GB at most).
 
-    `metadata` travels in the file, where onnxruntime gives it as `get_modelmeta().custom_metadata_map`. The file
-    names no path of this machine. Raises ModuleNotFoundError without the packages of the `onnx` extra.
+    `model` stays as it is; H and W are any. `metadata` travels in the file: onnxruntime gives it as
+    `get_modelmeta().custom_metadata_map`. The file names no path of this machine. Raises ModuleNotFoundError
+    without the packages of the `onnx` extra.
     """
     missing = [name for name in ("onnx", "onnxscript") if find_spec(name) is None]
     if missing:
         raise ModuleNotFoundError(f"no module {' nor '.join(missing)}, which write ONNX; pip install onnx onnxscript")
     program = torch.onnx.export(
-        export_program(model),
+        model if isinstance(model, ExportedProgram) else export_program(model),
         input_names=["images", "padding"],
         output_names=["logits", "boxes_cxcywh"],
         dynamic_shapes=({0: "batch", 2: "height", 3: "width"}, None),  # names alone; those of `padding` are the same

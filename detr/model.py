@@ -85,7 +85,7 @@ class DETR(nn.Module):
         if padding is None:
             feature_padding = features.new_zeros(batch, height, width, dtype=torch.bool)
         else:
-            feature_padding = F.interpolate(padding[:, None].float(), size=(height, width)).bool().squeeze(1)
+            feature_padding = shrink_padding(padding, height, width)
         position = self.position(feature_padding)
         outputs = self.transformer(
             features.flatten(2).transpose(1, 2),
@@ -114,6 +114,16 @@ def _check(images: Tensor, padding: Tensor | None) -> None:
             f"padding is {padding.dtype} {tuple(padding.shape)}, expected bool [B, H, W] for images "
             f"{tuple(images.shape)}, True outside each image"
         )
+
+
+def shrink_padding(padding: Tensor, height: int, width: int) -> Tensor:
+    """Padding [B, height, width] of features: that of the pixels that nearest-neighbour F.interpolate takes.
+
+    In whole numbers, because onnxruntime rounds F.interpolate's fractions to other pixels at some sizes.
+    """
+    rows = torch.arange(height, device=padding.device) * padding.shape[1] // height
+    columns = torch.arange(width, device=padding.device) * padding.shape[2] // width
+    return padding.index_select(1, rows).index_select(2, columns)
 
 
 class MLP(nn.Module):

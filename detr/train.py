@@ -128,6 +128,7 @@ def fit(
     def snapshot() -> dict[str, Any]:
         return {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "step": step}
 
+    pixels = torch.empty(0, device=process.device)
     sums: dict[str, Tensor] = {}
     since, started = 0, time.perf_counter()
     for epoch in range(step // steps_per_epoch, config.epochs):
@@ -141,7 +142,7 @@ def fit(
                 group["lr"] = group["base_lr"] * factor
             num_boxes = process.mean(torch.tensor(float(sum(batch.targets.counts)), device=process.device)).clamp(min=1)
             with precision:
-                images = normalize(batch.images, batch.padding).contiguous(memory_format=torch.channels_last)
+                images = normalize(batch.images, batch.padding, pixels)
                 logits, boxes = runner(images, batch.padding)
             try:
                 loss, parts = set_loss(logits, boxes, batch.targets, num_boxes, config.matcher, config.loss)

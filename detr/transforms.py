@@ -35,14 +35,15 @@ class TransformConfig:
 
 @dataclass(frozen=True)
 class View:
-    """What to cut from an image, and how large to make it.
+    """What to show of an image: flipped or not, at `resized_hw`, of that the `crop`, and that at `size_hw`. Pixels.
 
-    region is left, top, right, bottom in pixels of the original; size_hw is the result's size.
+    crop is top, left, height, width.
     """
 
-    region: tuple[float, float, float, float]
-    size_hw: tuple[int, int]
     flip: bool
+    resized_hw: tuple[int, int]
+    crop: tuple[int, int, int, int]
+    size_hw: tuple[int, int]
 
 
 def fit_size(size_hw: tuple[int, int], short: int, max_size: int) -> tuple[int, int]:
@@ -54,42 +55,56 @@ def fit_size(size_hw: tuple[int, int], short: int, max_size: int) -> tuple[int, 
     return (short, int(short * width / height)) if height <= width else (int(short * height / width), short)
 
 
+def whole(size_hw: tuple[int, int], short: int, max_size: int, flip: bool = False) -> View:
+    """The view of the whole image with its short side at `short`."""
+    return View(flip, size_hw, (0, 0, *size_hw), fit_size(size_hw, short, max_size))
+
+
 def draw_view(rng: random.Random, size_hw: tuple[int, int], config: TransformConfig) -> View:
-    """A random view of an image of `size_hw`: flip, then multi-scale, or resize, crop and multi-scale."""
+    """A random view of an image of `size_hw`: flip, then multi-scale, or resize, crop and multi-scale.
+
+    Draws in the order of the authors' code: equal draws give equal views.
+    """
     flip = rng.random() < config.flip
-    height, width = size_hw
-    region = (0.0, 0.0, float(width), float(height))
-    shape = size_hw
-    if rng.random() < config.crop:
-        resized_h, resized_w = fit_size(size_hw, rng.choice(config.crop_scales), max_size=10**9)
-        low, high = config.crop_range
-        crop_w, crop_h = rng.randint(low, min(resized_w, high)), rng.randint(low, min(resized_h, high))
-        top, left = rng.randint(0, resized_h - crop_h), rng.randint(0, resized_w - crop_w)
-        scale_x, scale_y = width / resized_w, height / resized_h
-        region = (left * scale_x, top * scale_y, (left + crop_w) * scale_x, (top + crop_h) * scale_y)
-        shape = (crop_h, crop_w)
-    return View(region, fit_size(shape, rng.choice(config.scales), config.max_size), flip)
+    if rng.random() < 1 - config.crop:
+        return whole(size_hw, rng.choice(config.scales), config.max_size, flip)
+    resized_h, resized_w = fit_size(size_hw, rng.choice(config.crop_scales), max_size=10**9)
+    low, high = config.crop_range
+    width, height = rng.randint(low, min(resized_w, high)), rng.randint(low, min(resized_h, high))
+    top, left = rng.randint(0, resized_h - height), rng.randint(0, resized_w - width)
+    size = fit_size((height, width), rng.choice(config.scales), config.max_size)
+    return View(flip, (resized_h, resized_w), (top, left, height, width), size)
 
 
 def apply_view(image: Tensor, boxes_xyxy: Tensor, labels: Tensor, view: View) -> tuple[Tensor, Tensor, Tensor]:
     """The view of an image [3, h, w] uint8 and of its boxes [t, 4] in pixels; boxes cut to nothing are dropped.
 
-    The pixels are resampled once: the region, rounded to whole pixels, goes to its final size in one step.
+    Boxes are exact. Pixels are resampled once instead of twice: the crop, rounded to whole pixels of the original,
+    goes to its final size in one step, which shifts its edges by half a pixel of the original at most.
     """
-    height, width = view.size_hw
-    left, top, right, bottom = view.region
-    boxes = (boxes_xyxy - torch.tensor([left, top, left, top])).clamp(min=0)
-    boxes = torch.minimum(boxes, torch.tensor([right - left, bottom - top] * 2))
+    source_h, source_w = image.shape[1:]
+    resized_h, resized_w = view.resized_hw
+    top, left, height, width = view.crop
+    boxes = boxes_xyxy
+    if view.flip:
+        boxes = boxes[:, [2, 1, 0, 3]] * torch.tensor([-1, 1, -1, 1]) + torch.tensor([source_w, 0, source_w, 0])
+    boxes = boxes * torch.tensor([resized_w / source_w, resized_h / source_h] * 2)
+    boxes = torch.minimum(boxes - torch.tensor([left, top, left, top]), torch.tensor([width, height] * 2)).clamp(min=0)
     kept = (boxes[:, 2:] > boxes[:, :2]).all(dim=1)
-    boxes, labels = boxes[kept] * torch.tensor([width / (right - left), height / (bottom - top)] * 2), labels[kept]
-    x0, y0 = round(left), round(top)
-    image = image[:, y0 : max(round(bottom), y0 + 1), x0 : max(round(right), x0 + 1)]
-    if image.shape[1:] != (height, width):
-        image = TF.resize(image, [height, width], antialias=True)
+    boxes = boxes[kept] * torch.tensor([view.size_hw[1] / width, view.size_hw[0] / height] * 2)
+
+    if view.flip:
+        left = resized_w - left - width
+    rows, columns = (
+        slice(round(start * scale), max(round((start + size) * scale), round(start * scale) + 1))
+        for start, size, scale in ((top, height, source_h / resized_h), (left, width, source_w / resized_w))
+    )
+    image = image[:, rows, columns]
     if view.flip:
         image = image.flip(-1)
-        boxes = torch.stack([width - boxes[:, 2], boxes[:, 1], width - boxes[:, 0], boxes[:, 3]], dim=1)
-    return image, boxes, labels
+    if image.shape[1:] != view.size_hw:
+        image = TF.resize(image, list(view.size_hw), antialias=True)
+    return image, boxes, labels[kept]
 
 
 @dataclass(frozen=True)
@@ -116,8 +131,5 @@ class EvalTransform:
     def __call__(
         self, image: Tensor, boxes: Tensor, labels: Tensor, key: tuple[int, int] = (0, 0)
     ) -> tuple[Tensor, Tensor, Tensor]:
-        height, width = image.shape[1:]
-        view = View(
-            (0.0, 0.0, float(width), float(height)), fit_size((height, width), self.short, self.max_size), False
-        )
+        view = whole((image.shape[1], image.shape[2]), self.short, self.max_size)
         return apply_view(image, boxes, labels, view)

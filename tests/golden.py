@@ -4,13 +4,16 @@ Parameters, pixels and targets come from a formula over names, so nothing but re
 decoder layer, losses, matches, and a digest of every gradient and of every parameter after three optimizer steps.
 """
 
+import random
 import zlib
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
 
 import numpy as np
+import pytest
 import torch
+from PIL import Image
 from safetensors.torch import save_file
 from torch import nn
 
@@ -196,12 +199,67 @@ def difference(name: str, value: torch.Tensor, expected: torch.Tensor) -> float:
     return float((value - expected).abs().max() / expected.abs().max().clamp(min=1e-300))
 
 
+TRANSFORM_SIZES_HW = ((480, 640), (640, 427), (375, 500), (240, 640), (500, 500))
+NUM_DRAWS = 60
+
+
+def scene(index: int) -> tuple[np.ndarray, torch.Tensor, torch.Tensor]:
+    """A smooth picture [h, w, 3] uint8 with boxes_xyxy [7, 4] in pixels and labels [7]."""
+    height, width = TRANSFORM_SIZES_HW[index % len(TRANSFORM_SIZES_HW)]
+    y, x = np.mgrid[:height, :width] / 40.0
+    image = 127.5 + 60 * np.stack([np.sin(x + k) + np.cos(y * (k + 1) / 2) for k in range(3)], axis=2)
+    corners = (uniform(f"corners {index}", (7, 2, 2)) + 1) / 2 * torch.tensor([width, height])
+    boxes = torch.cat([corners.amin(1), corners.amax(1)], dim=1).float()
+    return image.round().astype(np.uint8), boxes, torch.arange(7)
+
+
+def their_transform(split: str, index: int, rng: random.Random | None) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    """A normalised image and its targets by the authors' transform, with all randomness from `rng` where one is given."""
+    with authors.importable():
+        import datasets.transforms
+        from datasets.coco import make_coco_transforms
+
+    def place(image: Image.Image, size_hw: tuple[int, int]) -> tuple[int, int, int, int]:
+        top, left = (rng.randint(0, have - need) for have, need in zip(image.size[::-1], size_hw, strict=True))
+        return top, left, *size_hw
+
+    picture, boxes, labels = scene(index)
+    target = {"boxes": boxes, "labels": labels, "area": torch.zeros(7), "iscrowd": torch.zeros(7)}
+    with pytest.MonkeyPatch.context() as patch:
+        if rng is not None:
+            patch.setattr(datasets.transforms, "random", rng)
+            patch.setattr(datasets.transforms.T.RandomCrop, "get_params", staticmethod(place))
+        return make_coco_transforms(split)(Image.fromarray(picture), target)
+
+
+def their_views() -> dict[str, torch.Tensor]:
+    """Of transforms with given draws: image sizes [n, 2], boxes_cxcywh (fractions) and labels of all, counts [n].
+
+    And sizes and kept boxes of as many with their own randomness, and every 97th value of an evaluation image.
+    """
+    result: dict[str, list[torch.Tensor]] = {name: [] for name in ("sizes", "boxes", "labels", "counts", "free")}
+    random.seed(0)
+    torch.manual_seed(0)
+    for index in range(NUM_DRAWS):
+        image, target = their_transform("train", index, random.Random(index))
+        result["sizes"].append(torch.tensor(image.shape[1:]))
+        result["counts"].append(torch.tensor(len(target["labels"])))
+        result["boxes"].append(target["boxes"])
+        result["labels"].append(target["labels"])
+    for index in range(5 * NUM_DRAWS):
+        image, target = their_transform("train", index, None)
+        result["free"].append(torch.tensor([*image.shape[1:], len(target["labels"])]))
+    joined = {name: (torch.cat if name in ("boxes", "labels") else torch.stack)(rows) for name, rows in result.items()}
+    return joined | {"evaluation": their_transform("val", 0, None)[0].flatten()[::97].clone()}
+
+
 def main() -> None:
     authors.install()
     FOLDER.mkdir(exist_ok=True)
     for variant in authors.VARIANTS:
         save_file(digest(theirs(variant, torch.float64)), FOLDER / f"{variant}.safetensors")
         print(f"{variant} recorded", flush=True)
+    save_file(their_views(), FOLDER / "transforms.safetensors")
 
 
 if __name__ == "__main__":

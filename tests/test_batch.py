@@ -87,3 +87,13 @@ def test_batches_move_between_devices_and_processes():
     again = pickle.loads(pickle.dumps(batch))
     assert torch.equal(again.images, batch.images)
     assert torch.equal(again.targets.boxes_cxcywh, batch.targets.boxes_cxcywh)
+
+
+def test_memory_that_is_given_is_used_again():
+    small, large = collate(SAMPLES["no_objects"]), collate(SAMPLES["several"])
+    out = torch.empty(0)
+    first = normalize(large.images, large.padding, out)
+    assert torch.equal(first, normalize(large.images, large.padding))
+    place = out.data_ptr()
+    assert torch.equal(normalize(small.images, small.padding, out), normalize(small.images))
+    assert out.data_ptr() == place

@@ -7,11 +7,12 @@ import onnx
 import onnxruntime
 import pytest
 import torch
+import torch.nn.functional as F
 from onnxruntime.capi.onnxruntime_pybind11_state import Fail
 
 from detr.batch import Sample, collate, normalize
 from detr.export import export_onnx, export_program
-from detr.model import build_model
+from detr.model import build_model, shrink_padding
 from tests.conftest import ROOT, TINY_MODEL
 
 CASES = {
@@ -34,8 +35,9 @@ def exported(tmp_path_factory):
     def export(name):
         torch.manual_seed(0)
         model, folder = build_model({**CASES, "paper": PAPER}[name], num_classes=3), tmp_path_factory.mktemp(name)
-        torch.export.save(export_program(model.train()), folder / "model.pt2")
-        export_onnx(model, folder / "model.onnx", METADATA)
+        program = export_program(model.train())
+        torch.export.save(program, folder / "model.pt2")
+        export_onnx(program, folder / "model.onnx", METADATA)
         session = onnxruntime.InferenceSession(folder / "model.onnx", providers=["CPUExecutionProvider"])
 
         def run(images, padding):
@@ -69,8 +71,18 @@ def assert_same(results, expected):
         torch.testing.assert_close(result, value, rtol=0, atol=1e-4)
 
 
+@pytest.mark.parametrize("stride", [16, 32])
+def test_features_have_the_padding_of_the_pixels_that_interpolate_takes(stride):
+    generator = torch.Generator().manual_seed(1)
+    for height in range(1, 1400):
+        padding = torch.rand(1, height, 1400 - height, generator=generator) > 0.5
+        size = [-(-side // stride) for side in padding.shape[1:]]
+        expected = F.interpolate(padding[None].float(), size=size).bool()[0]
+        assert torch.equal(shrink_padding(padding, *size), expected)
+
+
 @pytest.mark.parametrize("name", [*CASES, "paper"])
-@pytest.mark.parametrize("sizes_hw", [[(33, 77)], [(70, 101), (45, 131)], [(96, 64), (64, 96), (50, 33)]])
+@pytest.mark.parametrize("sizes_hw", [[(33, 77)], [(52, 60), (26, 30)], [(70, 101), (45, 131), (96, 64)]])
 def test_both_forms_equal_the_model(exported, name, sizes_hw):
     case, inputs = exported(name), batch_of(*sizes_hw)
     expected = eager(case.model, *inputs)

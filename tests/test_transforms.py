@@ -6,7 +6,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from detr.transforms import EvalTransform, TrainTransform, TransformConfig, View, apply_view, draw_view, fit_size
+from detr.transforms import EvalTransform, TrainTransform, TransformConfig, View, apply_view, draw_view, fit_size, whole
 
 PAPER = TransformConfig(
     scales=tuple(range(480, 801, 32)),
@@ -19,7 +19,7 @@ PAPER = TransformConfig(
 SMALL = TransformConfig(
     scales=(80, 100, 120), max_size=150, flip=0.5, crop=0.5, crop_scales=(100, 140), crop_range=(60, 90)
 )
-HALVES = ((0.0, 0.0, 80.0, 120.0), (80.0, 0.0, 160.0, 120.0), (0.0, 60.0, 160.0, 120.0))
+HALVES = ((0, 0, 120, 80), (0, 80, 120, 80), (60, 0, 60, 160))  # top, left, height, width
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -44,9 +44,8 @@ def extent(image):
 
 
 def assert_box_is_where_the_pixels_are(image, boxes, view, box):
-    scale = max(
-        view.size_hw[0] / (view.region[3] - view.region[1]), view.size_hw[1] / (view.region[2] - view.region[0])
-    )
+    scale = max(size / cut for size, cut in zip(view.size_hw, view.crop[2:], strict=True))
+    scale *= max(1, *(size / source for size, source in zip(view.resized_hw, (120, 160), strict=True)))
     seen = extent(image)
     if len(boxes) and seen is not None:
         torch.testing.assert_close(boxes[0], seen, rtol=0, atol=0.5 * scale + 1)
@@ -59,9 +58,10 @@ def assert_box_is_where_the_pixels_are(image, boxes, view, box):
 @pytest.mark.parametrize("box", [(0, 0, 160, 120), (20, 30, 70, 110), (100, 5, 155, 40), (60, 50, 100, 70)])
 @pytest.mark.parametrize("flip", [False, True])
 @pytest.mark.parametrize("size_hw", [(120, 160), (60, 80), (200, 170)])
-@pytest.mark.parametrize("region", [(0.0, 0.0, 160.0, 120.0), *HALVES, (40.0, 20.0, 130.0, 90.0)])
-def test_boxes_follow_pixels(box, flip, size_hw, region):
-    view = View(region, size_hw, flip)
+@pytest.mark.parametrize("crop", [(0, 0, 120, 160), *HALVES, (20, 40, 70, 90)])
+@pytest.mark.parametrize("enlarged", [1, 2])
+def test_boxes_follow_pixels(box, flip, size_hw, crop, enlarged):
+    view = View(flip, (120 * enlarged, 160 * enlarged), tuple(side * enlarged for side in crop), size_hw)
     image, boxes, labels = apply_view(*picture(box), view)
     assert image.shape == (3, *size_hw)
     assert len(boxes) == len(labels)
@@ -98,7 +98,7 @@ def test_boxes_stay_inside_their_image_and_have_area(seed, height, width):
 @pytest.mark.parametrize("flip", [False, True])
 def test_an_image_without_objects(flip):
     image, boxes, labels = picture((0, 0, 160, 120))
-    view = View((0.0, 0.0, 160.0, 120.0), (60, 80), flip)
+    view = View(flip, (120, 160), HALVES[1], (60, 80))
     image, boxes, labels = apply_view(image, boxes[:0], labels[:0], view)
     assert image.shape == (3, 60, 80)
     assert boxes.shape == (0, 4)
@@ -108,8 +108,8 @@ def test_an_image_without_objects(flip):
 def test_a_view_of_everything_changes_no_bit_and_flips_undo_themselves():
     image = torch.randint(256, (3, 40, 60), dtype=torch.uint8)
     boxes, labels = torch.tensor([[3.0, 4.0, 30.0, 21.0], [50.0, 0.0, 60.0, 40.0]]), torch.tensor([1, 2])
-    whole = View((0.0, 0.0, 60.0, 40.0), (40, 60), False)
-    for views in ([whole], [replace(whole, flip=True)] * 2):
+    view = whole((40, 60), 40, 100)
+    for views in ([view], [replace(view, flip=True)] * 2):
         result = image, boxes, labels
         for view in views:
             result = apply_view(*result, view)
@@ -120,10 +120,9 @@ def test_a_view_of_everything_changes_no_bit_and_flips_undo_themselves():
 def test_a_view_shows_its_region_and_flips_it(flip):
     image = torch.randint(256, (3, 40, 60), dtype=torch.uint8)
     boxes = torch.tensor([[0.0, 0.0, 9.0, 40.0], [12.0, 3.0, 30.0, 21.0]])
-    view = View((10.0, 5.0, 50.0, 35.0), (30, 40), flip)
+    view = View(flip, (40, 60), (5, 10, 30, 40), (30, 40))
     result, result_boxes, labels = apply_view(image, boxes, torch.tensor([1, 2]), view)
-    cut = image[:, 5:35, 10:50]
-    assert torch.equal(result, cut.flip(-1) if flip else cut)
+    assert torch.equal(result, (image.flip(-1) if flip else image)[:, 5:35, 10:50])
     assert result_boxes.tolist() == [[20.0, 0.0, 38.0, 16.0] if flip else [2.0, 0.0, 20.0, 16.0]]
     assert labels.tolist() == [2]
 
@@ -131,7 +130,7 @@ def test_a_view_shows_its_region_and_flips_it(flip):
 def test_inputs_are_left_as_they_are():
     image, boxes, labels = picture((20, 30, 70, 110))
     expected = image.clone(), boxes.clone(), labels.clone()
-    apply_view(image, boxes, labels, View(HALVES[0], (50, 60), True))
+    apply_view(image, boxes, labels, View(True, (120, 160), HALVES[0], (50, 60)))
     assert all(torch.equal(a, b) for a, b in zip((image, boxes, labels), expected, strict=True))
 
 
@@ -140,22 +139,17 @@ def test_views_of_the_paper_are_in_its_ranges():
     sizes_hw = [(480, 640), (640, 427), (375, 500), (640, 240), (640, 640)]
     shorts, flips, crops, draws = set(), 0, 0, 3000
     for k in range(draws):
-        height, width = size_hw = sizes_hw[k % len(sizes_hw)]
+        size_hw = sizes_hw[k % len(sizes_hw)]
         view = draw_view(rng, size_hw, PAPER)
-        left, top, right, bottom = view.region
-        assert 0 <= left < right <= width + 1e-6
-        assert 0 <= top < bottom <= height + 1e-6
+        top, left, crop_h, crop_w = view.crop
+        assert 0 <= top <= view.resized_hw[0] - crop_h
+        assert 0 <= left <= view.resized_hw[1] - crop_w
         flips += view.flip
-        shapes = [size_hw]
-        if view.region != (0, 0, width, height):
+        if view.resized_hw != size_hw or (crop_h, crop_w) != size_hw:
             crops += 1
-            shapes = []
-            for short in PAPER.crop_scales:
-                resized_h, resized_w = fit_size(size_hw, short, 10**9)
-                sides = (bottom - top) * resized_h / height, (right - left) * resized_w / width
-                if all(abs(side - round(side)) < 1e-6 and 384 <= round(side) <= 600 for side in sides):
-                    shapes.append((round(sides[0]), round(sides[1])))
-        assert view.size_hw in {fit_size(shape, short, 1333) for shape in shapes for short in PAPER.scales}
+            assert view.resized_hw in {fit_size(size_hw, short, 10**9) for short in PAPER.crop_scales}
+            assert 384 <= min(crop_h, crop_w) <= max(crop_h, crop_w) <= 600
+        assert view.size_hw in {fit_size((crop_h, crop_w), short, 1333) for short in PAPER.scales}
         shorts.add(min(view.size_hw))
     assert set(PAPER.scales) <= shorts
     assert abs(flips / draws - 0.5) < 0.05
