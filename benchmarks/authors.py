@@ -5,7 +5,6 @@ Also what the measurements beside it share: interleaved timing and the report.
 
 import argparse
 import contextlib
-import io
 import json
 import os
 import statistics
@@ -14,6 +13,7 @@ import sys
 import time
 import warnings
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -71,6 +71,21 @@ def build(variant: str, dropout: float, num_layers: int = 6) -> SimpleNamespace:
     return SimpleNamespace(model=model, criterion=criterion, postprocess=postprocessors["bbox"])
 
 
+def paper_model(variant: str, theirs: Any = None, **changes: Any) -> Any:
+    """This project's model of the preset with `changes` of its configuration, and the weights of the authors' model."""
+    from detr.backbone import freeze_stem
+    from detr.model import DETR, ModelConfig
+    from pipelines.params import from_document, merged
+
+    config = from_document(merged(ROOT, f"coco-{variant}", []), "model", ModelConfig)
+    model = DETR(replace(config, **changes), 91)
+    freeze_stem(model.backbone)
+    if theirs is not None:
+        state = theirs.state_dict()
+        model.load_state_dict({name.replace("backbone.0.body.", "backbone.", 1): state[name] for name in state})
+    return model
+
+
 def nested(images: Any, padding: Any) -> Any:
     """A batch as the authors' model takes it."""
     with importable():
@@ -97,12 +112,6 @@ def report(benchmark: str, rows: list[tuple[str, float, float]], unit: str, figu
         print(f"{what:44}{theirs:>10.4g} {unit}{ours:>10.4g} {unit}{theirs / ours:>8.2f}x")
     ratios = {what: round(theirs / ours, 3) for what, theirs, ours in rows}
     print(json.dumps({"benchmark": benchmark, "ratios": {"authors": ratios}, "figures": figures}))
-
-
-def quietly(call: Callable[[], Any]) -> Any:
-    """The result of a call that prints."""
-    with contextlib.redirect_stdout(io.StringIO()):
-        return call()
 
 
 if __name__ == "__main__":

@@ -94,8 +94,9 @@ def fold_norms(backbone: ResNet) -> None:
     for parent in [module for module in backbone.modules() if not isinstance(module, nn.Conv2d)]:
         for (_, conv), (norm_name, norm) in pairwise(list(parent.named_children())):
             if isinstance(conv, nn.Conv2d) and isinstance(norm, FrozenBatchNorm2d | nn.BatchNorm2d):
-                statistics = (norm.running_mean, norm.running_var, norm.eps, norm.weight, norm.bias)
-                conv.weight, conv.bias = fuse_conv_bn_weights(conv.weight, conv.bias, *statistics)
+                mean, variance, weight, bias = norm.running_mean, norm.running_var, norm.weight, norm.bias
+                fused = fuse_conv_bn_weights(conv.weight, conv.bias, mean, variance, norm.eps, weight, bias)  # type: ignore[arg-type]
+                conv.weight, conv.bias = fused
                 setattr(parent, norm_name, nn.Identity())
 
 

@@ -163,6 +163,9 @@ def absolute_paths(document: Any, root: Path) -> None:
         document["download"]["source"] = absolute(source)
     document["download"]["sha256"] = {absolute(place): sum_ for place, sum_ in document["download"]["sha256"].items()}
     document["model"]["backbone_weights"] = absolute(document["model"]["backbone_weights"])
+    initial = document["train"]["initial_weights"]
+    if (root / initial).exists():
+        document["train"]["initial_weights"] = absolute(initial)
 
 
 @contextmanager

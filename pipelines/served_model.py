@@ -46,8 +46,8 @@ class Detector(PythonModel):
         for indices in batches_of_one_size(sizes_hw, MAX_BATCH):
             batch = collate([samples[index] for index in indices])
             with torch.no_grad():
-                outputs = self.model(normalize(batch.images, batch.padding))
-            found = zip(*postprocess(*outputs, batch.original_sizes_hw), strict=True)
+                logits, boxes_cxcywh = self.model(normalize(batch.images))
+            found = zip(*postprocess(logits, boxes_cxcywh, batch.original_sizes_hw), strict=True)
             for index, (scores, labels, boxes) in zip(indices, found, strict=True):
                 order = [k for k in scores.argsort(descending=True).tolist() if scores[k] >= threshold]
                 rows[index] = {

@@ -262,3 +262,16 @@ def test_impossible_trainings_are_refused(change, message):
 def test_a_batch_larger_than_the_data_is_refused(dataset, batch_size):
     with pytest.raises(ValueError, match=f"train.batch_size is {batch_size}, but there are only 24 training images"):
         next(fit(new_model(), dataset, replace(CONFIG, batch_size=batch_size), CPU))
+
+
+def test_half_precision_trains_with_float32_weights_and_losses(dataset):
+    small = replace(CONFIG, epochs=1, precision="bfloat16")
+    model = new_model()
+    (_, row), (_, expected) = (
+        (report.epoch, report.row)
+        for config in (small, replace(small, precision="float32"))
+        for report in list(fit(model if config is small else new_model(), dataset, config, CPU))[:1]
+    )
+    assert {p.dtype for p in model.parameters()} == {torch.float32}
+    assert row["loss"] == pytest.approx(expected["loss"], rel=0.05)
+    assert row["loss"] != expected["loss"]
