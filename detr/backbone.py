@@ -1,26 +1,25 @@
 """The residual backbone and its norms. B images, H W padded size, S output stride."""
 
 import re
-from collections.abc import Mapping
-from itertools import pairwise
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, BinaryIO, TypeGuard
 
 import torch
+import torch.nn.functional as F
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_weights
 from torchvision.models import get_model
-from torchvision.models.resnet import BasicBlock, Bottleneck
 from torchvision.ops import FrozenBatchNorm2d
 
-DEPTHS: dict[str, tuple[type[BasicBlock] | type[Bottleneck], tuple[int, int, int, int]]] = {
-    "resnet10": (BasicBlock, (1, 1, 1, 1)),
-    "resnet18": (BasicBlock, (2, 2, 2, 2)),
-    "resnet34": (BasicBlock, (3, 4, 6, 3)),
-    "resnet50": (Bottleneck, (3, 4, 6, 3)),
-    "resnet101": (Bottleneck, (3, 4, 23, 3)),
+DEPTHS = {  # whether blocks are bottlenecks, and their number in each stage
+    "resnet10": (False, (1, 1, 1, 1)),
+    "resnet18": (False, (2, 2, 2, 2)),
+    "resnet34": (False, (3, 4, 6, 3)),
+    "resnet50": (True, (3, 4, 6, 3)),
+    "resnet101": (True, (3, 4, 23, 3)),
 }
 
 
@@ -34,70 +33,119 @@ class GroupNorm(nn.GroupNorm):
 NORMS = {"frozen": FrozenBatchNorm2d, "batch": nn.BatchNorm2d, "group": GroupNorm}
 
 
+class Conv(nn.Conv2d):
+    """A convolution that may do the work of the frozen norm behind it.
+
+    Such a norm is a constant scale and shift of each channel. They go into the weights, which spares two passes over
+    the feature map, one more in the backward pass, and a copy.
+    """
+
+    def __init__(
+        self, in_channels: int, out_channels: int, kernel_size: int, stride: int = 1, dilation: int = 1
+    ) -> None:
+        padding = dilation * (kernel_size // 2)
+        super().__init__(in_channels, out_channels, kernel_size, stride, padding, dilation, bias=False)
+        nn.init.kaiming_normal_(self.weight, mode="fan_out", nonlinearity="relu")
+
+    def forward(self, x: Tensor, norm: FrozenBatchNorm2d | None = None) -> Tensor:
+        if norm is None:
+            return super().forward(x)
+        scale = norm.weight * (norm.running_var + norm.eps).rsqrt()
+        shift = norm.bias - norm.running_mean * scale
+        return F.conv2d(x, self.weight * scale.view(-1, 1, 1, 1), shift, self.stride, self.padding, self.dilation)
+
+
+def normed(conv: nn.Module, norm: nn.Module, x: Tensor) -> Tensor:
+    """The norm of the convolution of `x`."""
+    result: Tensor = conv(x, norm) if isinstance(norm, FrozenBatchNorm2d) else norm(conv(x))
+    return result
+
+
+class Block(nn.Module):
+    """Two 3x3 convolutions, or a bottleneck of 1x1, 3x3 and 1x1, beside a shortcut, projected where shapes differ."""
+
+    def __init__(
+        self,
+        in_channels: int,
+        channels: int,
+        stride: int,
+        dilation: int,
+        norm: Callable[[int], nn.Module],
+        bottleneck: bool,
+    ) -> None:
+        super().__init__()
+        out_channels = 4 * channels if bottleneck else channels
+        if bottleneck:
+            self.conv1 = Conv(in_channels, channels, 1)
+            self.conv2 = Conv(channels, channels, 3, stride, dilation)
+            self.conv3 = Conv(channels, out_channels, 1)
+        else:
+            self.conv1 = Conv(in_channels, channels, 3, stride, dilation)
+            self.conv2 = Conv(channels, channels, 3, 1, dilation)
+        self.bn1, self.bn2 = norm(channels), norm(channels)
+        if bottleneck:
+            self.bn3 = norm(out_channels)
+        self.downsample = None
+        if stride != 1 or in_channels != out_channels:
+            self.downsample = nn.ModuleList([Conv(in_channels, out_channels, 1, stride), norm(out_channels)])
+        self.bottleneck = bottleneck
+
+    def forward(self, x: Tensor) -> Tensor:
+        shortcut = x if self.downsample is None else normed(self.downsample[0], self.downsample[1], x)
+        x = F.relu(normed(self.conv1, self.bn1, x), inplace=True)
+        x = normed(self.conv2, self.bn2, x)
+        if self.bottleneck:
+            x = normed(self.conv3, self.bn3, F.relu(x, inplace=True))
+        return F.relu(x.add_(shortcut), inplace=True)
+
+
 class ResNet(nn.Module):
     """Feature map [B, num_channels, H/S, W/S] of images [B, 3, H, W], under torchvision's parameter names.
 
     `width` scales every channel count (1.0 is the published network). Stride 16 keeps the resolution of
-    the last stage and dilates its 3x3 convolutions (the paper's DC5). `frozen` norm is for pretrained
-    weights; `group` trains from scratch.
+    the last stage and dilates its 3x3 convolutions but those of its first block (the paper's DC5). `frozen` norm is
+    for pretrained weights; `group` trains from scratch.
     """
 
     def __init__(self, name: str, width: float, stride: int, norm: str) -> None:
         super().__init__()
-        block, depths = DEPTHS[name]
+        bottleneck, depths = DEPTHS[name]
         norm_layer = NORMS[norm]
         planes = [int(width * channels) for channels in (64, 128, 256, 512)]
-        self.conv1 = nn.Conv2d(3, planes[0], 7, stride=2, padding=3, bias=False)
+        self.conv1 = Conv(3, planes[0], 7, stride=2)
         self.bn1 = norm_layer(planes[0])
-        self.relu = nn.ReLU(inplace=True)
         self.maxpool = nn.MaxPool2d(3, stride=2, padding=1)
-        inplanes = planes[0]
+        in_channels = planes[0]
         stages = []
         for stage, (channels, depth) in enumerate(zip(planes, depths, strict=True), start=1):
-            stage_stride = 1 if stage == 1 or (stage == 4 and stride == 16) else 2
+            dilated = stage == 4 and stride == 16
             blocks = []
             for index in range(depth):
-                block_stride = stage_stride if index == 0 else 1
-                outplanes = channels * block.expansion
-                shortcut = None
-                if block_stride != 1 or inplanes != outplanes:
-                    shortcut = nn.Sequential(
-                        nn.Conv2d(inplanes, outplanes, 1, stride=block_stride, bias=False), norm_layer(outplanes)
-                    )
-                blocks.append(block(inplanes, channels, block_stride, shortcut, norm_layer=norm_layer))
-                inplanes = outplanes
+                block_stride = 2 if index == 0 and stage > 1 and not dilated else 1
+                dilation = 2 if index > 0 and dilated else 1
+                blocks.append(Block(in_channels, channels, block_stride, dilation, norm_layer, bottleneck))
+                in_channels = 4 * channels if bottleneck else channels
             stages.append(nn.Sequential(*blocks))
         self.layer1, self.layer2, self.layer3, self.layer4 = stages
-        if stride == 16:
-            _dilate(self.layer4)
-        self.num_channels = inplanes
-        for module in self.modules():
-            if isinstance(module, nn.Conv2d):
-                nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
+        self.num_channels = in_channels
 
     def forward(self, images: Tensor) -> Tensor:
-        features = self.maxpool(self.relu(self.bn1(self.conv1(images))))
+        features = self.maxpool(F.relu(normed(self.conv1, self.bn1, images), inplace=True))
         return self.layer4(self.layer3(self.layer2(self.layer1(features))))
-
-
-def _dilate(stage: nn.Module) -> None:
-    """Dilates a stage whose stride was taken out: all 3x3 convolutions but those of its first block."""
-    for block in list(stage.children())[1:]:
-        for module in block.modules():
-            if isinstance(module, nn.Conv2d) and module.kernel_size == (3, 3):
-                module.dilation, module.padding = (2, 2), (2, 2)
 
 
 @torch.no_grad()
 def fold_norms(backbone: ResNet) -> None:
-    """Moves frozen and batch norms, as they stand in eval mode, into the convolutions before them; in place."""
-    for parent in [module for module in backbone.modules() if not isinstance(module, nn.Conv2d)]:
-        for (_, conv), (norm_name, norm) in pairwise(list(parent.named_children())):
-            if isinstance(conv, nn.Conv2d) and isinstance(norm, FrozenBatchNorm2d | nn.BatchNorm2d):
-                mean, variance, weight, bias = norm.running_mean, norm.running_var, norm.weight, norm.bias
-                fused = fuse_conv_bn_weights(conv.weight, conv.bias, mean, variance, norm.eps, weight, bias)  # type: ignore[arg-type]
-                conv.weight, conv.bias = fused
-                setattr(parent, norm_name, nn.Identity())
+    """Moves frozen and batch norms, as they stand in eval mode, into the weights before them; in place."""
+    for parent in backbone.modules():
+        names = [name for name, module in parent.named_children() if isinstance(module, Conv)]
+        for name in names:
+            conv, place = parent.get_submodule(name), "1" if name == "0" else name.replace("conv", "bn")
+            norm = parent.get_submodule(place)
+            if isinstance(norm, FrozenBatchNorm2d | nn.BatchNorm2d):
+                statistics = (norm.running_mean, norm.running_var, norm.eps, norm.weight, norm.bias)
+                conv.weight, conv.bias = fuse_conv_bn_weights(conv.weight, None, *statistics)  # type: ignore[arg-type]
+                setattr(parent, place, nn.Identity())
 
 
 def freeze_stem(backbone: ResNet) -> None:

@@ -51,9 +51,9 @@ def test_features_equal_torchvision(name, norm, options, stride):
     backbone = ResNet(name, 1.0, stride, norm).eval()
     backbone.load_state_dict({key: value for key, value in state.items() if not key.startswith("fc.")})
     with torch.no_grad():
-        result, expected = backbone(images()), features(images())
+        result, expected = backbone.double()(images().double()), features.double()(images().double())
     assert result.shape == (2, backbone.num_channels, 64 // stride, 96 // stride)
-    torch.testing.assert_close(result, expected, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(result, expected, rtol=1e-9, atol=1e-9)
 
 
 def test_batch_norm_weights_fill_a_frozen_backbone(tmp_path):
