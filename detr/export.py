@@ -5,7 +5,6 @@ outside each image. Both give `logits` [B, Q, C+1], the last of them "no object"
 of the last decoder layer. B, H and W are free, up to the reach of learned positions.
 """
 
-import copy
 from collections.abc import Mapping
 from importlib.util import find_spec
 from pathlib import Path
@@ -15,7 +14,7 @@ from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram
 
 from detr.checkpoint import write_atomically
-from detr.model import DETR
+from detr.model import DETR, for_inference
 
 
 class _LastLayer(nn.Module):
@@ -31,15 +30,16 @@ class _LastLayer(nn.Module):
 
 
 def export_program(model: DETR) -> ExportedProgram:
-    """The model in eval mode on the CPU, for `torch.export.save` or AOTInductor; `model` stays as it is.
+    """The model for inference on the CPU, for `torch.export.save` or AOTInductor; `model` stays as it is.
 
-    H and W are more than S: pad smaller images. The program refuses what it cannot take.
+    H and W are more than S: pad smaller images. The program refuses what it cannot take. One that AOTInductor has
+    compiled does not check its inputs; they must be contiguous, which those of `detr.normalize` are not.
     """
-    copied = copy.deepcopy(model).cpu().float().to(memory_format=torch.contiguous_format)
+    inference = _LastLayer(for_inference(model).cpu().float().to(memory_format=torch.contiguous_format))
     batch, height, width = 2, 2 * model.config.stride, 3 * model.config.stride  # any: the program is not bound to them
     free = Dim.DYNAMIC
     return torch.export.export(
-        _LastLayer(copied).eval().requires_grad_(False),
+        inference.eval(),
         (torch.zeros(batch, 3, height, width), torch.zeros(batch, height, width, dtype=torch.bool)),
         dynamic_shapes={"images": {0: free, 2: free, 3: free}, "padding": {0: free, 1: free, 2: free}},
     )

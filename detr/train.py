@@ -55,6 +55,9 @@ class TrainConfig:
         for key in ("epochs", "batch_size", "log_steps", "size_multiple"):
             if getattr(self, key) < 1:
                 raise ValueError(f"train.{key} is {getattr(self, key)}, expected at least 1")
+        for key in ("lr", "lr_backbone", "weight_decay", "clip_norm"):
+            if not 0 <= getattr(self, key) < math.inf:
+                raise ValueError(f"train.{key} is {getattr(self, key)}, expected a number that is not negative")
 
 
 @dataclass(frozen=True)

@@ -20,6 +20,9 @@ class TransformConfig:
     crop_range: tuple[int, int]  # sides of the crop
 
     def __post_init__(self) -> None:
+        for key in ("flip", "crop"):
+            if not 0 <= getattr(self, key) <= 1:
+                raise ValueError(f"train.transform.{key} is {getattr(self, key)}, expected a probability in 0..1")
         if not self.scales or min(self.scales) < 1 or self.max_size < max(self.scales):
             raise ValueError(
                 f"train.transform: scales {self.scales} must not be empty nor exceed max_size {self.max_size}"

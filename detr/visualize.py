@@ -44,8 +44,8 @@ def encoder_attention(
     """Where the last encoder layer looks from a point: weights [H/S, W/S] (sides rounded up) that sum to 1.
 
     images [1, 3, H, W] normalised and padding [1, H, W] bool are the model's own; the point is in pixels of the
-    unpadded image, ValueError outside of it. Row i, column k stands for the S x S pixels from (k S, i S) on, as in
-    the authors' notebook. Weights are means over heads, as in eval mode, and 0 in the padding. Source: paper, figure 3.
+    unpadded image, ValueError outside of it. Row i, column k stands for the S x S pixels from (k S, i S) on.
+    Weights are means over heads, as in eval mode, and 0 in the padding. Source: paper, figure 3.
     """
     if not model.config.num_encoder_layers:
         raise ValueError("the model has 0 encoder layers, expected at least 1: only then it has encoder attention")

@@ -13,7 +13,7 @@ from typing import Any
 
 from pipelines import params, tracking
 from pipelines.registry import champion, current_alias, decide, log_version, version_with
-from pipelines.stage import DATA, command, write_json
+from pipelines.stage import DATA, DOCS_DIGEST, command, write_json
 
 VALIDATED = Path("artifacts/validate")
 TRAINED = Path("artifacts/train")
@@ -104,9 +104,8 @@ def publish(client: Any, run_id: str, mark: str, metrics: dict[str, float], line
     client.log_artifact(run_id, str(VALIDATED / "report.json"), "validate")
     client.log_artifact(run_id, str(TRAINED / "history.jsonl"), "train")
     for name in ("metrics.json", "per_class.csv", "detections.json", "plots"):
-        log = client.log_artifacts if (EVALUATED / name).is_dir() else client.log_artifact
-        log(run_id, str(EVALUATED / name), f"evaluate/{name}" if (EVALUATED / name).is_dir() else "evaluate")
-    docs_of = SCRATCH / "data_docs" / "data.sha256"
+        client.log_artifact(run_id, str(EVALUATED / name), "evaluate")
+    docs_of = SCRATCH / "data_docs" / DOCS_DIGEST
     if docs_of.exists() and docs_of.read_text() == lineage["data_digest"]:
         client.log_artifacts(run_id, str(SCRATCH / "data_docs"), "data_docs")
     client.set_tag(run_id, "published", results.hexdigest())

@@ -24,6 +24,9 @@ QUIET = {
 }
 
 
+DOCS_DIGEST = "data.sha256"  # in the Data Docs: which data they show
+
+
 def command(run: Callable[[], None]) -> None:
     """Runs a command of the project with all telemetry off; an expected failure is one line and exit code 1.
 

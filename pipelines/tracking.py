@@ -1,4 +1,4 @@
-"""MLflow as a view of the files: the only module that writes to it.
+"""MLflow as a view of the files: the only module that writes runs to it; `registry.py` writes versions.
 
 Training mirrors its rows from a thread of its own; whatever a slow or dead server missed is filled in
 from the files when the model is registered.

@@ -15,11 +15,10 @@ import pandas as pd
 from PIL import Image
 
 from pipelines import params
-from pipelines.stage import DATA, FILES, Progress, command, write_json
+from pipelines.stage import DATA, DOCS_DIGEST, FILES, Progress, command, write_json
 
 OUTPUT = Path("artifacts/validate")
 DATA_DOCS = Path("scratch/data_docs")
-DIGEST = "data.sha256"  # in DATA_DOCS: which data they show
 
 
 @dataclass(frozen=True)
@@ -49,7 +48,7 @@ def validate(config: ValidateParams, data: Path, output: Path, data_docs: Path) 
         tables |= tabulate(config, data, split)
     report = judge(config, tables, data_docs)
     data_digest = digest(data)
-    (data_docs / DIGEST).write_text(data_digest)
+    (data_docs / DOCS_DIGEST).write_text(data_digest)
     write_json(output / "report.json", report)
     for row in report:
         if not row["success"]:

@@ -250,6 +250,8 @@ def test_the_step_schedule_drops_once_to_a_tenth():
         ({"epochs": 0}, "train.epochs is 0, expected at least 1"),
         ({"batch_size": 0}, "train.batch_size is 0, expected at least 1"),
         ({"log_steps": 0}, "train.log_steps is 0, expected at least 1"),
+        ({"lr": -1e-4}, "train.lr is -0.0001, expected a number that is not negative"),
+        ({"clip_norm": math.nan}, "train.clip_norm is nan, expected a number"),
         ({"size_multiple": 0}, "train.size_multiple is 0, expected at least 1"),
     ],
 )
@@ -265,13 +267,10 @@ def test_a_batch_larger_than_the_data_is_refused(dataset, batch_size):
 
 
 def test_half_precision_trains_with_float32_weights_and_losses(dataset):
-    small = replace(CONFIG, epochs=1, precision="bfloat16")
-    model = new_model()
-    (_, row), (_, expected) = (
-        (report.epoch, report.row)
-        for config in (small, replace(small, precision="float32"))
-        for report in list(fit(model if config is small else new_model(), dataset, config, CPU))[:1]
-    )
-    assert {p.dtype for p in model.parameters()} == {torch.float32}
-    assert row["loss"] == pytest.approx(expected["loss"], rel=0.05)
-    assert row["loss"] != expected["loss"]
+    rows = {}
+    for precision in ("bfloat16", "float32"):
+        model = new_model()
+        rows[precision] = next(fit(model, dataset, replace(CONFIG, precision=precision), CPU)).row
+        assert {parameter.dtype for parameter in model.parameters()} == {torch.float32}
+    assert rows["bfloat16"]["loss"] != rows["float32"]["loss"]
+    assert rows["bfloat16"]["loss"] == pytest.approx(rows["float32"]["loss"], rel=0.05)
