@@ -27,10 +27,14 @@ class Category:
 
 @dataclass(frozen=True)
 class InputSize:
-    """How an image becomes the model's input: its short side resized to `short`, the long one to at most `max_size`."""
+    """How an image becomes the model's input: resized to `short`, at most `max_size`, padded to `size_multiple`.
+
+    The last is that of training: a model that never saw an image without padding is worse on one.
+    """
 
     short: int
     max_size: int
+    size_multiple: int
 
 
 def write_atomically(path: Path, write: Callable[[BinaryIO], Any]) -> None:

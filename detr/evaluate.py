@@ -3,6 +3,7 @@
 import contextlib
 import os
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -22,9 +23,9 @@ METRICS = (
 
 
 def batches_of_one_size(sizes_hw: Sequence[tuple[int, int]], batch_size: int) -> list[list[int]]:
-    """Indices of `sizes_hw` in batches of images of one size, which need no padding.
+    """Indices of `sizes_hw` in batches of images of one size, which bring no padding to each other.
 
-    Padding is not free of effect: convolutions and norms reach into it, and detections suffer. Without any, an image's
+    Padding is not free of effect: convolutions and norms reach into it, and detections suffer. So an image's
     detections do not depend on the batch size.
     """
     groups: dict[tuple[int, int], list[int]] = {}
@@ -34,16 +35,19 @@ def batches_of_one_size(sizes_hw: Sequence[tuple[int, int]], batch_size: int) ->
 
 
 @torch.no_grad()
-def detect(model: DETR, dataset: CocoDataset, batches: list[list[int]], device: torch.device) -> Iterator[list[dict]]:
+def detect(
+    model: DETR, dataset: CocoDataset, batches: list[list[int]], size_multiple: int, device: torch.device
+) -> Iterator[list[dict]]:
     """COCO detections {image_id, category_id, bbox [x, y, w, h], score}, one list per batch of indices.
 
+    `size_multiple` is that of the model's `InputSize`.
     Coordinates are rounded to 1/100 pixel and scores to 6 digits, which no COCO metric sees.
     """
     model = for_inference(model).to(device)
     loader = DataLoader(
         dataset,  # type: ignore[arg-type]
         batch_sampler=[[(0, index) for index in batch] for batch in batches],  # type: ignore[arg-type]
-        collate_fn=collate,
+        collate_fn=partial(collate, size_multiple=size_multiple),
     )
     category_ids = dataset.annotations.category_ids
     for batch in loader:
@@ -71,6 +75,7 @@ def detect_all(
     model: DETR,
     dataset: CocoDataset,
     batch_size: int,
+    size_multiple: int,
     process: Process,
     progress: Callable[[int], object] = lambda num_images: None,
 ) -> list[dict]:
@@ -81,7 +86,7 @@ def detect_all(
     sizes_hw = [(height, width) for height, width in dataset.annotations.sizes_hw.tolist()]
     mine = batches_of_one_size(sizes_hw, batch_size)[process.rank :: process.num_processes]
     found: list[dict] = []
-    for batch, rows in zip(mine, detect(model, dataset, mine, process.device), strict=True):
+    for batch, rows in zip(mine, detect(model, dataset, mine, size_multiple, process.device), strict=True):
         found += rows
         progress(len(batch))
     merged = [row for part in process.gather(found) for row in part]

@@ -29,6 +29,27 @@ class _LastLayer(nn.Module):
         return logits[-1], boxes_cxcywh[-1]
 
 
+class _GroupNorm(nn.Module):
+    """Group norm of [B, C, H, W] with means along one axis after another.
+
+    A sum over all pixels at once, as onnxruntime takes it, is inexact where many are equal, as they are in padding.
+    """
+
+    def __init__(self, norm: nn.GroupNorm) -> None:
+        super().__init__()
+        self.num_groups, self.eps, self.weight, self.bias = norm.num_groups, norm.eps, norm.weight, norm.bias
+
+    def forward(self, x: Tensor) -> Tensor:
+        centred = x.unflatten(1, (self.num_groups, -1))  # [B, groups, C/groups, H, W]
+        centred = centred - _mean(centred)
+        normed = centred * (_mean(centred.square()) + self.eps).rsqrt()
+        return normed.flatten(1, 2) * self.weight[:, None, None] + self.bias[:, None, None]
+
+
+def _mean(x: Tensor) -> Tensor:
+    return x.mean(dim=4, keepdim=True).mean(dim=3, keepdim=True).mean(dim=2, keepdim=True)
+
+
 def export_program(model: DETR) -> ExportedProgram:
     """The model for inference on the CPU, for `torch.export.save` or AOTInductor; `model` stays as it is.
 
@@ -36,6 +57,10 @@ def export_program(model: DETR) -> ExportedProgram:
     compiled does not check its inputs; they must be contiguous, which those of `detr.normalize` are not.
     """
     inference = _LastLayer(for_inference(model).cpu().float().to(memory_format=torch.contiguous_format))
+    for parent in list(inference.modules()):
+        for name, module in list(parent.named_children()):
+            if isinstance(module, nn.GroupNorm):
+                setattr(parent, name, _GroupNorm(module))
     batch, height, width = 2, 2 * model.config.stride, 3 * model.config.stride  # any: the program is not bound to them
     free = Dim.DYNAMIC
     return torch.export.export(

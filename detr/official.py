@@ -58,7 +58,7 @@ def load_official(source: str | Path, stride: int | None = None) -> tuple[DETR, 
     if not is_state(state):
         raise ValueError(f'{path} holds no tensors under "model", expected a checkpoint of the authors\' code')
     model = from_state(state, stride or (16 if "dc5" in path.name else 32), str(path))
-    return model, list(COCO_CATEGORIES), InputSize(800, 1333)
+    return model, list(COCO_CATEGORIES), InputSize(800, 1333, 1)
 
 
 def from_state(state: dict[str, Tensor], stride: int, source: str) -> DETR:

@@ -121,7 +121,7 @@ def fit(
     runner: nn.Module = model
     if process.num_processes > 1:
         trained_buffers = model.config.backbone_norm == "batch"
-        runner = DistributedDataParallel(model, broadcast_buffers=trained_buffers, gradient_as_bucket_view=True)
+        runner = DistributedDataParallel(model, forward_sync_buffers=trained_buffers, gradient_as_bucket_view=True)
     sampler = EpochSampler(len(dataset), config.batch_size, config.seed, process.rank, process.num_processes)
     loader = _loader(dataset, sampler, config, process)
     precision = torch.autocast(process.device.type, torch.bfloat16) if config.precision == "bfloat16" else nullcontext()

@@ -56,7 +56,7 @@ def evaluate(config: EvaluateParams, data: Path, model_folder: Path, output: Pat
     archive = ImageArchive(data / "val.zip")
     dataset = CocoDataset(annotations, archive, EvalTransform(size.short, size.max_size))
     with process_group() as process, Progress(None, "evaluate", len(dataset), "image") as bar:
-        detections = detect_all(model, dataset, config.batch_size, process, bar.update)
+        detections = detect_all(model, dataset, config.batch_size, size.size_multiple, process, bar.update)
     metrics, precision = coco_metrics(data / "instances_val.json", detections)
     output.mkdir(parents=True, exist_ok=True)
     write_json(output / "detections.json", detections)

@@ -35,6 +35,7 @@ class Detector(PythonModel):
     def load_context(self, context: PythonModelContext) -> None:
         model, self.categories, size = load_model(Path(context.artifacts["weights"]).parent)
         self.model, self.transform = for_inference(model), EvalTransform(size.short, size.max_size)
+        self.size_multiple = size.size_multiple
 
     def predict(
         self, context: PythonModelContext, model_input: pd.DataFrame, params: dict[str, Any] | None = None
@@ -44,9 +45,9 @@ class Detector(PythonModel):
         rows: dict[int, dict[str, list]] = {}
         sizes_hw = [(sample.image.shape[1], sample.image.shape[2]) for sample in samples]
         for indices in batches_of_one_size(sizes_hw, MAX_BATCH):
-            batch = collate([samples[index] for index in indices])
+            batch = collate([samples[index] for index in indices], self.size_multiple)
             with torch.no_grad():
-                logits, boxes_cxcywh = self.model(normalize(batch.images))
+                logits, boxes_cxcywh = self.model(normalize(batch.images, batch.padding), batch.padding)
             found = zip(*postprocess(logits, boxes_cxcywh, batch.original_sizes_hw), strict=True)
             for index, (scores, labels, boxes) in zip(indices, found, strict=True):
                 order = [k for k in scores.argsort(descending=True).tolist() if scores[k] >= threshold]

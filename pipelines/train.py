@@ -59,7 +59,7 @@ def train(
     if Path(initial).resolve() == output.resolve():
         raise ValueError(f"train.initial_weights is {initial}, which this training replaces; copy it elsewhere first")
     mark = fingerprint(model_config, config, json.loads(passed.read_text())["data"])
-    size = InputSize(config.transform.scales[-1], config.transform.max_size)
+    size = InputSize(config.transform.scales[-1], config.transform.max_size, config.size_multiple)
     with process_group() as process:
         annotations = load_annotations(data / "instances_train.json")
         transform = TrainTransform(config.transform, config.seed)
@@ -90,7 +90,7 @@ def train(
             log = Log(scratch / mark, history, mirror, total_steps, config)
         for report in fit(model, dataset, config, process, state):
             if report.epoch_done and config.evaluate_epochs and (report.epoch + 1) % config.evaluate_epochs == 0:
-                detections = detect_all(model, held_out, config.batch_size, process)
+                detections = detect_all(model, held_out, config.batch_size, size.size_multiple, process)
                 if log:
                     report.row.update(coco_metrics(data / "instances_val.json", detections)[0])
             if log:

@@ -16,7 +16,7 @@ CATEGORIES = [Category(3, "cat"), Category(44, "dog")]
 def saved(folder, config=TINY_MODEL):
     torch.manual_seed(0)
     model = build_model(config, len(CATEGORIES))
-    save_model(model, CATEGORIES, InputSize(480, 640), "abc", folder)
+    save_model(model, CATEGORIES, InputSize(480, 640, 32), "abc", folder)
     return model
 
 
@@ -48,7 +48,7 @@ def test_a_model_comes_back_as_it_was(change, tmp_path):
     model = saved(tmp_path, replace(TINY_MODEL, **change)).eval()
     again, categories, input_size = load_model(tmp_path)
     assert not again.training
-    assert (categories, input_size, again.config) == (CATEGORIES, InputSize(480, 640), model.config)
+    assert (categories, input_size, again.config) == (CATEGORIES, InputSize(480, 640, 32), model.config)
     images, padding = torch.randn(1, 3, 64, 64), torch.zeros(1, 64, 64, dtype=torch.bool)
     with torch.no_grad():
         for result, expected in zip(again(images, padding), model(images, padding), strict=True):
@@ -57,7 +57,7 @@ def test_a_model_comes_back_as_it_was(change, tmp_path):
 
 def test_models_in_channels_last_are_the_same_file(tmp_path):
     model = saved(tmp_path / "a")
-    save_model(model.to(memory_format=torch.channels_last), CATEGORIES, InputSize(480, 640), "abc", tmp_path / "b")
+    save_model(model.to(memory_format=torch.channels_last), CATEGORIES, InputSize(480, 640, 32), "abc", tmp_path / "b")
     for name in ("model.safetensors", "config.json"):
         assert (tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes()
 

@@ -47,7 +47,7 @@ def measure(drawn, process):
     dataset = CocoDataset(annotations, ImageArchive(drawn / "train.zip"), TrainTransform(TRANSFORM, 0))
     torch.manual_seed(0)
     model = build_model(TINY, len(annotations.category_ids))
-    detections = detect_all(model, held_out, 2, process)
+    detections = detect_all(model, held_out, 2, 1, process)
     rows = [report.row for report in fit(model, dataset, CONFIG, process)]
     weights = sum(p.detach().double().abs().sum() for p in model.parameters()).item()
     return {"rows": rows, "detections": detections, "weights": weights, "ranks": process.gather(process.rank)}

@@ -139,7 +139,7 @@ def model(dataset):
 
 def test_detections_are_the_models_in_coco_form(model, dataset):
     model.train()
-    batches = list(detect(model, dataset, [[6, 0], [7]], CPU))
+    batches = list(detect(model, dataset, [[6, 0], [7]], 1, CPU))
     assert [len(rows) for rows in batches] == [10, 5]
     assert model.training
     rows = [row for batch in batches for row in batch]
@@ -163,16 +163,19 @@ def test_detections_are_the_models_in_coco_form(model, dataset):
 
 
 def test_no_images_give_no_detections(model, dataset):
-    assert list(detect(model, dataset, [], CPU)) == []
+    assert list(detect(model, dataset, [], 1, CPU)) == []
 
 
 @pytest.mark.parametrize("config", ["group", "frozen", "batch"])
 @pytest.mark.parametrize("batch_size", [1, 2, 100])
-def test_the_size_of_batches_changes_no_detection(dataset, batch_size, config):
+@pytest.mark.parametrize("multiple", [1, 48])
+def test_the_size_of_batches_changes_no_detection(dataset, batch_size, multiple, config):
     torch.manual_seed(0)
     model = build_model(replace(TINY_MODEL, backbone_norm=config), len(dataset.annotations.category_ids)).eval()
-    expected = [row for rows in detect(model, dataset, [[k] for k in range(len(dataset))], CPU) for row in rows]
-    found = detect_all(model, dataset, batch_size, Process(0, 1, CPU))
+    expected = [
+        row for rows in detect(model, dataset, [[k] for k in range(len(dataset))], multiple, CPU) for row in rows
+    ]
+    found = detect_all(model, dataset, batch_size, multiple, Process(0, 1, CPU))
     assert [row["image_id"] for row in found] == np.repeat(dataset.annotations.image_ids, 5).tolist()
     for row, other in zip(found, expected, strict=True):
         assert row["category_id"] == other["category_id"]
@@ -190,10 +193,10 @@ def test_every_image_is_in_one_batch_of_its_size(num_images):
 
 def test_progress_counts_every_image(model, dataset):
     counts = []
-    detect_all(model, dataset, 3, Process(0, 1, CPU), counts.append)
+    detect_all(model, dataset, 3, 1, Process(0, 1, CPU), counts.append)
     assert sum(counts) == len(dataset)
 
 
 def test_detections_of_a_model_can_be_judged(model, dataset, drawn):
-    metrics, _ = coco_metrics(drawn / "instances_val.json", detect_all(model, dataset, 4, Process(0, 1, CPU)))
+    metrics, _ = coco_metrics(drawn / "instances_val.json", detect_all(model, dataset, 4, 1, Process(0, 1, CPU)))
     assert 0 <= metrics["AP"] < 0.5

@@ -1,3 +1,4 @@
+import copy
 import sys
 from dataclasses import replace
 from functools import cache
@@ -94,6 +95,15 @@ def test_both_forms_equal_the_model(exported, name, sizes_hw):
     expected = eager(case.model, *inputs)
     assert_same(case.call(*inputs), expected)
     assert_same(case.run(*inputs), expected)
+
+
+@pytest.mark.parametrize("name", ["group", "learned_pre_norm"])
+def test_group_norms_are_exact_over_wide_padding(exported, name):
+    case, (images, padding) = exported(name), batch_of((800, 1200), (600, 700))
+    expected = eager(copy.deepcopy(case.model).double(), images.double(), padding)
+    for form in (case.call, case.run):
+        for result, value in zip(form(images, padding), expected, strict=True):
+            torch.testing.assert_close(result.double(), value, rtol=0, atol=1e-5)
 
 
 def test_a_program_survives_a_file(exported, tmp_path):

@@ -132,7 +132,7 @@ def test_a_file_gives_what_load_model_gives(name, tmp_path):
         f"resnet{name[6:9].strip('-')}",
         16 if "dc5" in name else 32,
     )
-    assert (categories, input_size) == (list(COCO_CATEGORIES), InputSize(800, 1333))
+    assert (categories, input_size) == (list(COCO_CATEGORIES), InputSize(800, 1333, 1))
     save_model(model, categories, input_size, "", tmp_path / "ours")
     again = load_model(tmp_path / "ours")
     assert again[1:] == (categories, input_size)
@@ -340,7 +340,7 @@ def trained_folder(folder, **changes):
     model = new_model(2, **changes)
     for value in model.state_dict().values():
         value.add_(0.01)
-    save_model(model, [Category(3, "cat"), Category(44, "dog")], InputSize(96, 96), "abc", folder)
+    save_model(model, [Category(3, "cat"), Category(44, "dog")], InputSize(96, 96, 96), "abc", folder)
     return str(folder)
 
 
