@@ -123,15 +123,25 @@ def normalize(images: Tensor, padding: Tensor | None = None, out: Tensor | None 
     batch, _, height, width = images.shape
     mean, std = (torch.tensor(values, device=images.device) for values in (IMAGENET_MEAN, IMAGENET_STD))
     scale, shift = (1 / (255 * std)).repeat(width), (-mean / std).repeat(width)  # of a row of interleaved channels
-    out = torch.empty(0, device=images.device) if out is None else out
-    rows = out.resize_(batch, height, width * 3).copy_(images.permute(0, 2, 3, 1).reshape(batch, height, width * 3))
-    pixels = torch.addcmul(shift, rows, scale, out=rows).view(batch, height, width, 3)
-    if padding is not None and images.is_cuda:
-        pixels.masked_fill_(padding[..., None], 0.0)
-    elif padding is not None:  # on a CPU two rectangles are far cheaper than a mask
-        for image, h, w in zip(
-            pixels, (~padding[:, :, 0]).sum(1).tolist(), (~padding[:, 0]).sum(1).tolist(), strict=True
-        ):
-            image[h:] = 0.0
-            image[:, w:] = 0.0
-    return pixels.permute(0, 3, 1, 2)
+    source = images.permute(0, 2, 3, 1).reshape(batch, height, width * 3)
+    out = (torch.empty(0, device=images.device) if out is None else out).resize_(batch, height, width * 3)
+    if images.device.type == "cpu":
+        _normalize_in_cache(source, padding, scale, shift, out)
+    else:
+        torch.addcmul(shift, out.copy_(source), scale, out=out)
+        if padding is not None:
+            out.view(batch, height, width, 3).masked_fill_(padding[..., None], 0.0)
+    return out.view(batch, height, width, 3).permute(0, 3, 1, 2)
+
+
+def _normalize_in_cache(source: Tensor, padding: Tensor | None, scale: Tensor, shift: Tensor, out: Tensor) -> None:
+    """source * scale + shift of rows [B, H, 3 W] where there is an image, a few rows at a time, and zero elsewhere."""
+    for index, (rows, into) in enumerate(zip(source, out, strict=True)):
+        height, width = rows.shape
+        if padding is not None:
+            height, width = int((~padding[index, :, 0]).sum()), 3 * int((~padding[index, 0]).sum())
+        for top in range(0, height, 32):
+            part = into[top : min(top + 32, height), :width]
+            torch.addcmul(shift[:width], part.copy_(rows[top : top + len(part), :width]), scale[:width], out=part)
+        into[height:] = 0.0
+        into[:height, width:] = 0.0

@@ -71,12 +71,12 @@ def _costs(logits: Tensor, boxes_cxcywh: Tensor, targets: Targets, config: Match
         return boxes.permute(3, 0, 1, 2).contiguous().index_select(2, targets.owners).movedim(0, -1)
 
     target = targets.boxes_cxcywh.to(boxes_cxcywh.dtype)
-    distance = (beside(boxes_cxcywh) - target[:, None]).abs().sum(dim=-1)
+    distance = beside(boxes_cxcywh).sub_(target[:, None]).abs_().sum(dim=-1)
     giou = generalized_iou(beside(cxcywh_to_xyxy(boxes_cxcywh)), cxcywh_to_xyxy(target)[:, None])
-    cost = config.box_cost * distance - config.class_cost * probability - config.giou_cost * giou
+    cost = distance.mul_(config.box_cost).sub_(probability, alpha=config.class_cost).sub_(giou, alpha=config.giou_cost)
     wrong = (targets.labels != labels) | ((target - 0.5).abs() > 0.51).any(dim=-1)
-    finite = (probabilities[..., -1] + boxes_cxcywh.sum(dim=-1)).isfinite().all()
-    return cost.masked_fill(wrong[:, None], torch.nan), finite
+    finite = (probabilities[..., -1].sum() + boxes_cxcywh.sum()).isfinite()
+    return cost.masked_fill_(wrong[:, None], torch.nan), finite
 
 
 def _explain(logits: Tensor, targets: Targets) -> NoReturn:
