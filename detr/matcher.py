@@ -53,7 +53,10 @@ def match(logits: Tensor, boxes_cxcywh: Tensor, targets: Targets, config: Matche
                 assigned, queries = linear_sum_assignment(layer[start:end])
             except ValueError:  # there is NaN in the costs
                 _explain(logits, targets)
-            row[start + assigned] = queries
+            if len(queries) == end - start:
+                row[start:end] = queries
+            else:
+                row[start + assigned] = queries
     return matched.to(logits.device)
 
 
@@ -71,8 +74,8 @@ def _costs(logits: Tensor, boxes_cxcywh: Tensor, targets: Targets, config: Match
         return boxes.permute(3, 0, 1, 2).contiguous().index_select(2, targets.owners).movedim(0, -1)
 
     target = targets.boxes_cxcywh.to(boxes_cxcywh.dtype)
-    distance = beside(boxes_cxcywh).sub_(target[:, None]).abs_().sum(dim=-1)
     giou = generalized_iou(beside(cxcywh_to_xyxy(boxes_cxcywh)), cxcywh_to_xyxy(target)[:, None])
+    distance = beside(boxes_cxcywh).sub_(target[:, None]).abs_().sum(dim=-1)
     cost = distance.mul_(config.box_cost).sub_(probability, alpha=config.class_cost).sub_(giou, alpha=config.giou_cost)
     wrong = (targets.labels != labels) | ((target - 0.5).abs() > 0.51).any(dim=-1)
     finite = (probabilities[..., -1].sum() + boxes_cxcywh.sum()).isfinite()
