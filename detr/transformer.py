@@ -46,9 +46,13 @@ class Attention(nn.Module):
             k = F.linear(key, self.in_proj_weight[dim : 2 * dim], self.in_proj_bias[dim : 2 * dim])
         v = F.linear(value, self.in_proj_weight[2 * dim :], self.in_proj_bias[2 * dim :])
         q, k, v = (x.unflatten(-1, (self.num_heads, -1)).transpose(1, 2) for x in (q, k, v))  # [B, heads, N, D/heads]
-        mixed = F.scaled_dot_product_attention(
-            q, k, v, attn_mask=attend, dropout_p=self.dropout if self.training else 0.0
-        )
+        dropout = self.dropout if self.training else 0.0
+        if dropout and query.device.type == "cpu":  # nothing is fused there, and this keeps a mask of bytes, not floats
+            scores = q @ k.transpose(-2, -1) / q.shape[-1] ** 0.5
+            scores = scores if attend is None else scores.masked_fill_(~attend, -torch.inf)
+            mixed = torch.native_dropout(scores.softmax(dim=-1), dropout, True)[0] @ v
+        else:
+            mixed = F.scaled_dot_product_attention(q, k, v, attn_mask=attend, dropout_p=dropout)
         return self.out_proj(mixed.transpose(1, 2).flatten(2))
 
 

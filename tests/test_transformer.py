@@ -125,3 +125,15 @@ def test_dropout_acts_in_training_only():
 def test_heads_must_divide_the_width():
     with pytest.raises(ValueError, match="model.hidden_dim is 30, not divisible by 4 heads"):
         Attention(30, 4, 0.0)
+
+
+@pytest.mark.parametrize("masked", [True, False])
+def test_attention_dropout_keeps_the_mean_and_the_mask(masked):
+    attention = randomised(Attention(DIM, HEADS, 0.3))
+    key, value = features(1, 7, DIM).expand(5000, -1, -1), features(1, 7, DIM, seed=1).expand(5000, -1, -1)
+    attend = ~padding(4, size=7)[:, None, None] if masked else None
+    torch.manual_seed(0)
+    draws = attention(key, key, value, attend)
+    expected = attention.eval()(key[:1], key[:1], value[:1], attend)
+    assert draws.std(dim=0).min() > 0.1
+    torch.testing.assert_close(draws.mean(dim=0), expected[0], rtol=0, atol=0.1)
