@@ -52,7 +52,7 @@ def importable() -> Iterator[None]:
         torchvision.__version__ = version
 
 
-def build(variant: str, dropout: float, num_layers: int = 6) -> SimpleNamespace:
+def build(variant: str, dropout: float) -> SimpleNamespace:
     """The authors' `model`, `criterion` and `postprocess` with random weights; every loss weighted as in the paper."""
     with importable(), warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -63,8 +63,8 @@ def build(variant: str, dropout: float, num_layers: int = 6) -> SimpleNamespace:
         settings = {
             "dataset_file": "coco", "device": "cpu", "lr_backbone": 1e-5, "masks": False, "frozen_weights": None,
             "backbone": backbone, "dilation": dilation, "position_embedding": "sine", "hidden_dim": 256,
-            "dropout": dropout, "nheads": 8, "dim_feedforward": 2048, "enc_layers": num_layers,
-            "dec_layers": num_layers, "pre_norm": False, "num_queries": 100, "aux_loss": True, "set_cost_class": 1,
+            "dropout": dropout, "nheads": 8, "dim_feedforward": 2048, "enc_layers": 6,
+            "dec_layers": 6, "pre_norm": False, "num_queries": 100, "aux_loss": True, "set_cost_class": 1,
             "set_cost_bbox": 5, "set_cost_giou": 2, "bbox_loss_coef": 5, "giou_loss_coef": 2, "eos_coef": 0.1,
         }  # fmt: skip
         model, criterion, postprocessors = models.build_model(argparse.Namespace(**settings))

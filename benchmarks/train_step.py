@@ -77,46 +77,45 @@ def step_of(side: str, variant: str, batch: Any, dropout: float, attention_dropo
         counts = list(targets.counts)
         pairs = zip(targets.boxes_cxcywh.split(counts), targets.labels.split(counts), strict=True)
         goals = [{"boxes": boxes, "labels": labels} for boxes, labels in pairs]
-        plain = optimizer_of(model, fused=False)
 
-        def authors() -> None:
-            clock.mark(None)
-            outputs = model(nested(images, padding))
-            clock.mark("forward")
+        def forward() -> Any:
+            return model(nested(images, padding))
+
+        def loss_of(outputs: Any) -> torch.Tensor:
             losses = criterion(outputs, goals)
-            loss = sum(losses[name] * weight for name, weight in criterion.weight_dict.items())
-            clock.mark("matcher and loss")
-            plain.zero_grad()
-            loss.backward()
-            clock.mark("backward")
-            torch.nn.utils.clip_grad_norm_(model.parameters(), CLIP_NORM)
-            plain.step()
-            clock.mark("optimizer")
+            total: torch.Tensor = sum(losses[name] * weight for name, weight in criterion.weight_dict.items())
+            return total
 
-        return authors
+    else:
+        model = paper_model(variant, dropout=dropout, attention_dropout=attention_dropout)
+        model = model.to(DEVICE).train().to(memory_format=torch.channels_last)
+        images = images.contiguous(memory_format=torch.channels_last)
+        num_boxes = torch.tensor(float(sum(targets.counts)), device=DEVICE)
 
-    model = paper_model(variant, dropout=dropout, attention_dropout=attention_dropout)
-    model = model.to(DEVICE).train().to(memory_format=torch.channels_last)
-    images = images.contiguous(memory_format=torch.channels_last)
-    fused = optimizer_of(model, fused=True)
-    num_boxes = torch.tensor(float(sum(targets.counts)), device=DEVICE)
-    precision = torch.autocast("cuda", torch.bfloat16) if DEVICE.type == "cuda" else nullcontext()
+        def forward() -> Any:
+            with torch.autocast("cuda", torch.bfloat16) if DEVICE.type == "cuda" else nullcontext():
+                return model(images, padding)
 
-    def ours() -> None:
+        def loss_of(outputs: Any) -> torch.Tensor:
+            logits, boxes = outputs
+            return set_loss(logits, boxes, targets, num_boxes, MATCHER, LOSS)[0]
+
+    optimizer = optimizer_of(model, fused=side == "ours")
+
+    def step() -> None:
         clock.mark(None)
-        with precision:
-            logits, boxes = model(images, padding)
+        outputs = forward()
         clock.mark("forward")
-        loss, _ = set_loss(logits, boxes, targets, num_boxes, MATCHER, LOSS)
+        loss = loss_of(outputs)
         clock.mark("matcher and loss")
-        fused.zero_grad()
+        optimizer.zero_grad()
         loss.backward()
         clock.mark("backward")
         torch.nn.utils.clip_grad_norm_(model.parameters(), CLIP_NORM)
-        fused.step()
+        optimizer.step()
         clock.mark("optimizer")
 
-    return ours
+    return step
 
 
 def peak_megabytes(side: str, attention_dropout: float, arguments: argparse.Namespace) -> float:
@@ -164,10 +163,11 @@ def main() -> None:
     if arguments.memory:
         print(measure_memory(arguments.memory, arguments, batch))
         return
-    clocks = {"authors": Clock(), "ours": Clock(), "ours, no attention dropout": Clock()}
+    settings = {"authors": ("authors", 0.1), "ours": ("ours", 0.1), "ours, no attention dropout": ("ours", 0.0)}
+    clocks = {name: Clock() for name in settings}
     sides = {
-        name: step_of(name[:7].split(",")[0], arguments.variant, batch, 0.1, 0.0 if "no" in name else 0.1, clock)
-        for name, clock in clocks.items()
+        name: step_of(side, arguments.variant, batch, 0.1, attention_dropout, clocks[name])
+        for name, (side, attention_dropout) in settings.items()
     }
     seconds = interleaved(sides, 1 if arguments.quick else arguments.rounds)
     rows = [("step", 1000 * seconds["authors"], 1000 * seconds["ours"])]

@@ -6,7 +6,6 @@ decoder layer, losses, matches, and a digest of every gradient and of every para
 
 import random
 import zlib
-from dataclasses import replace
 from functools import cache
 from pathlib import Path
 
@@ -18,11 +17,9 @@ from safetensors.torch import save_file
 from torch import nn
 
 from benchmarks import authors
-from detr.backbone import freeze_stem
 from detr.batch import Targets
 from detr.loss import set_loss
 from detr.matcher import match
-from detr.model import ModelConfig, build_model
 from detr.postprocess import postprocess
 from detr.train import TrainConfig, build_optimizer
 from pipelines.params import from_document, merged
@@ -131,12 +128,8 @@ def theirs(variant: str, dtype: torch.dtype) -> dict[str, torch.Tensor]:
 
 def ours(variant: str, dtype: torch.dtype) -> dict[str, torch.Tensor]:
     """The same numbers of this code, under the same names."""
-    document = merged(ROOT, f"coco-{variant}", [])
-    config, train = (
-        from_document(document, name, kind) for name, kind in (("model", ModelConfig), ("train", TrainConfig))
-    )
-    model = build_model(replace(config, backbone_weights="none", dropout=0.0, attention_dropout=0.0), 91).to(dtype)
-    freeze_stem(model.backbone)
+    train = from_document(merged(ROOT, f"coco-{variant}", []), "train", TrainConfig)
+    model = authors.paper_model(variant, dropout=0.0, attention_dropout=0.0).to(dtype)
     with torch.no_grad():
         for name, value in model.state_dict().items():
             value.copy_(filled(official_name(name), tuple(value.shape)))
