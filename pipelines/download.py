@@ -1,22 +1,26 @@
 """Stage 1: the four dataset files. `python -m pipelines.download`"""
 
 import hashlib
-import json
 import os
+import re
 import shutil
 import zipfile
-import zlib
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from urllib.parse import urlparse
+
+import msgspec
 
 from pipelines import params
-from pipelines.shapes import ZIP_DATE, ShapesParams, write_shapes
-from pipelines.stage import DATA, FILES, Progress, command
+from pipelines.archive import check_space, copy, extract, opened, pack
+from pipelines.fetch import Remote, claimed, fetch_all, shown, sizes_of
+from pipelines.shapes import ShapesParams, write_shapes
+from pipelines.stage import DATA, FILES, command
 
+DOWNLOADS = Path("scratch/downloads")
 PICTURES = (".jpg", ".jpeg", ".png")
+NOT_JSON = re.compile(rb"(?<=[:,\[\s])(?:NaN|-?Infinity)(?=[,\]}\s])")  # but Python writes and reads it
 
 
 @dataclass(frozen=True)
@@ -35,66 +39,92 @@ class DownloadParams:
 
     source: str | FileSources  # shapes, a folder, or four URLs or paths
     sha256: dict[str, str]  # of what is fetched, by URL or path without fragment; may be empty
+    mirrors: dict[str, list[str]]  # by the beginning of a URL, what may stand in its place; tried in order
     max_images: int  # per split, the first ones of the annotations; 0 for all
     shapes: ShapesParams
 
     def __post_init__(self) -> None:
         for place, digest in self.sha256.items():
             if len(digest) != 64:
-                raise ValueError(f"download.sha256 of {place} has {len(digest)} characters, expected 64")
+                raise ValueError(f"download.sha256 of {shown(place)} has {len(digest)} characters, expected 64")
+        for url in (*self.mirrors, *(mirror for mirrors in self.mirrors.values() for mirror in mirrors)):
+            if not _is_url(url):
+                raise ValueError(f"download.mirrors has {url!r}, expected the beginning of an http or https URL")
+        if self.max_images < 0:
+            raise ValueError(f"download.max_images is {self.max_images}, expected a number of images, or 0 for all")
 
 
-def download(config: DownloadParams, data: Path) -> None:
+@dataclass(frozen=True)
+class Found:
+    """A file or folder on this machine."""
+
+    path: Path
+    name: str  # the place as params.yaml has it, for messages
+    ours: bool  # fetched or unpacked by this stage, so nobody misses it
+
+
+class Image(msgspec.Struct):
+    id: int | float | str
+    file_name: str
+
+
+class Annotation(msgspec.Struct):
+    image_id: int | float | str
+
+
+def download(config: DownloadParams, data: Path, downloads: Path) -> None:
     """Makes the four files in `data`, all or none.
 
-    Images end as a zip of stored members, annotations as COCO JSON. Raises ValueError or OSError that names
-    what is missing, torn or different from its checksum.
+    Images end as a zip of stored members, annotations as COCO JSON. What is fetched stays in `downloads` until
+    then, so a run that was cut, killed or failed later goes on from there. Raises ValueError or OSError that
+    names what is missing, torn, unsafe, too large for the disk or different from its checksum.
     """
     data.mkdir(parents=True, exist_ok=True)
+    if config.source == "shapes":
+        with _all_or_none(data) as partial:
+            write_shapes(config.shapes, partial)
+        return
+    source = config.source if isinstance(config.source, FileSources) else _sources_in(config.source)
+    remotes = _remotes(config, source)
+    with claimed(remotes, downloads):
+        sizes = sizes_of(remotes)
+        missing = [(downloads, remote.missing_in(downloads, sizes[remote.url])) for remote in remotes]
+        check_space([*missing, (data, _copied(config, source, sizes, downloads, data))])
+        fetched = fetch_all(remotes, downloads, sizes)
+        with _all_or_none(data) as partial:
+            found = {key: _find(place, fetched, partial / key) for key, place in asdict(source).items()}
+            wanted = {
+                split: _take_annotations(
+                    found[f"{split}_annotations"], partial / f"instances_{split}.json", config.max_images
+                )
+                for split in ("train", "val")
+            }
+            for split, names in wanted.items():
+                _take_images(found[f"{split}_images"], partial / f"{split}.zip", names)
+
+
+@contextmanager
+def _all_or_none(data: Path) -> Iterator[Path]:
+    """A folder for the four files, which are moved to `data` when the block ends well."""
     partial = data.parent / f".{data.name}.partial"
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir()
     try:
-        if config.source == "shapes":
-            write_shapes(config.shapes, partial)
-        else:
-            _collect(config, partial)
+        yield partial
+        for name in FILES:
+            with (partial / name).open("rb") as file:
+                os.fsync(file.fileno())
         for name in FILES:
             os.replace(partial / name, data / name)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
 
 
-def _collect(config: DownloadParams, folder: Path) -> None:
-    source = config.source if isinstance(config.source, FileSources) else _sources_in(Path(config.source))
-    fetched: dict[str, Path] = {}
-
-    def local(place: str) -> tuple[Path, str]:
-        """The file or folder of `place`, fetched once if it is a URL, and the fragment."""
-        place, _, member = place.partition("#")
-        if place not in fetched:
-            if urlparse(place).scheme in ("http", "https"):
-                fetched[place] = folder / f"fetched-{len(fetched)}"
-                _fetch(place, fetched[place])
-            else:
-                fetched[place] = Path(place)
-                if not fetched[place].exists():
-                    raise ValueError(f"download.source: {place} does not exist")
-            if place in config.sha256:
-                _check_digest(fetched[place], place, config.sha256[place])
-        return fetched[place], member
-
-    for split in ("train", "val"):
-        path, member = local(getattr(source, f"{split}_annotations"))
-        wanted = _take_annotations(path, member, folder / f"instances_{split}.json", config.max_images)
-        path, _ = local(getattr(source, f"{split}_images"))
-        _take_images(path, folder / f"{split}.zip", wanted)
-
-
-def _sources_in(folder: Path) -> FileSources:
+def _sources_in(place: str) -> FileSources:
     """The four files of a user's folder; images as {train,val}.zip or folders {train,val}/."""
-    if not folder.is_dir():
-        raise ValueError(f"download.source is {str(folder)!r}: no such folder; give shapes, a folder, or four files")
+    folder = Path(place)
+    if _is_url(place) or not folder.is_dir():
+        raise ValueError(f"download.source is {shown(place)!r}: no such folder; give shapes, a folder, or four files")
     places: dict[str, str] = {}
     for split in ("train", "val"):
         annotations = folder / f"instances_{split}.json"
@@ -109,112 +139,137 @@ def _sources_in(folder: Path) -> FileSources:
     return FileSources(**places)
 
 
-def _fetch(url: str, target: Path) -> None:
-    """Streams a URL to a file with bounded retries, going on where a cut connection stopped."""
-    import requests
-    from requests.adapters import HTTPAdapter
-    from urllib3.util import Retry
-
-    session = requests.Session()
-    retry = Retry(total=5, backoff_factor=0.5, status_forcelist=(429, 500, 502, 503, 504))
-    for scheme in ("http://", "https://"):
-        session.mount(scheme, HTTPAdapter(max_retries=retry))
-    for attempt in range(5):
-        have = target.stat().st_size if target.exists() else 0
-        headers = {"Accept-Encoding": "identity"} | ({"Range": f"bytes={have}-"} if have else {})
-        try:
-            with session.get(url, stream=True, timeout=30, headers=headers) as answer:
-                answer.raise_for_status()
-                have = have if answer.status_code == 206 else 0
-                total = have + int(answer.headers.get("Content-Length", 0))
-                with target.open("ab" if have else "wb") as file, Progress(None, f"fetch {url}", total, "B") as bar:
-                    bar.update(have)
-                    for block in answer.iter_content(1 << 20):
-                        file.write(block)
-                        bar.update(len(block))
-            if not total or target.stat().st_size == total:
-                return
-        except (requests.ConnectionError, requests.Timeout, requests.exceptions.ChunkedEncodingError) as error:
-            if attempt == 4:
-                raise ValueError(f"{url} cannot be fetched: {error}; check the address and the network") from error
-        except requests.HTTPError as error:
-            raise ValueError(f"{url} answers {error.response.status_code}; check the address") from error
-    raise ValueError(f"{url} ends at {target.stat().st_size} of {total} bytes after 5 attempts")
+def _is_url(place: str) -> bool:
+    scheme, separator, _ = place.partition("://")
+    if separator and scheme.lower() not in ("http", "https"):
+        raise ValueError(
+            f"{shown(place)} has the scheme {scheme!r}; http, https and local paths work: mount it, and give its path"
+        )
+    return bool(separator)
 
 
-def _check_digest(path: Path, place: str, expected: str) -> None:
-    with path.open("rb") as file:
-        got = hashlib.file_digest(file, "sha256").hexdigest()
-    if got != expected.lower():
-        raise ValueError(f"{place} has sha256 {got}, expected {expected}; fetch it again or correct download.sha256")
+def _remotes(config: DownloadParams, source: FileSources) -> list[Remote]:
+    """What is to be fetched. Raises ValueError for local files that do not exist or differ from their checksum."""
+    remotes = []
+    for place in dict.fromkeys(place.partition("#")[0] for place in asdict(source).values()):
+        sha256 = config.sha256.get(place, "").lower()
+        if _is_url(place):
+            known = [(start, mirror) for start, mirrors in config.mirrors.items() for mirror in mirrors]
+            mirrored = (mirror + place.removeprefix(start) for start, mirror in known if place.startswith(start))
+            remotes.append(Remote((place, *mirrored), sha256))
+        elif not Path(place).exists():
+            raise ValueError(f"download.source: {place} does not exist")
+        elif sha256:
+            with Path(place).open("rb") as file:
+                got = hashlib.file_digest(file, "sha256").hexdigest()
+            if got != sha256:
+                raise ValueError(
+                    f"{place} has sha256 {got}, expected {sha256}; fetch it again or correct download.sha256"
+                )
+    return remotes
 
 
-@contextmanager
-def _open_zip(path: Path) -> Iterator[zipfile.ZipFile]:
-    try:
-        with zipfile.ZipFile(path) as archive:
-            yield archive
-    except (zipfile.BadZipFile, zlib.error, EOFError) as error:
-        raise ValueError(f"{path} is not a whole zip file ({error}); fetch it again") from error
+def _copied(config: DownloadParams, source: FileSources, sizes: dict[str, int], downloads: Path, data: Path) -> int:
+    """How many bytes go to `data` as they are; what is fetched there costs nothing on the same file system."""
+    total = 0
+    for place in asdict(source).values():
+        address, _, member = place.partition("#")
+        if config.max_images or member:
+            continue  # the size is known when it is unpacked
+        if address in sizes:
+            total += sizes[address] if downloads.stat().st_dev != data.stat().st_dev else 0
+        elif Path(address).is_file():
+            total += Path(address).stat().st_size
+    return total
 
 
-def _take_annotations(path: Path, member: str, target: Path, max_images: int) -> set[str] | None:
-    """Copies COCO JSON, or its first `max_images` images; the file names to keep, None for all."""
-    if member:
-        with _open_zip(path) as archive:
-            if member not in archive.namelist():
-                raise ValueError(f"{path} holds no {member}; it holds {', '.join(archive.namelist()[:10])}")
-            target.write_bytes(archive.read(member))
-    else:
-        shutil.copyfile(path, target)
-    try:
-        document = json.loads(target.read_bytes())
-    except ValueError as error:
-        raise ValueError(f"{member or path} is not valid JSON: {error}") from error
-    for key in ("images", "annotations", "categories"):
-        if not isinstance(document, dict) or not isinstance(document.get(key), list):
-            raise ValueError(f"{member or path} has no list {key!r}; COCO's format has images, annotations, categories")
+def _find(place: str, fetched: dict[str, Path], unpacked: Path) -> Found:
+    """The file of a place, fetched before; when it is a member of a zip, it is unpacked to the path `unpacked`."""
+    address, _, member = place.partition("#")
+    found = Found(fetched.get(address, Path(address)), shown(address), address in fetched)
+    if not member:
+        return found
+    with opened(found.path, found.name) as archive:
+        if member not in archive.namelist():
+            raise ValueError(f"{found.name} holds no {member}; it holds {', '.join(archive.namelist()[:10])}")
+        extract(archive, member, unpacked)
+    return Found(unpacked, f"{found.name}#{member}", True)
+
+
+def _put(found: Found, target: Path) -> None:
+    """What is ours gets a second name and costs no room, unless on another file system; the user's is copied."""
+    if found.ours:
+        with suppress(OSError):
+            return os.link(found.path, target)
+    return copy(found.path, target)
+
+
+def _take_annotations(found: Found, target: Path, max_images: int) -> set[str] | None:
+    """COCO JSON, as it is or its first `max_images` images; the file names to keep, None for all.
+
+    Nothing is made into Python's objects but the records' ids.
+    """
+    document = _sections(found.path.read_bytes(), found.name, strict=bool(max_images))
     if not max_images:
+        _put(found, target)
         return None
-    document["images"] = document["images"][:max_images]
+    raw = list[msgspec.Raw]
     try:
-        ids = {image["id"] for image in document["images"]}
-        names = {Path(image["file_name"]).name for image in document["images"]}
-        document["annotations"] = [a for a in document["annotations"] if a["image_id"] in ids]
-    except KeyError as error:
-        raise ValueError(f"{member or path}: an entry lacks {error}") from error
-    target.write_text(json.dumps(document))
-    return names
+        kept = msgspec.json.decode(document["images"], type=raw)[:max_images]
+        images = [msgspec.json.decode(image, type=Image) for image in kept]
+        ids = {image.id for image in images}
+        owner = msgspec.json.Decoder(Annotation)
+        owned = [a for a in msgspec.json.decode(document["annotations"], type=raw) if owner.decode(a).image_id in ids]
+    except msgspec.ValidationError as error:
+        raise ValueError(f"{found.name}: an entry is not as COCO's format has it: {error}") from error
+    target.write_bytes(msgspec.json.encode(document | {"images": kept, "annotations": owned}))
+    return {Path(image.file_name).name for image in images}
 
 
-def _take_images(path: Path, target: Path, wanted: set[str] | None) -> None:
+def _sections(data: bytes, name: str, strict: bool) -> dict[str, msgspec.Raw]:
+    """The top level of COCO JSON, unparsed. Python's NaN and Infinity pass unless `strict`: validate judges them."""
+    try:
+        try:
+            document = msgspec.json.decode(data, type=dict[str, msgspec.Raw])
+        except msgspec.DecodeError as error:
+            document = msgspec.json.decode(NOT_JSON.sub(b"0", data), type=dict[str, msgspec.Raw])
+            if strict:
+                raise ValueError(
+                    f"{name} holds NaN or Infinity, which JSON lacks ({error}); mend it, or set max_images to 0"
+                ) from error
+    except msgspec.ValidationError:
+        document = {}
+    except msgspec.DecodeError as error:
+        raise ValueError(f"{name} is not valid JSON: {error}") from error
+    for key in ("images", "annotations", "categories"):
+        if memoryview(document.get(key, b""))[:1] != b"[":
+            raise ValueError(f"{name} has no list {key!r}; COCO's format has images, annotations, categories")
+    return document
+
+
+def _take_images(found: Found, target: Path, wanted: set[str] | None) -> None:
     """A zip of stored members: the given one as it is if it is so already, or packed anew in the order of names."""
-    if path.is_dir():
-        names = sorted(p.relative_to(path).as_posix() for p in path.rglob("*") if p.suffix.lower() in PICTURES)
-        if not names:
-            raise ValueError(f"{path} holds no pictures ({', '.join(PICTURES)})")
-        _pack(names, lambda name: (path / name).read_bytes(), target, wanted)
+
+    def kept(sizes: dict[str, int]) -> dict[str, int]:
+        return {name: size for name, size in sizes.items() if wanted is None or Path(name).name in wanted}
+
+    if found.path.is_dir():
+        paths = [path for path in found.path.rglob("*") if path.suffix.lower() in PICTURES and path.is_file()]
+        sizes = {path.relative_to(found.path).as_posix(): path.stat().st_size for path in paths}
+        if not sizes:
+            raise ValueError(f"{found.name} holds no pictures ({', '.join(PICTURES)})")
+        pack(kept(dict(sorted(sizes.items()))), lambda name: (found.path / name).open("rb"), target)
         return
-    with _open_zip(path) as archive:
-        members = [info for info in archive.infolist() if not info.is_dir()]
-        for info in members:
-            if info.filename.startswith("/") or ".." in Path(info.filename).parts:
-                raise ValueError(f"{path} holds {info.filename!r}, a path out of the archive; do not trust this file")
-        if wanted is None and all(info.compress_type == zipfile.ZIP_STORED for info in members):
-            shutil.copyfile(path, target)
+    with opened(found.path, found.name) as archive:
+        members = [entry for entry in archive.infolist() if not entry.is_dir()]
+        if wanted is None and all(entry.compress_type == zipfile.ZIP_STORED for entry in members):
+            _put(found, target)
         else:
-            _pack([info.filename for info in members], archive.read, target, wanted)
-
-
-def _pack(names: list[str], read: Callable[[str], bytes], target: Path, wanted: set[str] | None) -> None:
-    kept = [name for name in names if wanted is None or Path(name).name in wanted]
-    with zipfile.ZipFile(target, "w", zipfile.ZIP_STORED) as packed:
-        for name in Progress(kept, f"pack {target.name}", len(kept), "image"):
-            packed.writestr(zipfile.ZipInfo(name, ZIP_DATE), read(name))
+            pack(kept({entry.filename: entry.file_size for entry in members}), archive.open, target)
 
 
 def main() -> None:
-    download(params.load("download", DownloadParams), DATA)
+    download(params.load("download", DownloadParams), DATA, DOWNLOADS)
 
 
 if __name__ == "__main__":
