@@ -7,13 +7,15 @@ import signal
 import socket
 import sys
 import time
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from pipelines import params, repro
-from pipelines.stage import QUIET, command
+from pipelines.stage import QUIET, command, write_json
 
-PORTS = {"prefect": 4200, "mlflow": 5000, "docs": 8000}
+PORTS = {"prefect": 4200, "mlflow": 5000, "docs": 8000, "dataset": 8001}
+PAGES = {"docs": Path("scratch/data_docs"), "dataset": Path("artifacts/validate/dataset")}
 
 
 def check(document: Any) -> None:
@@ -74,12 +76,17 @@ def summarize(root: Path, pictures: Path) -> None:
         print(f"{name:<10}{value:.3f}")
     print(f"\nmodel     {version['name']} version {version['version']}: models:/{version['name']}/{version['version']}")
     print(f"pictures  {os.path.relpath(pictures / 'plots')}/")
-    for title, verb in (("Prefect UI", "prefect"), ("MLflow UI", "mlflow"), ("Data Docs", "docs")):
+    for title, verb in (
+        ("Prefect UI", "prefect"),
+        ("MLflow UI", "mlflow"),
+        ("Data Docs", "docs"),
+        ("Dataset", "dataset"),
+    ):
         print(f"{title:<12}{python} -m pipelines ui {verb}")
 
 
 def ui(which: str, port: int | None) -> None:
-    """Serves the Prefect UI, the MLflow UI or the Data Docs on 127.0.0.1 until interrupted."""
+    """Serves the Prefect UI, the MLflow UI, the Data Docs or the dataset's page on 127.0.0.1 until interrupted."""
     root, port = Path.cwd(), port or PORTS[which]
     with socket.socket() as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
@@ -89,19 +96,36 @@ def ui(which: str, port: int | None) -> None:
             raise ValueError(
                 f"port {port} is in use; stop what listens there, or choose another: --port {port + 1}"
             ) from None
-    docs = root / "scratch" / "data_docs"
-    if which == "docs" and not docs.exists():
-        raise ValueError(f"{docs} does not exist; run the pipeline first: python -m pipelines run")
+    pages = root / PAGES.get(which, "")
+    if not pages.exists():
+        raise ValueError(f"{pages} does not exist; run the pipeline first: python -m pipelines run")
     store = f"sqlite:///{root / 'mlflow.db'}"
     arguments = {
         "prefect": ["-m", "prefect", "server", "start", "--host", "127.0.0.1", "--port", str(port)],
         "mlflow": ["-m", "mlflow", "ui", "--host", "127.0.0.1", "--port", str(port), "--backend-store-uri", store],
-        "docs": ["-m", "http.server", "--bind", "127.0.0.1", "--directory", str(docs), str(port)],
-    }[which]
+    }.get(which, ["-m", "http.server", "--bind", "127.0.0.1", "--directory", str(pages), str(port)])
     print(f"http://127.0.0.1:{port}  (Ctrl-C ends it)", flush=True)
     env = os.environ | QUIET
     env.setdefault("PREFECT_HOME", str(root / ".prefect"))
     os.execve(sys.executable, [sys.executable, *arguments], env)
+
+
+def data(old: str | None, new: str | None, as_json: bool) -> None:
+    """Prints the versions of the data in the history, or what changed from the one of `old` to that of `new`."""
+    from pipelines import changes, versions
+
+    root = Path.cwd()
+    opened = partial(repro.open_version, root)
+    if old is not None:
+        document = changes.difference(repro.data_version(root, old), repro.data_version(root, new), opened)
+        print(json.dumps(document, indent=1) if as_json else changes.report(document))
+        return
+    found, here = repro.data_versions(root)
+    store = root / "scratch" / "data_counts.json"
+    known = json.loads(store.read_text()) if store.exists() else {}
+    rows = [versions.describe(version, opened, known) | {"current": version is here} for version in found]
+    write_json(store, known)
+    print(json.dumps(rows, indent=1) if as_json else versions.overview(rows))
 
 
 def main() -> None:
@@ -116,6 +140,10 @@ def main() -> None:
     one = verbs.add_parser("ui", help="serve a user interface on 127.0.0.1")
     one.add_argument("which", choices=list(PORTS))
     one.add_argument("--port", type=int)
+    one = verbs.add_parser("data", help="print the versions of the data, or what changed between two")
+    one.add_argument("old", nargs="?", metavar="OLD", help="a commit")
+    one.add_argument("new", nargs="?", metavar="NEW", help="a commit; without it, the working tree")
+    one.add_argument("--json", action="store_true", help="print JSON")
     arguments = parser.parse_args()
 
     def act() -> None:
@@ -125,6 +153,8 @@ def main() -> None:
             document = params.merged(Path.cwd(), arguments.preset, arguments.overrides)
             check(document)
             print(params.to_yaml(document), end="")
+        elif arguments.verb == "data":
+            data(arguments.old, arguments.new, arguments.json)
         else:
             ui(arguments.which, arguments.port)
 

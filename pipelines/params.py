@@ -50,7 +50,7 @@ def from_document(document: Any, section: str, kind: type[T]) -> T:
     document = YAML(typ="safe", pure=True).load(to_yaml(document))
     for name in document:
         if name not in SECTIONS:
-            raise ValueError(f"params.yaml has an unknown section {name!r}{_nearest(name, SECTIONS)}")
+            raise ValueError(f"params.yaml has an unknown section {name!r}{nearest(name, SECTIONS)}")
     if section not in document:
         raise ValueError(f"params.yaml lacks the section {section!r}")
     return typing.cast(T, _convert(document[section], kind, section))
@@ -71,14 +71,14 @@ def _convert(value: Any, kind: Any, where: str) -> Any:
     hints = typing.get_type_hints(kind)
     for key in value:
         if key not in hints:
-            raise ValueError(f"{where} has an unknown key {key!r}{_nearest(key, hints)}")
+            raise ValueError(f"{where} has an unknown key {key!r}{nearest(key, hints)}")
     for key in hints:
         if key not in value:
-            raise ValueError(f"{where} lacks the key {key!r}{_nearest(key, [k for k in value if k not in hints])}")
+            raise ValueError(f"{where} lacks the key {key!r}{nearest(key, [k for k in value if k not in hints])}")
     return kind(**{key: _convert(value[key], hints[key], f"{where}.{key}") for key in hints})  # type: ignore[operator]
 
 
-def _nearest(name: str, choices: Iterable[str]) -> str:
+def nearest(name: str, choices: Iterable[str]) -> str:
     near = difflib.get_close_matches(str(name), list(choices), n=1)
     return f"; did you mean {near[0]!r}?" if near else f"; known: {', '.join(choices)}" if choices else ""
 
@@ -110,7 +110,7 @@ def merged(root: Path, preset: str | None, overrides: Iterable[str]) -> Any:
 def _merge_preset(document: Any, folder: Path, name: str) -> None:
     known = sorted(path.stem for path in folder.glob("*.yaml"))
     if name not in known:
-        raise ValueError(f"there is no preset {name!r}{_nearest(name, known)}")
+        raise ValueError(f"there is no preset {name!r}{nearest(name, known)}")
     overlay = read_yaml(folder / f"{name}.yaml")
     parent = overlay.pop("extends", None)
     if parent is not None:
@@ -121,7 +121,7 @@ def _merge_preset(document: Any, folder: Path, name: str) -> None:
 def _overlay(base: Any, overlay: Any, where: str) -> None:
     for key, value in overlay.items():
         if key not in base:
-            raise ValueError(f"{where}: there is no key {key!r} to override{_nearest(key, base)}")
+            raise ValueError(f"{where}: there is no key {key!r} to override{nearest(key, base)}")
         if isinstance(value, dict) and isinstance(base[key], dict) and base[key]:
             _overlay(base[key], value, f"{where}: {key}")
         else:

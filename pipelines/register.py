@@ -101,7 +101,8 @@ def publish(client: Any, run_id: str, mark: str, metrics: dict[str, float], line
         client.set_tag(run_id, key, tag)
     client.log_artifact(run_id, "dvc.lock")
     client.log_artifact(run_id, "params.yaml")
-    client.log_artifact(run_id, str(VALIDATED / "report.json"), "validate")
+    for name in ("report.json", "statistics.json", "dataset"):
+        client.log_artifact(run_id, str(VALIDATED / name), "validate")
     client.log_artifact(run_id, str(TRAINED / "history.jsonl"), "train")
     for name in ("metrics.json", "per_class.csv", "detections.json", "plots"):
         client.log_artifact(run_id, str(EVALUATED / name), "evaluate")

@@ -1,9 +1,12 @@
 """Champion and challenger."""
 
+import shutil
+import tempfile
 from importlib.metadata import version as installed
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
+from pipelines import tracking
 from pipelines.tracking import MODEL
 
 if TYPE_CHECKING:
@@ -23,6 +26,26 @@ def champion(client: "MlflowClient") -> "ModelVersion | None":
         if error.error_code in ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE"):
             return None
         raise
+
+
+def champions_file(path: str) -> Any:
+    """What a JSON file among the champion's artifacts holds, None before the first champion.
+
+    Raises ValueError where MLflow does not answer or has no such file.
+    """
+    if not tracking.is_there():
+        return None
+    client = tracking.connect()
+    best = champion(client)
+    if best is None:
+        return None
+    import mlflow
+
+    try:
+        return mlflow.artifacts.load_dict(f"runs:/{best.run_id}/{path}")
+    except Exception as error:
+        reason = " ".join(str(error).split())[:300]
+        raise ValueError(f"{path} of version {best.version}, the champion, cannot be read: {reason}") from error
 
 
 def version_with(client: "MlflowClient", weights_sha256: str) -> "ModelVersion | None":
@@ -73,13 +96,14 @@ def log_version(run_id: str, model_folder: Path, example: str, tags: dict[str, s
         ),
         params=ParamSchema([ParamSpec("threshold", DataType.double, 0.5)]),
     )
-    with mlflow.start_run(run_id=run_id):
+    with mlflow.start_run(run_id=run_id), tempfile.TemporaryDirectory() as folder:
+        copied = shutil.copytree(model_folder, folder, dirs_exist_ok=True)  # MLflow follows no link out of a folder
         info = mlflow.pyfunc.log_model(
             name="model",
             python_model=str(Path(__file__).with_name("served_model.py")),
             artifacts={
-                "weights": str(model_folder / "model.safetensors"),
-                "config": str(model_folder / "config.json"),
+                "weights": f"{copied}/model.safetensors",
+                "config": f"{copied}/config.json",
             },
             code_paths=[str(Path(__file__).parent.parent / "detr")],
             signature=signature,

@@ -13,12 +13,13 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from pipelines.params import read_yaml, to_yaml
 from pipelines.stage import QUIET
+from pipelines.versions import DataVersion, locked
 
 STOP_SECONDS = 20
 
@@ -218,3 +219,77 @@ def _commit(place: Path, file: str, message: str) -> None:
 def is_dirty(root: Path) -> bool:
     """Whether files differ from HEAD that a worktree would lack; parameters are merged in, dvc.lock is a result."""
     return bool(_git(root, "status", "--porcelain", "--", ".", ":!dvc.lock", ":!params.yaml", ":!presets"))
+
+
+def data_versions(root: Path) -> tuple[list[DataVersion], DataVersion | None]:
+    """Every distinct content of the data in the history of dvc.lock, newest first, and the one of the working tree.
+
+    Each stands at the first commit that has it, or, where none has, at the working tree.
+    """
+    found: dict[tuple[str, ...], DataVersion] = {}
+    for commit, date in reversed(_dated(root, "--full-history", "--date-order", "--", "dvc.lock")):
+        if version := _locked_at(root, commit, date):
+            found.setdefault(version.content, version)
+    here = _locked_at(root)
+    if here:
+        here = found.setdefault(here.content, here)
+    if not found:
+        raise ValueError("no dvc.lock names any data, here or in a commit of this branch; run dvc repro and commit it")
+    return list(found.values())[::-1], here
+
+
+def data_version(root: Path, ref: str | None) -> DataVersion:
+    """The data of a commit, or, without one, of the working tree. Raises ValueError where there is none."""
+    if ref is None:
+        version = _locked_at(root)
+    else:
+        try:
+            if ref.startswith(("-", "^")):
+                raise ValueError
+            commit = _git(root, "rev-parse", "--verify", "--quiet", "--end-of-options", f"{ref}^{{commit}}")
+        except ValueError:
+            raise ValueError(f"{ref!r} is no commit here; list those with data: python -m pipelines data") from None
+        version = _locked_at(root, *_dated(root, "--max-count=1", commit)[0])
+    if version is None:
+        raise ValueError(f"dvc.lock of {ref or 'the working tree'} names no data; run dvc repro and commit dvc.lock")
+    return version
+
+
+def _dated(root: Path, *arguments: str) -> list[list[str]]:
+    """Short name and date of the commits that `git log` lists."""
+    lines = _git(root, "log", "--no-show-signature", "--format=%h %cs", *arguments).splitlines()
+    return [line.split() for line in lines]
+
+
+def _locked_at(root: Path, commit: str = "", date: str = "") -> DataVersion | None:
+    """The data that the dvc.lock of a commit, or of the working tree, names; None where there is no such file."""
+    try:
+        lock = _git(root, "show", f"{commit}:./dvc.lock") if commit else (root / "dvc.lock").read_text()
+    except (ValueError, FileNotFoundError):
+        return None
+    return locked(lock, commit, date)
+
+
+@contextmanager
+def open_version(root: Path, version: DataVersion, path: str) -> Iterator[BinaryIO]:
+    """A file of a version, seekable: from the working tree if it is that one's, the DVC cache, or the remote.
+
+    Raises ValueError where it is in none of them.
+    """
+    import dvc.api  # type: ignore[import-untyped]
+    from dvc.exceptions import PathMissingError  # type: ignore[import-untyped]
+    from dvc.repo import Repo  # type: ignore[import-untyped]
+
+    with ExitStack() as stack:
+        remote = stack.enter_context(Repo(str(root))).config["core"].get("remote")  # that of today, for old commits too
+        rev = version.commit or None
+        try:
+            file = stack.enter_context(dvc.api.open(path, repo=str(root), rev=rev, remote=remote, mode="rb"))
+        except PathMissingError:
+            hint = f"nor in the remote {remote}; push it from where it is: dvc push --all-commits"
+            hint = hint if remote else "and there is no remote; add one: dvc remote add --default NAME URL"
+            raise ValueError(f"{path} of {version.title} is not in the DVC cache {hint}") from None
+        except Exception as error:  # of the remote's own library
+            reason = " ".join(str(error).split())[:300]
+            raise ValueError(f"{path} of {version.title} cannot be had from the remote {remote}: {reason}") from error
+        yield file

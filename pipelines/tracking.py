@@ -28,6 +28,12 @@ def tracking_uri() -> str:
     return os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{Path('mlflow.db').resolve()}"
 
 
+def is_there() -> bool:
+    """Whether there can be anything yet: a server, or a database file that was made before."""
+    uri = tracking_uri()
+    return not uri.startswith("sqlite:///") or Path(uri.removeprefix("sqlite:///")).exists()
+
+
 def connect() -> "MlflowClient":
     """A client whose server has answered. Raises ValueError that names the server when it does not."""
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "2")

@@ -4,6 +4,7 @@ import os
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -12,7 +13,8 @@ ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 
 from detr.model import ModelConfig  # noqa: E402
-from pipelines.params import merged, to_yaml  # noqa: E402
+from pipelines.params import from_document, merged, to_yaml  # noqa: E402
+from pipelines.rules import ValidateParams  # noqa: E402
 from pipelines.shapes import ShapesParams, write_shapes  # noqa: E402
 from pipelines.stage import QUIET  # noqa: E402
 
@@ -76,6 +78,14 @@ def drawn(tmp_path_factory):
 def source(drawn, tmp_path):
     """A copy of the drawn dataset to break."""
     return Path(shutil.copytree(drawn, tmp_path / "source"))
+
+
+def validate_params(tolerated: int | None = None, **changes: object) -> ValidateParams:
+    """The parameters of params.yaml, with one number tolerated of every rule and other changes."""
+    params = from_document(merged(ROOT, None, []), "validate", ValidateParams)
+    if tolerated is not None:
+        params = replace(params, tolerated=dict.fromkeys(params.tolerated, tolerated))
+    return replace(params, **changes)
 
 
 def environment(**extra: str) -> dict[str, str]:

@@ -6,12 +6,13 @@ import os
 import shutil
 import signal
 import socket
+import sqlite3
 import subprocess
 import sys
 import time
 import urllib.request
 import zipfile
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from pathlib import Path
 
 import pytest
@@ -101,6 +102,8 @@ def test_mlflow_shows_what_the_files_hold(project, monkeypatch):
     assert run.data.params["train.epochs"] == "2"
     stored = {artifact.path for artifact in client.list_artifacts(run.info.run_id)}
     assert {"dvc.lock", "params.yaml", "data_docs", "evaluate", "validate", "train"} <= stored
+    validated = {artifact.path for artifact in client.list_artifacts(run.info.run_id, "validate")}
+    assert validated == {f"validate/{name}" for name in ("dataset", "report.json", "statistics.json")}
     assert (project / "mlartifacts").is_dir()
     head = call(project, "git", "rev-parse", "HEAD").strip()
     assert version.tags["git_commit"] == run.data.tags["git_commit"] == head
@@ -141,8 +144,14 @@ def test_the_flow_finds_everything_unchanged_and_says_where_to_look(project):
         assert f"Task run '{stage}' - Finished in state Unchanged" in said
     assert "Task run 'register' - Finished in state Ran" in said
     assert "model     detr version 1" in said
-    for line in ("AP50", "pictures  artifacts/evaluate/plots/", "ui prefect", "ui mlflow", "ui docs"):
+    for line in ("AP50", "pictures  artifacts/evaluate/plots/", "ui prefect", "ui mlflow", "ui docs", "ui dataset"):
         assert line in said
+    with closing(sqlite3.connect(project / ".prefect/prefect.db")) as store:
+        (text,) = store.execute("select data from artifact where key = 'dataset' order by created desc").fetchone()
+    counts = read(project, "artifacts/validate/statistics.json")
+    assert f"| images | {counts['train']['images']} | {counts['val']['images']} |" in text
+    assert "75 of 75 expectations hold" in text
+    assert "http://127.0.0.1:8001" in text
 
 
 def test_an_override_runs_in_a_worktree_and_is_a_commit(project, tmp_path):
@@ -253,7 +262,7 @@ def wait_until_nobody_works_in(folder):
 
 def test_broken_data_stops_before_training(project, tmp_path):
     broken = small_project(tmp_path / "broken")
-    shutil.copytree(project / "data/coco", tmp_path / "source")
+    shutil.copytree(project / "data/coco", tmp_path / "source", copy_function=shutil.copyfile)
     path = tmp_path / "source/instances_train.json"
     document = json.loads(path.read_text())
     document["annotations"][0]["bbox"] = [90, 90, 50, 50]
@@ -262,11 +271,34 @@ def test_broken_data_stops_before_training(project, tmp_path):
     params.write_text(params.read_text().replace("source: shapes", f"source: {tmp_path}/source", 1))
     said = call(broken, "python", "-m", "pipelines", "run", code=1)
     last = said.strip().splitlines()[-2:]
-    assert any(line.startswith("error: validate: 1 of 36 expectations on data/coco are broken") for line in last), said
+    assert any(line.startswith("error: validate: 1 of 75 expectations on data/coco are broken") for line in last), said
     assert f"(ids {document['annotations'][0]['id']})" in said
     assert "Traceback" not in said
     assert not (broken / "artifacts/train").exists()
     assert not (broken / "artifacts/validate/passed.json").exists()
+
+
+def test_drift_is_judged_against_the_champion_that_mlflow_names(project, tmp_path):
+    for item in ("pipelines", "params.yaml"):
+        copy = shutil.copytree if (project / item).is_dir() else shutil.copy
+        copy(project / item, tmp_path / item)
+    shutil.copytree(project / "data/coco", tmp_path / "data/coco", copy_function=shutil.copyfile)
+    path = tmp_path / "data/coco/instances_train.json"
+    document = json.loads(path.read_text())
+    for entry in document["annotations"]:
+        entry["category_id"] = 3
+    path.write_text(json.dumps(document))
+    command = [sys.executable, "-m", "pipelines.validate"]
+    said = call(tmp_path, *command, MLFLOW_TRACKING_URI=f"sqlite:///{project}/mlflow.db")
+    assert "warning: champion_drift: distances from the champion's data are at most 0.1: 1 break it" in said
+    report = (tmp_path / "artifacts/validate/report.json").read_bytes()
+    said = call(tmp_path, *command)
+    assert "drift" not in said
+    assert not (tmp_path / "mlflow.db").exists()
+    dead = {"MLFLOW_TRACKING_URI": "http://127.0.0.1:9", "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "0"}
+    said = call(tmp_path, *command, **dead)
+    assert "warning: drift from the champion's data is not judged: MLflow at http://127.0.0.1:9 is unreachable" in said
+    assert (tmp_path / "artifacts/validate/report.json").read_bytes() == report
 
 
 def test_without_mlflow_training_goes_on_and_registration_says_so(project):

@@ -1,12 +1,20 @@
+import io
 import json
+import re
 import zipfile
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
+from PIL import Image
 
-from pipelines.validate import ValidateParams, describe, judge, tabulate, validate
+from pipelines.params import from_document, merged
+from pipelines.rules import ValidateParams
+from pipelines.tables import tabulate
+from pipelines.validate import describe, digest, judge, quiet_context, validate
+from tests.conftest import ROOT, validate_params
 
-CONFIG = ValidateParams(box_tolerance_pixels=1.0, max_zero_size_boxes=0, num_decoded=1000, num_reported=3)
+CONFIG = validate_params(num_reported=3, num_examples=2)
 
 
 def edit(folder, change, split="train"):
@@ -16,32 +24,13 @@ def edit(folder, change, split="train"):
     path.write_text(json.dumps(document))
 
 
-def repack(folder, change, split="train"):
-    with zipfile.ZipFile(folder / f"{split}.zip") as archive:
-        members = [(name, archive.read(name)) for name in archive.namelist()]
-    with zipfile.ZipFile(folder / f"{split}.zip", "w") as archive:
-        for name, data in change(members):
-            archive.writestr(name, data)
+def gate(folder, output, config=CONFIG, num_queries=20, champions=None):
+    validate(config, folder, output, output.parent / "docs", num_queries, champions)
 
 
-def test_clean_data_passes_twice_to_the_same_bytes(drawn, tmp_path):
-    for run in ("one", "two"):
-        validate(CONFIG, drawn, tmp_path / run, tmp_path / "docs")
-    for name in ("passed.json", "report.json"):
-        assert (tmp_path / "one" / name).read_bytes() == (tmp_path / "two" / name).read_bytes()
-    assert set(json.loads((tmp_path / "one" / "passed.json").read_text())) == {"data"}
-    report = json.loads((tmp_path / "one" / "report.json").read_text())
-    assert all(row["success"] for row in report if row["level"] == "error")
-    pages = list((tmp_path / "docs").rglob("*.html"))
-    assert (tmp_path / "docs" / "index.html") in pages
-    assert len([page for page in pages if "validations" in page.parts]) == 6
-
-
-def test_the_digest_follows_the_data(drawn, source, tmp_path):
-    edit(source, lambda d: d["info"].update(description="other"))
-    for run, folder in (("one", drawn), ("two", source)):
-        validate(CONFIG, folder, tmp_path / run, tmp_path / "docs")
-    assert (tmp_path / "one" / "passed.json").read_text() != (tmp_path / "two" / "passed.json").read_text()
+def report_of(folder, config=CONFIG):
+    tables = tabulate(folder, config.box_tolerance_pixels, config.decoded_share)
+    return judge(config, tables, 20, quiet_context())
 
 
 def set_in(kind, index, **values):
@@ -52,97 +41,243 @@ def outside(document):
     document["annotations"][2]["bbox"][0] += 500
 
 
-JSON_DEFECTS = {
-    "box outside": (outside, "train_annotations: boxes are inside the image by 1 pixels: 1 break it (ids {a2})"),
-    "zero size": (set_in("annotations", 1, bbox=[5, 5, 0, 9]), "boxes have a positive size: 1 break it (ids {a1})"),
-    "not a number": (
-        set_in("annotations", 0, bbox=[5, 5, "x", 9]),
-        "boxes are four finite numbers: 1 break it (ids {a0})",
-    ),
-    "unknown category": (
-        set_in("annotations", 3, category_id=99),
-        "annotations have a known category: 1 break it (ids {a3})",
-    ),
-    "unknown image": (
-        set_in("annotations", 4, image_id=123456),
-        "annotations have a known image: 1 break it (ids {a4})",
-    ),
-    "double annotation id": (
-        lambda d: d["annotations"][1].update(id=d["annotations"][0]["id"]),
-        "annotation ids are unique: 2 break it",
-    ),
-    "crowd flag": (set_in("annotations", 0, iscrowd=2), "crowd flags are 0 or 1: 1 break it (ids {a0})"),
-    "image size": (set_in("images", 0, height=500), "pictures have the annotated size: 1 break it (ids {i0})"),
-    "missing picture": (
-        set_in("images", 1, file_name="gone.jpg"),
-        "images are in the archive once: 1 break it (ids {i1})",
-    ),
-    "double image id": (lambda d: d["images"].append(dict(d["images"][0])), "image ids are unique: 2 break it"),
-    "double category": (
-        lambda d: d["categories"].append(dict(d["categories"][0])),
-        "category ids are unique: 2 break it",
-    ),
-    "no annotations": (lambda d: d["annotations"].clear(), "there are annotations: 1 break it"),
-}
+def test_clean_data_passes_twice_to_the_same_bytes(drawn, tmp_path):
+    for run in ("one", "two"):
+        gate(drawn, tmp_path / run)
+    files = [path.relative_to(tmp_path / "one") for path in (tmp_path / "one").rglob("*") if path.is_file()]
+    for name in files:
+        assert (tmp_path / "one" / name).read_bytes() == (tmp_path / "two" / name).read_bytes()
+    assert {Path(name) for name in ("passed.json", "report.json", "statistics.json", "dataset/index.html")} <= set(
+        files
+    )
+    assert set(json.loads((tmp_path / "one" / "passed.json").read_text())) == {"data"}
+    report = json.loads((tmp_path / "one" / "report.json").read_text())
+    assert all(row["outcome"] == "holds" for row in report)
+    pages = list((tmp_path / "docs").rglob("*.html"))
+    assert (tmp_path / "docs" / "index.html") in pages
+    assert len([page for page in pages if "validations" in page.parts]) == 8
 
 
-@pytest.mark.parametrize("defect", JSON_DEFECTS)
-def test_a_defect_in_the_annotations_is_named_with_its_ids(source, tmp_path, defect):
-    change, message = JSON_DEFECTS[defect]
-    document = json.loads((source / "instances_train.json").read_text())
-    ids = {f"a{k}": document["annotations"][k]["id"] for k in range(5)}
-    ids |= {f"i{k}": document["images"][k]["id"] for k in range(2)}
-    edit(source, change)
-    report = judge(CONFIG, tabulate(CONFIG, source, "train"), tmp_path / "docs")
-    broken = [describe(row) for row in report if row["level"] == "error" and not row["success"]]
-    assert any(message.format(**ids) in line for line in broken), broken
+def test_the_digest_follows_the_data(drawn, source, tmp_path):
+    edit(source, lambda d: d["info"].update(description="other"))
+    for run, folder in (("one", drawn), ("two", source)):
+        gate(folder, tmp_path / run)
+    assert (tmp_path / "one" / "passed.json").read_text() != (tmp_path / "two" / "passed.json").read_text()
 
 
 def test_the_gate_closes_and_leaves_no_pass_of_before(source, tmp_path):
-    validate(CONFIG, source, tmp_path / "out", tmp_path / "docs")
+    gate(source, tmp_path / "out")
     edit(source, outside)
     with pytest.raises(
-        ValueError, match=r"1 of 36 expectations on .* are broken, first: train_annotations: boxes are in"
+        ValueError, match=r"1 of 75 expectations on .* are broken, first: train_annotations: boxes are inside the image"
     ):
-        validate(CONFIG, source, tmp_path / "out", tmp_path / "docs")
+        gate(source, tmp_path / "out")
     assert not (tmp_path / "out" / "passed.json").exists()
     assert (tmp_path / "out" / "report.json").exists()
+    (page,) = (tmp_path / "docs" / "validations" / "train_annotations").rglob("*.html")
+    cells = re.findall(r"<td[^>]*>(?:<[^>]*>|\s)*([^<>\s]+)", page.read_text())
+    key = json.loads((source / "instances_train.json").read_text())["annotations"][2]["id"]
+    assert str(key) in cells
 
 
-def test_a_picture_that_does_not_decode_and_one_cut_short_are_named(source, tmp_path):
-    def change(members):
-        (a, _), (b, data), *rest = members
-        return [(a, b"no picture"), (b, data[: len(data) * 2 // 3]), *rest]
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (outside, "train_annotations: boxes are inside the image by 1 pixels: 1 break it (ids {a2})"),
+        (set_in("annotations", 1, bbox=[5, 5, 0, 9]), "boxes have a positive size: 1 break it (ids {a1})"),
+        (set_in("annotations", 3, category_id=99), "annotations have a known category: 1 break it (ids {a3})"),
+        (lambda d: d["annotations"].clear(), "there are annotations: 1 break it"),
+        (lambda d: d["images"][3].pop("height"), "entries have id, file_name, height and width of their types: 1 break it (ids {i3})"),
+    ],
+)  # fmt: skip
+def test_the_message_names_rule_and_ids(source, tmp_path, change, message):
+    document = json.loads((source / "instances_train.json").read_text())
+    ids = {f"a{k}": document["annotations"][k]["id"] for k in range(5)} | {"i3": document["images"][3]["id"]}
+    edit(source, change)
+    broken = [describe(row) for row in report_of(source) if row["outcome"] == "error"]
+    assert any(message.format(**ids) in line for line in broken), broken
 
-    repack(source, change)
-    report = judge(CONFIG, tabulate(CONFIG, source, "train"), tmp_path / "docs")
-    (row,) = [row for row in report if row["meaning"] == "pictures decode"]
-    ids = [image["id"] for image in json.loads((source / "instances_train.json").read_text())["images"][:2]]
-    assert (row["success"], row["ids"]) == (False, ids)
 
-
-def test_tolerances_are_parameters(source, tmp_path):
+def test_a_tolerated_error_is_a_warning_and_one_more_closes_the_gate(source, tmp_path, capsys):
     edit(source, set_in("annotations", 1, bbox=[5, 5, 0, 9]))
-    tolerant = replace(CONFIG, max_zero_size_boxes=1)
-    validate(tolerant, source, tmp_path / "out", tmp_path / "docs")
+    tolerant = replace(CONFIG, tolerated=CONFIG.tolerated | {"box_has_size": 1})
+    gate(source, tmp_path / "out", tolerant)
+    said = "train_annotations: boxes have a positive size: 1 break it (ids 2), 1 tolerated"
+    assert f"warning: {said}" in capsys.readouterr().out
+    (row,) = [r for r in json.loads((tmp_path / "out/report.json").read_text()) if r["outcome"] != "holds"]
+    assert (row["name"], row["level"], row["outcome"], row["tolerated"]) == ("box_has_size", "error", "warning", 1)
     edit(source, set_in("annotations", 2, bbox=[5, 5, 0, 9]))
     with pytest.raises(ValueError, match="boxes have a positive size: 2 break it"):
-        validate(tolerant, source, tmp_path / "out", tmp_path / "docs")
+        gate(source, tmp_path / "out", tolerant)
 
 
-def test_an_entry_without_a_key_and_a_torn_zip_are_named(source, tmp_path):
-    edit(source, lambda d: d["images"][3].pop("height"))
-    with pytest.raises(ValueError, match=r"instances_train.json images: entry 3 lacks 'height'"):
-        tabulate(CONFIG, source, "train")
-    data = (source / "val.zip").read_bytes()
-    (source / "val.zip").write_bytes(data[:-100])
-    with pytest.raises(ValueError, match=r"val.zip is not a whole zip file"):
-        tabulate(CONFIG, source, "val")
+def test_malformed_rows_that_are_tolerated_do_not_break_the_page(source, tmp_path):
+    edit(source, lambda d: d["images"][0].pop("width"))
+    edit(source, lambda d: d["categories"][0].pop("name"))
+    with zipfile.ZipFile(source / "train.zip") as archive:
+        members = [(name, archive.read(name)) for name in archive.namelist()]
+    with zipfile.ZipFile(source / "train.zip", "w") as archive:
+        for index, (name, data) in enumerate(members):
+            archive.writestr(name, data if index else b"no picture")
+    gate(source, tmp_path / "out", validate_params(1000, num_examples=50))
+    assert (tmp_path / "out" / "passed.json").exists()
 
 
-def test_offending_ids_are_a_bounded_list(source, tmp_path):
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ('{"images": [', r"instances_train.json is not valid JSON"),
+        ("", r"instances_train.json is not valid JSON"),
+        ("[]", r"instances_train.json: Expected `object`, got `array`; COCO's format has lists"),
+        ('{"images": [], "categories": []}', r"Object missing required field `annotations`"),
+        ('{"images": {}, "annotations": [], "categories": []}', r"Expected `array`, got `object` - at `\$.images`"),
+        ('{"images": [3], "annotations": [], "categories": []}', r"Expected `object`, got `int` - at `\$.images\[0\]`"),
+        ('{"images": [], "annotations": [{}, null], "categories": []}', r"got `null` - at `\$.annotations\[1\]`"),
+        ('{"images": [NaN], "annotations": [], "categories": []}', r"Expected `object`, got `float`"),
+        (b"\xff\xfe{", r"instances_train.json is not valid JSON"),
+    ],
+)
+def test_a_file_that_is_no_coco_json_is_named(source, text, message):
+    (source / "instances_train.json").write_bytes(text if isinstance(text, bytes) else text.encode())
+    with pytest.raises(ValueError, match=message):
+        tabulate(source, 1.0, 1.0)
+
+
+@pytest.mark.parametrize("kept", [0, 1000, -100])
+def test_a_torn_zip_is_named(source, kept):
+    (source / "val.zip").write_bytes((source / "val.zip").read_bytes()[:kept])
+    with pytest.raises(ValueError, match=r"val.zip is not a whole zip file \(.*\); run download again"):
+        tabulate(source, 1.0, 1.0)
+
+
+def test_offending_ids_are_a_bounded_list(source):
     edit(source, lambda d: [a.update(iscrowd=7) for a in d["annotations"]])
-    report = judge(CONFIG, tabulate(CONFIG, source, "train"), tmp_path / "docs")
-    (row,) = [row for row in report if row["meaning"] == "crowd flags are 0 or 1"]
+    (row,) = [row for row in report_of(source) if row["name"] == "crowd_flag" and row["outcome"] == "error"]
     assert row["unexpected"] > len(row["ids"]) == CONFIG.num_reported
     assert describe(row).endswith(", ...)")
+
+
+def test_only_a_share_is_decoded_but_all_are_read(source):
+    with zipfile.ZipFile(source / "train.zip") as archive:
+        members = [(name, archive.read(name)) for name in archive.namelist()]
+    with zipfile.ZipFile(source / "train.zip", "w") as archive:
+        for name, data in members:
+            middle = len(data) // 2
+            archive.writestr(name, data[:middle] + b"\xff\xff\xff" * 40 + data[middle + 120 :])
+
+    def broken(share):
+        table = tabulate(source, 1.0, share)["train_images"]
+        assert table["opens"].all()
+        assert table["whole"].all()
+        return (~table["decodes"]).sum()
+
+    assert broken(0.0) == 0
+    assert 0 < broken(0.5) <= len(members) // 2
+    assert broken(0.5) < broken(1.0)
+
+
+def test_folders_are_judged_like_archives(drawn, source, tmp_path):
+    for split in ("train", "val"):
+        with zipfile.ZipFile(source / f"{split}.zip") as archive:
+            archive.extractall(source / split)
+        (source / f"{split}.zip").unlink()
+    assert report_of(source) == report_of(drawn)
+    before = digest(source)
+    picture = next((source / "val").iterdir())
+    picture.write_bytes(picture.read_bytes() + b" ")
+    assert digest(source) != before
+
+
+@pytest.fixture
+def like_coco(source):
+    """Drawn data with the defects of COCO 2017, under COCO's ids."""
+    entries = {}
+
+    def rename(document):
+        images, annotations = document["images"], document["annotations"]
+        for entry, new in zip(images, (99844, 201706, 214087, 522365, 320612), strict=False):
+            entries[new] = entry["file_name"]
+            for a in annotations:
+                a["image_id"] = new if a["image_id"] == entry["id"] else a["image_id"]
+            entry["id"] = new
+        mine = [next(a for a in annotations if a["image_id"] == i["id"]) for i in images[:4]]
+        for number, a in enumerate(mine):
+            annotations.append(a | {"id": 3000000 + number})
+        flat = [a for a in annotations if a["id"] < 3000000 and a not in mine][:2]
+        for a, new in zip(flat, (918, 2206849), strict=True):
+            a.update(id=new, bbox=[*a["bbox"][:3], 0.0])
+        images[4]["file_name"] = "000000320612.jpg"
+
+    for split in ("train", "val"):
+        edit(source, lambda d: [a.update(iscrowd=0) for a in d["annotations"]], split)
+    edit(source, rename)
+    with zipfile.ZipFile(source / "train.zip") as archive:
+        members = [(name, archive.read(name)) for name in archive.namelist()]
+    with zipfile.ZipFile(source / "train.zip", "w") as archive:
+        for name, data in members:
+            if name == entries[320612]:
+                file = io.BytesIO()
+                Image.open(io.BytesIO(data)).save(file, "PNG")
+                name, data = "000000320612.jpg", file.getvalue()
+            archive.writestr(f"train2017/{name}", data)
+    for split, crowds, empty in (("train", 3, 2), ("val", 2, 1)):
+        edit(source, lambda d, crowds=crowds, empty=empty: set_crowds_and_empty(d, crowds, empty), split)
+    return source
+
+
+def set_crowds_and_empty(document, crowds, empty):
+    """Makes the last annotations crowds, and exactly `empty` images empty: the last ones."""
+    for a in document["annotations"][5 : 5 + crowds]:
+        a["iscrowd"] = 1
+    full = {a["image_id"] for a in document["annotations"]}
+    for image in document["images"]:
+        if image["id"] not in full:
+            new = document["annotations"][0] | {"id": 4000000 + image["id"], "image_id": image["id"]}
+            document["annotations"].append(new | {"bbox": [1, 1, 9, 9], "area": 80})
+    gone = {image["id"] for image in document["images"][-empty:]}
+    document["annotations"] = [a for a in document["annotations"] if a["image_id"] not in gone]
+
+
+def test_cocos_own_defects_pass_with_warnings_that_say_exactly_these(like_coco, tmp_path, capsys):
+    config = from_document(merged(ROOT, "coco-detr-r50", []), "validate", ValidateParams)
+    gate(like_coco, tmp_path / "out", replace(config, decoded_share=1.0, num_examples=1), num_queries=100)
+    said = capsys.readouterr().out.splitlines()
+    documents = {s: json.loads((like_coco / f"instances_{s}.json").read_text()) for s in ("train", "val")}
+    empty = {
+        s: ", ".join(str(i["id"]) for i in d["images"][-n:])
+        for (s, d), n in zip(documents.items(), (2, 1), strict=True)
+    }
+    crowds = {s: ", ".join(str(a["id"]) for a in d["annotations"] if a["iscrowd"]) for s, d in documents.items()}
+    assert [line for line in said if line.startswith(("warning", "error"))] == [
+        "warning: train_images: pictures have the format of their name's ending: 1 break it (ids 320612)",
+        f"warning: train_images: images have objects: 2 break it (ids {empty['train']})",
+        "warning: train_images: no object is labelled twice: 4 break it (ids 99844, 201706, 214087, 522365)",
+        "warning: train_annotations: boxes have a positive size: 2 break it (ids 918, 2206849), 2 tolerated",
+        f"warning: train_annotations: annotations are of single objects, not crowds: 3 break it (ids {crowds['train']})",
+        f"warning: val_images: images have objects: 1 break it (ids {empty['val']})",
+        f"warning: val_annotations: annotations are of single objects, not crowds: 2 break it (ids {crowds['val']})",
+    ]
+    assert (tmp_path / "out" / "passed.json").exists()
+
+
+def test_drift_from_the_champions_data_is_a_warning_outside_of_what_dvc_tracks(drawn, source, tmp_path, capsys):
+    gate(drawn, tmp_path / "one")
+    champions = json.loads((tmp_path / "one" / "statistics.json").read_text())
+    gate(drawn, tmp_path / "same", champions=champions)
+    assert "warning" not in capsys.readouterr().out
+    edit(source, lambda d: [a.update(category_id=3) for a in d["annotations"]])
+    gate(source, tmp_path / "other", champions=champions)
+    assert (
+        "warning: champion_drift: distances from the champion's data are at most 0.1: 1 break it (ids train class)"
+        in capsys.readouterr().out
+    )
+    assert list((tmp_path / "docs").rglob("validations/champion_drift/**/*.html"))
+    gate(source, tmp_path / "alone")
+    assert (tmp_path / "other" / "report.json").read_bytes() == (tmp_path / "alone" / "report.json").read_bytes()
+
+
+@pytest.mark.parametrize("missing", ["instances_val.json", "train.zip"])
+def test_a_missing_file_is_named(source, missing):
+    (source / missing).unlink()
+    with pytest.raises(FileNotFoundError, match=missing):
+        tabulate(source, 1.0, 1.0)

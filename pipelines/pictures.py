@@ -1,0 +1,161 @@
+"""What a dataset's pictures are: every one read whole, checked against its CRC, its header and its end looked at."""
+
+import hashlib
+import io
+import os
+import struct
+import warnings
+import zipfile
+import zlib
+from collections.abc import Iterable, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from functools import partial
+from pathlib import Path
+from typing import BinaryIO, NamedTuple
+
+from PIL import Image
+
+from pipelines.stage import Progress
+
+CHUNK = 500
+ORIENTATION = 0x0112  # EXIF tag: 1 is upright
+END_OF_IMAGE = {"JPEG": b"\xff\xd9", "PNG": b"IEND"}
+
+
+class Member(NamedTuple):
+    """A file in an archive of pictures, or in a folder of them, where it has no offset."""
+
+    name: str
+    offset: int | None
+    size: int
+    crc: int
+    stored: bool
+
+
+class Picture(NamedTuple):
+    """What was seen of one picture; `opens` is False where it cannot be read, and the rest then means nothing."""
+
+    opens: bool
+    width: int = 0
+    height: int = 0
+    format: str = ""  # JPEG or PNG
+    mode: str = ""  # Pillow's: RGB, L, CMYK, ...
+    orientation: int = 1
+    whole: bool = False  # ends as its format ends
+    decodes: bool = True  # True too where it was not decoded
+    digest: bytes = b""  # the first half of the SHA-256 of the file
+
+
+def members(path: Path) -> list[Member]:
+    """The files of a zip, or those below a folder. Raises ValueError for a zip that is torn."""
+    if path.is_dir():
+        files = sorted(p for p in path.rglob("*") if p.is_file())
+        return [Member(p.relative_to(path).as_posix(), None, p.stat().st_size, 0, True) for p in files]
+    try:
+        with zipfile.ZipFile(path) as archive:
+            return [
+                Member(
+                    info.filename,
+                    info.header_offset,
+                    info.file_size,
+                    info.CRC,
+                    info.compress_type == zipfile.ZIP_STORED and not info.flag_bits & 1,
+                )
+                for info in archive.infolist()
+                if not info.is_dir()
+            ]
+    except zipfile.BadZipFile as error:
+        raise ValueError(f"{path} is not a whole zip file ({error}); run download again") from error
+
+
+def find(names: Iterable[str], held: Iterable[Member]) -> list[list[Member]]:
+    """The members that each name stands for: those of that path, or else those of that bare name."""
+    by_path: dict[str, list[Member]] = {}
+    by_name: dict[str, list[Member]] = {}
+    for member in held:
+        by_path.setdefault(member.name, []).append(member)
+        by_name.setdefault(member.name.rpartition("/")[2], []).append(member)
+    return [by_path.get(name) or by_name.get(name, []) for name in names]
+
+
+def read(path: Path, archive: BinaryIO | None, member: Member) -> bytes:
+    """The bytes of a member. Raises ValueError where they are not what the archive's directory promises."""
+    if member.offset is None or archive is None:
+        return (path / member.name).read_bytes()
+    archive.seek(member.offset)
+    header = archive.read(30)
+    if header[:4] != b"PK\x03\x04":
+        raise ValueError(f"{path} is damaged: {member.name} is not where its directory says")
+    archive.seek(int.from_bytes(header[26:28], "little") + int.from_bytes(header[28:30], "little"), io.SEEK_CUR)
+    data = archive.read(member.size)
+    if zlib.crc32(data) != member.crc:
+        raise ValueError(f"{path} is damaged: {member.name} does not have the CRC of its directory")
+    return data
+
+
+def open_archive(path: Path) -> BinaryIO | None:
+    return None if path.is_dir() else path.open("rb")
+
+
+def look(data: bytes, decode: bool) -> Picture:
+    """What a picture's bytes are. A JPEG is whole when its end marker follows the last of its headers."""
+    file = io.BytesIO(data)
+    try:
+        with Image.open(file) as image:
+            kind = "JPEG" if image.format == "MPO" else str(image.format)  # MPO: a JPEG with more pictures behind it
+            if kind not in END_OF_IMAGE:
+                return Picture(False)
+            whole = data.rfind(END_OF_IMAGE[kind]) >= file.tell()
+            orientation = _orientation(image.info.get("exif", b""))
+            decodes = True
+            if decode:
+                try:
+                    image.load()
+                except (OSError, SyntaxError, ValueError):
+                    decodes = False
+            digest = hashlib.sha256(data).digest()[:16]
+            return Picture(True, *image.size, kind, image.mode, orientation, whole, decodes, digest)
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError):
+        return Picture(False)
+
+
+def _orientation(exif_data: bytes) -> int:
+    """The EXIF orientation, 1 where there is none that can be read. (Image.getexif would decode a PNG without EXIF.)"""
+    exif = Image.Exif()
+    try:
+        exif.load(exif_data)
+        return int(exif.get(ORIENTATION, 1))
+    except (OSError, SyntaxError, ValueError, TypeError, struct.error):
+        return 1
+
+
+def inspect(path: Path, held: Sequence[Member], decode: Sequence[bool]) -> list[Picture]:
+    """Every member as `look` sees it, by all cores; those with `decode` are decoded in full."""
+    jobs = list(zip(held, decode, strict=True))
+    chunks = [jobs[start : start + CHUNK] for start in range(0, len(jobs), CHUNK)]
+    seen: list[Picture] = []
+    with Progress(None, f"inspect {path.name}", len(jobs), "image") as bar:
+        if len(chunks) < 2:
+            seen = _inspect_chunk(path, jobs)
+            bar.update(len(seen))
+        else:
+            with ProcessPoolExecutor(os.cpu_count()) as pool:
+                for part in pool.map(partial(_inspect_chunk, path), chunks):
+                    seen += part
+                    bar.update(len(part))
+    return seen
+
+
+def _inspect_chunk(path: Path, jobs: list[tuple[Member, bool]]) -> list[Picture]:
+    archive = open_archive(path)
+    seen = []
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # Pillow's, of odd metadata
+        for member, decode in jobs:
+            try:
+                seen.append(look(read(path, archive, member), decode))
+            except ValueError:
+                seen.append(Picture(False))
+    if archive:
+        archive.close()
+    return seen

@@ -1,0 +1,104 @@
+import io
+import zipfile
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from pipelines import pictures
+from pipelines.pictures import Picture, find, inspect, look, members, read
+
+
+def picture(seed=0, kind="JPEG", size=(40, 30), **extra):
+    pixels = np.random.default_rng(seed).integers(0, 256, (*size[::-1], 3), dtype=np.uint8)
+    file = io.BytesIO()
+    Image.fromarray(pixels).save(file, kind, **extra)
+    return file.getvalue()
+
+
+def archive(path, files, compression=zipfile.ZIP_STORED):
+    with zipfile.ZipFile(path, "w", compression) as zipped:
+        for name, data in files.items():
+            zipped.writestr(name, data)
+    return path
+
+
+def test_no_members_no_pictures(tmp_path):
+    path = archive(tmp_path / "a.zip", {})
+    assert members(path) == []
+    assert inspect(path, [], []) == []
+    (tmp_path / "folder").mkdir()
+    assert members(tmp_path / "folder") == []
+
+
+def test_members_of_archive_and_folder_are_read_alike(tmp_path):
+    files = {"x/1.jpg": picture(1), "2.png": picture(2, "PNG"), "ä.jpg": picture(3)}
+    path = archive(tmp_path / "a.zip", files)
+    with zipfile.ZipFile(path) as zipped:
+        zipped.extractall(tmp_path / "folder")
+    for place in (path, tmp_path / "folder"):
+        held = members(place)
+        assert {m.name for m in held} == set(files)
+        with path.open("rb") as file:
+            stream = file if place is path else None
+            assert {m.name: read(place, stream, m) for m in held} == files
+        assert [p.digest for p in inspect(place, held, [True] * 3)] == [look(files[m.name], True).digest for m in held]
+
+
+def test_a_full_path_wins_over_a_bare_name(tmp_path):
+    held = members(archive(tmp_path / "a.zip", {"x/1.jpg": b"1", "1.jpg": b"2", "y/2.jpg": b"3", "z/2.jpg": b"4"}))
+    found = find(["1.jpg", "x/1.jpg", "2.jpg", "3.jpg"], held)
+    assert [[m.name for m in one] for one in found] == [["1.jpg"], ["x/1.jpg"], ["y/2.jpg", "z/2.jpg"], []]
+
+
+def test_a_member_that_is_not_where_its_directory_says_does_not_open(tmp_path):
+    path = archive(tmp_path / "a.zip", {"1.jpg": picture(1), "2.jpg": picture(2)})
+    first, second = members(path)
+    path.write_bytes(path.read_bytes().replace(b"PK\x03\x04", b"PK\x00\x00", 1))
+    assert [p.opens for p in inspect(path, [first, second], [False] * 2)] == [False, True]
+
+
+@pytest.mark.parametrize("kind", ["JPEG", "PNG"])
+def test_what_is_seen_of_a_picture(kind):
+    seen = look(picture(kind=kind), True)
+    assert seen == Picture(True, 40, 30, kind, "RGB", 1, True, True, seen.digest)
+    assert len(seen.digest) == 16
+
+
+@pytest.mark.parametrize("kind", ["JPEG", "PNG"])
+@pytest.mark.parametrize("kept", [0.3, 0.6, 0.9, -1])
+def test_every_cut_is_seen_without_decoding(kind, kept):
+    data = picture(kind=kind, size=(200, 200))
+    cut = data[: int(kept * len(data)) if kept > 0 else kept] if kind == "JPEG" or kept > 0 else data[:-9]
+    assert not look(cut, False).whole
+
+
+def test_bytes_behind_the_end_do_no_harm():
+    assert look(picture() + bytes(5000), True).whole
+
+
+@pytest.mark.parametrize("orientation", [1, 3, 6, 8])
+def test_exif_orientation(orientation):
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    assert look(picture(exif=exif), False).orientation == orientation
+
+
+@pytest.mark.parametrize("data", [b"", b"x", b"\xff\xd8\xff", picture(kind="GIF"), picture(kind="BMP"), b"%PDF-1.4"])
+def test_what_is_neither_jpeg_nor_png_does_not_open(data):
+    assert look(data, True) == Picture(False)
+
+
+def test_more_pictures_behind_the_first_are_a_jpeg(tmp_path):
+    file = io.BytesIO()
+    Image.open(io.BytesIO(picture())).save(
+        file, "MPO", save_all=True, append_images=[Image.open(io.BytesIO(picture(1)))]
+    )
+    seen = look(file.getvalue(), True)
+    assert (seen.format, seen.whole, seen.decodes) == ("JPEG", True, True)
+
+
+def test_many_are_inspected_by_several_processes_in_their_order(tmp_path, monkeypatch):
+    monkeypatch.setattr(pictures, "CHUNK", 3)
+    path = archive(tmp_path / "a.zip", {f"{k}.jpg": picture(k, size=(20 + k, 20)) for k in range(10)})
+    assert [p.width for p in inspect(path, members(path), [k % 2 == 0 for k in range(10)])] == list(range(20, 30))
