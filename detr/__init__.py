@@ -9,7 +9,8 @@ _HOMES = {
     "CocoDataset": "coco",
     "DETR": "model",
     "EvalTransform": "transforms",
-    "ImageArchive": "coco",
+    "ImageArchive": "images",
+    "ImageFolder": "images",
     "LossConfig": "loss",
     "MatcherConfig": "matcher",
     "ModelConfig": "model",
@@ -32,6 +33,7 @@ _HOMES = {
     "load_official": "official",
     "match": "matcher",
     "normalize": "batch",
+    "open_images": "images",
     "save_model": "checkpoint",
     "set_loss": "loss",
 }

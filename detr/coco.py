@@ -1,20 +1,24 @@
 """COCO images and annotations for training. N images, M annotations, C classes."""
 
+import contextlib
+import glob
+import hashlib
 import json
-import mmap
-import struct
-import zipfile
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
+from safetensors import SafetensorError
+from safetensors.numpy import load, save
 from torch import Tensor
 from torch.utils.data import Dataset
 from torchvision.io import ImageReadMode, decode_image
 
 from detr.batch import Sample
+from detr.checkpoint import write_atomically
+from detr.images import ImageArchive, ImageFolder
 
 
 @dataclass(frozen=True)
@@ -38,78 +42,102 @@ class Annotations:
 
 
 def load_annotations(path: Path) -> Annotations:
-    """The annotations of a COCO JSON file. Raises ValueError for a category id that it does not list."""
-    document = json.loads(path.read_text())
-    images, categories = document["images"], sorted(document["categories"], key=lambda category: category["id"])
-    image_ids = np.array([image["id"] for image in images], dtype=np.int64)
-    sizes_hw = np.array([(image["height"], image["width"]) for image in images], dtype=np.int64).reshape(-1, 2)
-    category_ids = np.array([category["id"] for category in categories], dtype=np.int64)
-    kept = [a for a in document["annotations"] if not a.get("iscrowd", 0)]
-    boxes = np.array([a["bbox"] for a in kept], dtype=np.float32).reshape(-1, 4)
-    boxes[:, 2:] += boxes[:, :2]
+    """The annotations of a COCO JSON file, which is parsed once: then they are read from a cache beside it.
+
+    The cache is a hidden file that is named by a digest of this module and of the JSON's bytes, so that it is never
+    stale. Where it is damaged or cannot be written, the JSON is parsed again. Raises ValueError for a file that is not
+    in COCO's format, and for annotations of an image or a category that it does not list.
+    """
+    with path.open("rb") as file:
+        digest = hashlib.file_digest(file, lambda: hashlib.blake2b(Path(__file__).read_bytes(), digest_size=16))
+        cache = path.with_name(f".{path.name}.{digest.hexdigest()}.safetensors")
+        if (kept := _restore(cache)) is not None:
+            return kept
+        file.seek(0)
+        try:
+            document = json.loads(file.read(), object_hook=_without_polygons)
+        except ValueError as error:
+            raise ValueError(f"{path} is not valid JSON: {error}") from error
+    annotations = _flatten(document, path)
+    with contextlib.suppress(OSError):
+        _store(annotations, cache, path)
+    return annotations
+
+
+def _without_polygons(record: dict) -> dict:
+    record.pop("segmentation", None)  # most of the file, and two gigabytes of objects
+    return record
+
+
+def _flatten(document: dict, path: Path) -> Annotations:
+    try:
+        images, categories = document["images"], sorted(document["categories"], key=lambda category: category["id"])
+        image_ids = np.array([image["id"] for image in images], dtype=np.int64)
+        file_names = np.array([image["file_name"] for image in images], dtype=np.str_)
+        sizes_hw = np.array([(image["height"], image["width"]) for image in images], dtype=np.int64).reshape(-1, 2)
+        category_ids = np.array([category["id"] for category in categories], dtype=np.int64)
+        category_names = tuple(category["name"] for category in categories)
+        kept = [a for a in document["annotations"] if not a.get("iscrowd", 0)]
+        boxes = np.array([a["bbox"] for a in kept], dtype=np.float32).reshape(-1, 4)
+        owner_ids, kinds = ([a[key] for a in kept] for key in ("image_id", "category_id"))
+    except (KeyError, TypeError, ValueError) as error:
+        raise ValueError(f"{path} is not in COCO's format (cocodataset.org/#format-data): {error!r}") from error
     position = {image_id: index for index, image_id in enumerate(image_ids.tolist())}
-    owner = np.array([position[a["image_id"]] for a in kept], dtype=np.int64)
-    limits = sizes_hw[owner][:, [1, 0, 1, 0]].astype(np.float32)
-    boxes = np.clip(boxes, 0, limits)
-    unknown = {a["category_id"] for a in kept} - set(category_ids.tolist())
-    if unknown:
-        raise ValueError(f"{path}: annotations have category ids {sorted(unknown)}, which its categories do not list")
-    labels = np.searchsorted(category_ids, np.array([a["category_id"] for a in kept], dtype=np.int64))
+    _refuse(set(owner_ids) - position.keys(), f"{path}: annotations have image ids", "images")
+    _refuse(set(kinds) - set(category_ids.tolist()), f"{path}: annotations have category ids", "categories")
+    owner = np.array([position[image_id] for image_id in owner_ids], dtype=np.int64)
+    boxes[:, 2:] += boxes[:, :2]
+    boxes = np.clip(boxes, 0, sizes_hw[owner][:, [1, 0, 1, 0]].astype(np.float32))
+    labels = np.searchsorted(category_ids, np.array(kinds, dtype=np.int64))
     solid = (boxes[:, 2:] > boxes[:, :2]).all(axis=1)
     order = np.flatnonzero(solid)[np.argsort(owner[solid], kind="stable")]
     return Annotations(
         image_ids,
-        np.array([image["file_name"] for image in images]),
+        file_names,
         sizes_hw,
         boxes[order],
         labels[order],
         np.searchsorted(owner[order], np.arange(len(images) + 1)),
         category_ids,
-        tuple(category["name"] for category in categories),
+        category_names,
     )
 
 
-class ImageArchive:
-    """The files of a zip of stored members, each read at its offset through one memory map.
+def _refuse(unknown: set, what: str, lists: str) -> None:
+    if unknown:
+        raise ValueError(f"{what} {sorted(unknown)[:10]}, which its {lists} do not list")
 
-    A member is found by its path in the zip or by its bare name, as COCO's `train2017/000000000009.jpg` is
-    listed as `000000000009.jpg`. Safe with forked and spawned workers. Raises ValueError for compressed
-    members and for an archive that is cut short.
-    """
 
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        self.members: dict[str, tuple[int, int]] = {}
-        try:
-            with zipfile.ZipFile(path) as archive:
-                for info in archive.infolist():
-                    if info.is_dir():
-                        continue
-                    if info.compress_type != zipfile.ZIP_STORED:
-                        raise ValueError(f"{path}: {info.filename} is compressed; store images: zip -0")
-                    self.members[info.filename] = (info.header_offset, info.file_size)
-        except zipfile.BadZipFile as error:
-            raise ValueError(f"{path} is not a whole zip file ({error}); fetch it again") from error
-        for name in list(self.members):
-            self.members.setdefault(name.rsplit("/", 1)[-1], self.members[name])
-        self._map: mmap.mmap | None = None
+def _store(annotations: Annotations, cache: Path, path: Path) -> None:
+    """Writes the cache of `path`, whole or not at all, and removes those of earlier bytes and earlier code."""
+    arrays = dict(vars(annotations))
+    names = json.dumps([arrays.pop("file_names").tolist(), arrays.pop("category_names")])
+    arrays["names"] = np.frombuffer(names.encode(), np.uint8)
+    content = save(arrays | {"checksum": _checksum(arrays)})
+    write_atomically(cache, lambda file: file.write(content))
+    name = glob.escape(path.name)
+    for stale in {*path.parent.glob(f".{name}.*.safetensors"), *path.parent.glob(f"..{name}.*.partial")} - {cache}:
+        stale.unlink(missing_ok=True)
 
-    def __getstate__(self) -> dict:
-        return {**self.__dict__, "_map": None}
 
-    def read(self, name: str) -> bytes:
-        """The bytes of one member; FileNotFoundError names it when it is missing."""
-        if name not in self.members:
-            raise FileNotFoundError(f"{name} is not in {self.path}")
-        if self._map is None:
-            with self.path.open("rb") as file:
-                self._map = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-        offset, size = self.members[name]
-        if offset < 0 or self._map[offset : offset + 4] != b"PK\x03\x04":
-            raise ValueError(f"{self.path} is damaged: {name} is not where its directory says; fetch it again")
-        name_size, extra_size = struct.unpack_from("<HH", self._map, offset + 26)
-        start = offset + 30 + name_size + extra_size
-        return self._map[start : start + size]
+def _restore(cache: Path) -> Annotations | None:
+    """The annotations of a cache, None if it is absent or damaged."""
+    try:
+        arrays = load(cache.read_bytes())
+    except (OSError, SafetensorError):
+        return None
+    if not np.array_equal(arrays.pop("checksum", np.empty(0)), _checksum(arrays)):
+        return None
+    file_names, category_names = json.loads(arrays.pop("names").tobytes())
+    return Annotations(file_names=np.array(file_names, dtype=np.str_), category_names=tuple(category_names), **arrays)
+
+
+def _checksum(arrays: dict[str, np.ndarray]) -> np.ndarray:
+    total = hashlib.blake2b(digest_size=16)
+    for name, array in sorted(arrays.items()):
+        total.update(f"{name} {array.dtype} {array.shape}".encode())
+        total.update(array.tobytes())
+    return np.frombuffer(total.digest(), np.uint8)
 
 
 class CocoDataset(Dataset[Sample]):
@@ -121,7 +149,7 @@ class CocoDataset(Dataset[Sample]):
     def __init__(
         self,
         annotations: Annotations,
-        archive: ImageArchive,
+        archive: ImageArchive | ImageFolder,
         transform: Callable[[Tensor, Tensor, Tensor, tuple[int, int]], tuple[Tensor, Tensor, Tensor]],
     ) -> None:
         self.annotations = annotations

@@ -1,6 +1,7 @@
 """Stage 4: COCO's judgement of the trained model. `python -m pipelines.evaluate`"""
 
 import csv
+import io
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,10 +10,11 @@ import numpy as np
 import torch
 from torchvision.io import write_png
 
-from detr.checkpoint import Category, load_model
-from detr.coco import CocoDataset, ImageArchive, decode, load_annotations
+from detr.checkpoint import Category, load_model, write_atomically
+from detr.coco import CocoDataset, decode, load_annotations
 from detr.distributed import process_group
 from detr.evaluate import ap_per_class, coco_metrics, detect_all
+from detr.images import open_images
 from detr.transforms import EvalTransform
 from detr.visualize import draw, side_by_side
 from pipelines import params
@@ -53,19 +55,19 @@ def evaluate(config: EvaluateParams, data: Path, model_folder: Path, output: Pat
             f"{model_folder} was trained on {len(categories)} categories, {data}/instances_val.json has {len(held)}; "
             f"they differ in {', '.join(different[:5])}: train again on this data"
         )
-    archive = ImageArchive(data / "val.zip")
-    dataset = CocoDataset(annotations, archive, EvalTransform(size.short, size.max_size))
+    dataset = CocoDataset(annotations, open_images(data / "val.zip"), EvalTransform(size.short, size.max_size))
     with process_group() as process, Progress(None, "evaluate", len(dataset), "image") as bar:
         detections = detect_all(model, dataset, config.batch_size, size.size_multiple, process, bar.update)
     metrics, precision = coco_metrics(data / "instances_val.json", detections)
     output.mkdir(parents=True, exist_ok=True)
     write_json(output / "detections.json", detections)
     write_json(output / "metrics.json", {name: round(value, 6) for name, value in metrics.items()})
-    with (output / "per_class.csv").open("w", newline="") as file:
-        writer = csv.writer(file)
-        writer.writerow(["category_id", "name", "AP", "AP50"])
-        for category, (ap, ap50) in zip(categories, ap_per_class(precision), strict=True):
-            writer.writerow([category.id, category.name, f"{ap:.6f}", f"{ap50:.6f}"])
+    table = io.StringIO(newline="")
+    writer = csv.writer(table)
+    writer.writerow(["category_id", "name", "AP", "AP50"])
+    for category, (ap, ap50) in zip(categories, ap_per_class(precision), strict=True):
+        writer.writerow([category.id, category.name, f"{ap:.6f}", f"{ap50:.6f}"])
+    write_atomically(output / "per_class.csv", lambda file: file.write(table.getvalue().encode()))
     plots = output / "plots"
     shutil.rmtree(plots, ignore_errors=True)
     plots.mkdir()

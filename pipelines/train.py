@@ -19,10 +19,11 @@ from typing import Any
 import torch
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, record
 
-from detr.checkpoint import Category, InputSize, load_state, save_model, save_state
-from detr.coco import CocoDataset, ImageArchive, load_annotations
+from detr.checkpoint import Category, InputSize, load_state, save_model, save_state, write_atomically
+from detr.coco import CocoDataset, load_annotations
 from detr.distributed import process_group
 from detr.evaluate import coco_metrics, detect_all
+from detr.images import open_images
 from detr.model import ModelConfig, build_model
 from detr.official import fetch, initialize
 from detr.train import Report, TrainConfig, fit
@@ -63,10 +64,10 @@ def train(
     with process_group() as process:
         annotations = load_annotations(data / "instances_train.json")
         transform = TrainTransform(config.transform, config.seed)
-        dataset = CocoDataset(annotations, ImageArchive(data / "train.zip"), transform)
+        dataset = CocoDataset(annotations, open_images(data / "train.zip"), transform)
         held_out = CocoDataset(
             load_annotations(data / "instances_val.json"),
-            ImageArchive(data / "val.zip"),
+            open_images(data / "val.zip"),
             EvalTransform(size.short, size.max_size),
         )
         torch.manual_seed(config.seed)
@@ -97,8 +98,8 @@ def train(
                 log.add(report)
         if log:
             pairs = zip(annotations.category_ids.tolist(), annotations.category_names, strict=True)
-            output.mkdir(parents=True, exist_ok=True)
-            (output / "history.jsonl").write_text("".join(json.dumps(row) + "\n" for row in history))
+            lines = "".join(json.dumps(row) + "\n" for row in history).encode()
+            write_atomically(output / "history.jsonl", lambda file: file.write(lines))
             save_model(model, [Category(key, name) for key, name in pairs], size, mark, output)
             log.close()
 
@@ -183,8 +184,10 @@ def sections() -> tuple[ModelConfig, TrainConfig]:
 
 
 def main() -> None:
-    """Downloads what is needed once on this node, before its processes start, and trains."""
+    """Downloads and parses what is needed once on this node, before its processes start, and trains."""
     fetch(sections()[1].initial_weights)
+    for split in ("train", "val"):
+        load_annotations(DATA / f"instances_{split}.json")
     launch()
 
 

@@ -1,19 +1,27 @@
 import io
 import json
 import multiprocessing
-import pickle
-import zipfile
+import resource
+import sys
 from concurrent.futures import ProcessPoolExecutor
+from dataclasses import fields
+from functools import partial
+from importlib.util import module_from_spec, spec_from_file_location
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 from pycocotools.coco import COCO
+from safetensors.numpy import save
 from torch.utils.data import DataLoader
 
+import detr.coco
 from detr.batch import collate
-from detr.coco import CocoDataset, ImageArchive, decode, load_annotations
+from detr.coco import Annotations, CocoDataset, decode, load_annotations
+from detr.images import open_images
+from tests.test_images import write_zip
 
 SIZES_HW = {30: (40, 60), 10: (50, 20), 20: (32, 32)}
 CATEGORIES = {90: "zebra", 2: "cat", 17: "dog"}
@@ -55,18 +63,34 @@ def png(image_id):
     return file.getvalue()
 
 
-def write_zip(path, members, compression=zipfile.ZIP_STORED):
-    with zipfile.ZipFile(path, "w", compression) as archive:
-        for name, data in members.items():
-            archive.writestr(name, data)
-    return path
+def unchanged(image, boxes_xyxy, labels, key):
+    return image, boxes_xyxy, labels
 
 
-@pytest.fixture
-def dataset(tmp_path):
-    archive = write_zip(tmp_path / "images.zip", {f"val/{k:03}.png": png(k) for k in SIZES_HW})
-    record = load_annotations(write_json(tmp_path / "a.json"))
-    return CocoDataset(record, ImageArchive(archive), lambda image, boxes, labels, key: (image, boxes, labels))
+@pytest.fixture(params=["archive", "folder"])
+def dataset(request, tmp_path):
+    path = tmp_path / "images.zip"
+    if request.param == "archive":
+        write_zip(path, {f"val/{k:03}.png": png(k) for k in SIZES_HW})
+    else:
+        path.mkdir()
+        for k in SIZES_HW:
+            (path / f"{k:03}.png").write_bytes(png(k))
+    return CocoDataset(load_annotations(write_json(tmp_path / "a.json")), open_images(path), unchanged)
+
+
+def assert_same(found, expected):
+    for field in fields(Annotations):
+        one, other = (getattr(record, field.name) for record in (found, expected))
+        if isinstance(other, np.ndarray):
+            assert (one.dtype, one.shape, one.tobytes()) == (other.dtype, other.shape, other.tobytes())
+            assert one.flags.writeable
+        else:
+            assert one == other
+
+
+def hidden(folder):
+    return sorted(path for path in folder.iterdir() if path.name.startswith("."))
 
 
 @pytest.mark.parametrize("annotations", [[], ANNOTATIONS[2:3], ANNOTATIONS])
@@ -115,79 +139,151 @@ def test_a_category_that_is_not_listed_is_named(category_id, tmp_path):
         load_annotations(path)
 
 
-def test_archives_equal_zipfile(tmp_path):
-    contents = {f"train2017/{k}.jpg": bytes([k]) * (k * 1000) for k in range(6)} | {"top.jpg": b"abc"}
-    path = write_zip(tmp_path / "a.zip", contents)
-    archive = ImageArchive(path)
-    with zipfile.ZipFile(path) as truth:
-        for name in truth.namelist():
-            assert archive.read(name) == archive.read(name.rsplit("/", 1)[-1]) == truth.read(name)
+def test_an_image_that_is_not_listed_is_named(tmp_path):
+    path = write_json(tmp_path / "a.json", [*ANNOTATIONS, annotation(21, 2, [1, 1, 5, 5])])
+    with pytest.raises(ValueError, match=r"a\.json: annotations have image ids \[21\], which its images do not list"):
+        load_annotations(path)
 
 
-def test_archives_with_folders_extra_fields_and_comments(tmp_path):
-    with zipfile.ZipFile(tmp_path / "a.zip", "w") as archive:
-        archive.mkdir("folder")
-        info = zipfile.ZipInfo("folder/ä b.jpg")
-        info.extra = b"\xfe\xca\x04\x00abcd"
-        archive.writestr(info, b"content")
-        archive.comment = b"a comment"
-    whole = (tmp_path / "a.zip").read_bytes()
-    (tmp_path / "prefixed.zip").write_bytes(b"#!/bin/sh\n" + whole)
-    for name in ("a.zip", "prefixed.zip"):
-        archive = ImageArchive(tmp_path / name)
-        assert archive.read("ä b.jpg") == b"content"
-        assert "folder/" not in archive.members
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("", r"a\.json is not valid JSON: Expecting value"),
+        ('{"images": [', r"a\.json is not valid JSON: Expecting value"),
+        ('{"images": [], "categories": []}', r"a\.json is not in COCO's format \(.*\): KeyError\('annotations'\)"),
+        ("[]", r"a\.json is not in COCO's format \(.*\): TypeError"),
+        (
+            '{"images": [], "categories": [], "annotations": [{"bbox": [1, 2]}, {"bbox": [1]}]}',
+            r"a\.json is not in COCO's format \(.*\): ValueError",
+        ),
+    ],
+)
+def test_what_is_not_cocos_format_is_refused_and_not_kept(text, message, tmp_path):
+    (tmp_path / "a.json").write_text(text)
+    with pytest.raises(ValueError, match=message):
+        load_annotations(tmp_path / "a.json")
+    assert not hidden(tmp_path)
 
 
-def test_a_full_path_wins_over_a_bare_name(tmp_path):
-    archive = ImageArchive(write_zip(tmp_path / "a.zip", {"x/1.jpg": b"nested", "1.jpg": b"top", "y/1.jpg": b"other"}))
-    assert [archive.read(name) for name in ("1.jpg", "x/1.jpg", "y/1.jpg")] == [b"top", b"nested", b"other"]
+def test_segmentations_change_nothing(tmp_path):
+    outlines = [[[1.5, 2, 3, 4, 5, 6]], {"counts": [3, 4], "size": [40, 60]}, []]
+    drawn = [a | {"segmentation": outlines[k % 3]} for k, a in enumerate(ANNOTATIONS)]
+    plain = load_annotations(write_json(tmp_path / "plain.json"))
+    assert_same(load_annotations(write_json(tmp_path / "drawn.json", drawn)), plain)
 
 
-def test_a_compressed_archive_is_refused(tmp_path):
-    path = write_zip(tmp_path / "a.zip", {"1.jpg": b"abc"}, zipfile.ZIP_DEFLATED)
-    with pytest.raises(ValueError, match=r"a\.zip: 1\.jpg is compressed; store images: zip -0"):
-        ImageArchive(path)
+@pytest.mark.parametrize("annotations", [[], ANNOTATIONS])
+def test_the_cache_equals_what_was_parsed(annotations, tmp_path):
+    path = write_json(tmp_path / "a.json", annotations)
+    parsed = load_annotations(path)
+    (cache,) = hidden(tmp_path)
+    written = cache.stat()
+    assert_same(load_annotations(path), parsed)
+    assert hidden(tmp_path) == [cache]
+    assert cache.stat() == written
 
 
-@pytest.mark.parametrize("kept", [0, 1, 100, 3000, -1, -30])
-def test_an_archive_cut_short_is_refused(kept, tmp_path):
-    whole = write_zip(tmp_path / "whole.zip", {f"{k}.jpg": bytes(1000) for k in range(5)}).read_bytes()
-    (tmp_path / "cut.zip").write_bytes(whole[:kept])
-    with pytest.raises(ValueError, match=r"cut\.zip is not a whole zip file \(.*\); fetch it again"):
-        ImageArchive(tmp_path / "cut.zip")
+def test_an_empty_document_is_kept_too(tmp_path):
+    (tmp_path / "a.json").write_text(json.dumps({"images": [], "annotations": [], "categories": []}))
+    parsed = load_annotations(tmp_path / "a.json")
+    assert_same(load_annotations(tmp_path / "a.json"), parsed)
 
 
-def test_an_archive_with_a_hole_is_refused(tmp_path):
-    whole = write_zip(tmp_path / "whole.zip", {f"{k}.jpg": bytes([k]) * 1000 for k in range(5)}).read_bytes()
-    (tmp_path / "hole.zip").write_bytes(whole[:1500] + whole[1700:])
-    archive = ImageArchive(tmp_path / "hole.zip")
-    assert archive.read("4.jpg") == bytes([4]) * 1000
-    with pytest.raises(
-        ValueError, match=r"hole\.zip is damaged: 0\.jpg is not where its directory says; fetch it again"
-    ):
-        archive.read("0.jpg")
+def test_annotations_come_from_the_cache(tmp_path):
+    path, other = write_json(tmp_path / "a.json"), write_json(tmp_path / "b.json", ANNOTATIONS[:2])
+    load_annotations(path)
+    (cache,) = hidden(tmp_path)
+    detr.coco._store(load_annotations(other), cache, path)
+    assert_same(load_annotations(path), load_annotations(other))
 
 
-def test_a_missing_member_is_named(tmp_path):
-    archive = ImageArchive(write_zip(tmp_path / "a.zip", {"1.jpg": b"abc"}))
-    with pytest.raises(FileNotFoundError, match=r"2\.jpg is not in .*a\.zip"):
-        archive.read("2.jpg")
+def test_a_cache_is_of_the_bytes_and_the_only_one_of_its_file(tmp_path):
+    path = write_json(tmp_path / "[a]*.json")
+    beside = write_json(tmp_path / "a.json", ANNOTATIONS[:2])
+    load_annotations(beside)
+    (kept,) = hidden(tmp_path)
+    load_annotations(path)
+    (old,) = set(hidden(tmp_path)) - {kept}
+    (tmp_path / f".{old.name}.12.partial").write_bytes(b"of a process that was killed")
+    write_json(path, ANNOTATIONS[:5])
+    assert len(load_annotations(path).labels) == 3
+    (new,) = set(hidden(tmp_path)) - {kept}
+    assert new != old
+    path.rename(tmp_path / "moved.json")
+    assert len(load_annotations(tmp_path / "moved.json").labels) == 3
 
 
-def test_archives_travel_to_spawned_processes(tmp_path):
-    archive = ImageArchive(write_zip(tmp_path / "a.zip", {f"{k}.jpg": bytes([k]) * 99 for k in range(4)}))
-    archive.read("0.jpg")
-    assert pickle.loads(pickle.dumps(archive)).read("3.jpg") == bytes([3]) * 99
-    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
-        assert list(pool.map(archive.read, ["2.jpg", "1.jpg"])) == [bytes([2]) * 99, bytes([1]) * 99]
+def test_a_cache_is_of_the_code(tmp_path):
+    path = write_json(tmp_path / "a.json")
+    parsed = load_annotations(path)
+    (old,) = hidden(tmp_path)
+    (tmp_path / "changed.py").write_text(Path(detr.coco.__file__).read_text() + "# changed\n")
+    spec = spec_from_file_location("changed", tmp_path / "changed.py")
+    changed = sys.modules["changed"] = module_from_spec(spec)
+    spec.loader.exec_module(changed)
+    del sys.modules["changed"]
+    assert_same(changed.load_annotations(path), parsed)
+    assert hidden(tmp_path) != [old]
+    assert len(hidden(tmp_path)) == 1
 
 
-@pytest.mark.parametrize("num_workers", [0, 2])
-def test_samples_are_the_images_and_their_objects(dataset, num_workers):
+def flipped(whole, share):
+    place = int(share * len(whole))
+    return whole[:place] + bytes([whole[place] ^ 1]) + whole[place + 1 :]
+
+
+DAMAGES = {
+    "empty": lambda whole: b"",
+    "cut": lambda whole: whole[:-1],
+    "garbage": lambda whole: b"\xff" * len(whole),
+    "longer": lambda whole: whole + b"1",
+    "no checksum": lambda whole: save({"names": np.zeros(2, np.uint8)}),
+    **{f"byte {share:.0%}": partial(flipped, share=share) for share in (0.01, 0.3, 0.6, 0.9, 0.999)},
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES.values(), ids=DAMAGES)
+def test_a_damaged_cache_is_parsed_again_and_repaired(damage, tmp_path):
+    path = write_json(tmp_path / "a.json")
+    parsed = load_annotations(path)
+    (cache,) = hidden(tmp_path)
+    whole = cache.read_bytes()
+    cache.write_bytes(damage(whole))
+    assert_same(load_annotations(path), parsed)
+    assert hidden(tmp_path) == [cache]
+    assert cache.read_bytes() == whole
+
+
+def test_a_cache_that_cannot_be_written_is_done_without(tmp_path):
+    path = write_json(tmp_path / "a.json")
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (64, limits[1]))  # as on a full disk
+    try:
+        parsed = load_annotations(path)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert not hidden(tmp_path)
+    assert_same(load_annotations(path), parsed)
+    with path.open() as file:
+        assert_same(load_annotations(Path(f"/proc/self/fd/{file.fileno()}")), parsed)  # where nobody can write
+
+
+def test_processes_open_one_file_at_the_same_time(tmp_path):
+    path = write_json(tmp_path / "a.json", ANNOTATIONS * 500)
+    with ProcessPoolExecutor(4, mp_context=multiprocessing.get_context("fork")) as pool:
+        found = list(pool.map(load_annotations, [path] * 16))
+    parsed = load_annotations(path)
+    for record in found:
+        assert_same(record, parsed)
+    assert len(hidden(tmp_path)) == 1
+
+
+@pytest.mark.parametrize("method", [None, "fork", "spawn"])
+def test_samples_are_the_images_and_their_objects(dataset, method):
     before = dataset.annotations.boxes_xyxy.copy()
     keys = [[(0, 0), (0, 1)], [(0, 2)]]
-    loader = DataLoader(dataset, batch_sampler=keys, num_workers=num_workers, collate_fn=list)
+    workers = {"num_workers": 2, "multiprocessing_context": method} if method else {}
+    loader = DataLoader(dataset, batch_sampler=keys, collate_fn=list, **workers)
     samples = [sample for batch in loader for sample in batch]
     assert len(dataset) == len(samples) == 3
     for sample, image_id, count in zip(samples, SIZES_HW, (2, 0, 2), strict=True):
