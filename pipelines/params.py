@@ -31,8 +31,10 @@ def read_yaml(path: Path) -> Any:
 
 
 def to_yaml(document: Any) -> str:
-    buffer = StringIO()
-    YAML().dump(document, buffer)
+    """The document as YAML that DVC's stricter parser reads too: no line is broken, however long its address."""
+    buffer, yaml = StringIO(), YAML()
+    yaml.width = 4096
+    yaml.dump(document, buffer)
     return buffer.getvalue()
 
 
@@ -97,7 +99,7 @@ def merged(root: Path, preset: str | None, overrides: Iterable[str]) -> Any:
         if not equals:
             raise ValueError(f"override {override!r} is not of the form section.key=value")
         try:
-            value = YAML(typ="safe").load(text)
+            value = YAML(typ="safe", pure=True).load(text)
         except YAMLError as error:
             raise ValueError(f"override {override!r}: the value is not valid YAML") from error
         nested: Any = value

