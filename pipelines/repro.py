@@ -281,15 +281,16 @@ def open_version(root: Path, version: DataVersion, path: str) -> Iterator[Binary
     from dvc.repo import Repo  # type: ignore[import-untyped]
 
     with ExitStack() as stack:
-        remote = stack.enter_context(Repo(str(root))).config["core"].get("remote")  # that of today, for old commits too
-        rev = version.commit or None
+        remote = None  # that of today, which the settings of an old commit may lack
         try:
+            remote = stack.enter_context(Repo(str(root))).config["core"].get("remote")
+            rev = version.commit or None
             file = stack.enter_context(dvc.api.open(path, repo=str(root), rev=rev, remote=remote, mode="rb"))
         except PathMissingError:
             hint = f"nor in the remote {remote}; push it from where it is: dvc push --all-commits"
             hint = hint if remote else "and there is no remote; add one: dvc remote add --default NAME URL"
             raise ValueError(f"{path} of {version.title} is not in the DVC cache {hint}") from None
-        except Exception as error:  # of the remote's own library
+        except Exception as error:  # of the remote's own library too
             reason = " ".join(str(error).split())[:300]
-            raise ValueError(f"{path} of {version.title} cannot be had from the remote {remote}: {reason}") from error
+            raise ValueError(f"{path} of {version.title} cannot be read (remote: {remote}): {reason}") from error
         yield file

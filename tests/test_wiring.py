@@ -81,6 +81,11 @@ def test_download_and_validate_do_not_touch_torch():
         assert all("torch" not in top_level(ROOT / file) for file in reach(ROOT / f"pipelines/{stage}.py"))
 
 
+def test_versions_of_the_data_are_compared_without_torch():
+    for file in reach(ROOT / "pipelines/changes.py"):
+        assert not top_level(ROOT / file) & {"torch", "detr"}
+
+
 @pytest.mark.parametrize("stage", STAGES)
 def test_every_module_that_a_stage_imports_is_in_its_deps(stage):
     deps = set(GRAPH[stage]["deps"])
