@@ -125,16 +125,20 @@ def _draw_sheets(folder: Path, path: Path, tables: dict[str, pd.DataFrame], num_
     found = {
         row: first for row, (first, *_) in zip(rows, find(images["file_name"].iloc[rows], members(path)), strict=True)
     }
-    archive = open_archive(path)
-    for file, picked, mine in chosen.values():
-        sheet = Image.new("RGB", (COLUMNS * CELL, -(-len(picked) // COLUMNS) * CELL), "white")
-        for place, row in enumerate(picked.tolist()):
-            boxes = mine.loc[mine["owner"] == row, ["x", "y", "width", "height"]].to_numpy(float)
-            cell = _cell(read(path, archive, found[row]), boxes)
-            sheet.paste(cell, (place % COLUMNS * CELL, place // COLUMNS * CELL))
-        sheet.save(folder / file, quality=85, subsampling=0)
-    if archive:
-        archive.close()
+    with open_archive(path) as archive:
+        for file, picked, mine in chosen.values():
+            sheet = Image.new("RGB", (COLUMNS * CELL, -(-len(picked) // COLUMNS) * CELL), "white")
+            for place, row in enumerate(picked.tolist()):
+                boxes = mine.loc[mine["owner"] == row, ["x", "y", "width", "height"]].to_numpy(float)
+                try:
+                    cell = _cell(read(path, archive, found[row]), boxes)
+                except (OSError, SyntaxError, ValueError) as error:
+                    raise ValueError(
+                        f"{found[row].name} does not decode ({error}); mend it, and find others like it by a higher "
+                        "validate.decoded_share"
+                    ) from error
+                sheet.paste(cell, (place % COLUMNS * CELL, place // COLUMNS * CELL))
+            sheet.save(folder / file, quality=85, subsampling=0)
     return {name: file for name, (file, *_) in chosen.items()}
 
 

@@ -9,6 +9,7 @@ import zipfile
 import zlib
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ProcessPoolExecutor
+from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from pathlib import Path
 from typing import BinaryIO, NamedTuple
@@ -93,8 +94,9 @@ def read(path: Path, archive: BinaryIO | None, member: Member) -> bytes:
     return data
 
 
-def open_archive(path: Path) -> BinaryIO | None:
-    return None if path.is_dir() else path.open("rb")
+def open_archive(path: Path) -> AbstractContextManager[BinaryIO | None]:
+    """What `read` takes beside the path: the archive as a file, None for a folder."""
+    return nullcontext() if path.is_dir() else path.open("rb")
 
 
 def look(data: bytes, decode: bool) -> Picture:
@@ -147,15 +149,12 @@ def inspect(path: Path, held: Sequence[Member], decode: Sequence[bool]) -> list[
 
 
 def _inspect_chunk(path: Path, jobs: list[tuple[Member, bool]]) -> list[Picture]:
-    archive = open_archive(path)
     seen = []
-    with warnings.catch_warnings():
+    with open_archive(path) as archive, warnings.catch_warnings():
         warnings.simplefilter("ignore")  # Pillow's, of odd metadata
         for member, decode in jobs:
             try:
                 seen.append(look(read(path, archive, member), decode))
             except ValueError:
                 seen.append(Picture(False))
-    if archive:
-        archive.close()
     return seen

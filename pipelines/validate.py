@@ -54,20 +54,20 @@ def validate(
         )
     write_json(output / "statistics.json", counts)
     write_page(output / "dataset", data, tables, counts, config.num_examples)
-    print(
-        f"{len(report)} expectations hold; Data Docs: {data_docs}/index.html, dataset: {output}/dataset/index.html",
-        flush=True,
-    )
+    holding = sum(row["outcome"] == "holds" for row in report)
+    print(f"{holding} of {len(report)} expectations hold", flush=True)
+    print(f"Data Docs: {data_docs}/index.html, dataset: {output}/dataset/index.html", flush=True)
     write_json(output / "passed.json", {"data": data_digest})
 
 
 def digest(data: Path) -> str:
-    """The SHA-256 of the four files together; of a folder in an archive's place, of its files in their order."""
+    """The SHA-256 of the four files together; of a folder in an archive's place, of its files and their names."""
     total = hashlib.sha256()
     for name in FILES:
         folder = data / name.removesuffix(".zip")
         for path in sorted(folder.rglob("*")) if folder.is_dir() else [data / name]:
             if path.is_file():
+                total.update(path.relative_to(folder).as_posix().encode() if folder.is_dir() else b"")
                 with path.open("rb") as file:
                     total.update(hashlib.file_digest(file, "sha256").digest())
     return total.hexdigest()

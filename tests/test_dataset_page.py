@@ -68,3 +68,18 @@ def test_a_name_is_text_not_markup(source, tmp_path):
         path = source / f"instances_{split}.json"
         path.write_text(path.read_text().replace('"ellipse"', '"<script>ä"'))
     assert "<h3>&lt;script&gt;ä</h3>" in page(source, tmp_path / "page", 1)
+
+
+def test_a_picture_that_was_not_decoded_before_and_does_not_is_named(source, tmp_path):
+    with zipfile.ZipFile(source / "train.zip") as archive:
+        members = {name: archive.read(name) for name in archive.namelist()}
+    with zipfile.ZipFile(source / "train.zip", "w") as archive:
+        for name, data in members.items():
+            png = io.BytesIO()
+            Image.open(io.BytesIO(data)).save(png, "PNG")
+            broken = png.getvalue()[:500] + bytes(300) + png.getvalue()[800:]
+            archive.writestr(name, broken)
+    with pytest.raises(
+        ValueError, match=r"\d+\.jpg does not decode \(.*\); mend it, and find others like it by a higher"
+    ):
+        page(source, tmp_path / "page", 3)
