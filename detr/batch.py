@@ -76,6 +76,25 @@ class Batch:
     def pin_memory(self) -> "Batch":
         return _each_tensor(self, Tensor.pin_memory)
 
+    def __reduce__(self) -> tuple[Callable[..., "Batch"], tuple]:
+        """On the way from a worker the images alone are shared memory: small tensors travel faster by value."""
+        sizes_hw = torch.stack([(~self.padding[:, :, 0]).sum(1), (~self.padding[:, 0]).sum(1)], dim=1)
+        targets = self.targets
+        rest = (sizes_hw, targets.boxes_cxcywh, targets.labels, targets.owners, self.image_ids, self.original_sizes_hw)
+        return _arrived, (self.images, targets.counts, [tensor.numpy() for tensor in rest])
+
+
+def _arrived(images: Tensor, counts: tuple[int, ...], rest: list[np.ndarray]) -> Batch:
+    sizes_hw, boxes_cxcywh, labels, owners, image_ids, original_sizes_hw = map(torch.from_numpy, rest)
+    targets = Targets(boxes_cxcywh, labels, owners, counts)
+    return Batch(images, _outside(sizes_hw, *images.shape[2:]), targets, image_ids, original_sizes_hw)
+
+
+def _outside(sizes_hw: Tensor, height: int, width: int) -> Tensor:
+    """The padding [B, height, width] of images of `sizes_hw` [B, 2]."""
+    below, right = torch.arange(height) >= sizes_hw[:, :1], torch.arange(width) >= sizes_hw[:, 1:]
+    return below[:, :, None] | right[:, None]
+
 
 def _each_tensor(record: Any, change: Callable[[Tensor], Tensor]) -> Any:
     changed = {}
@@ -98,16 +117,14 @@ def collate(samples: Sequence[Sample], size_multiple: int = 1) -> Batch:
     width = max(sample.image.shape[2] for sample in samples)
     height, width = (-(-size // size_multiple) * size_multiple for size in (height, width))
     images = torch.from_numpy(np.zeros((len(samples), height, width, 3), np.uint8)).permute(0, 3, 1, 2)
-    padding = torch.ones(len(samples), height, width, dtype=torch.bool)
     boxes = []
     for i, sample in enumerate(samples):
         h, w = sample.image.shape[1:]
         images[i, :, :h, :w] = sample.image
-        padding[i, :h, :w] = False
         boxes.append(xyxy_to_cxcywh(sample.boxes_xyxy) / torch.tensor([w, h, w, h]))
     return Batch(
         images,
-        padding,
+        _outside(torch.tensor([sample.image.shape[1:] for sample in samples]), height, width),
         Targets.join(boxes, [sample.labels for sample in samples]),
         torch.tensor([sample.image_id for sample in samples]),
         torch.tensor([sample.original_size_hw for sample in samples]),

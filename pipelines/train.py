@@ -186,8 +186,8 @@ def sections() -> tuple[ModelConfig, TrainConfig]:
 def main() -> None:
     """Downloads and parses what is needed once on this node, before its processes start, and trains."""
     fetch(sections()[1].initial_weights)
-    for split in ("train", "val"):
-        load_annotations(DATA / f"instances_{split}.json")
+    for path in DATA.glob("instances_*.json"):
+        load_annotations(path)
     launch()
 
 

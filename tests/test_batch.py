@@ -85,8 +85,11 @@ def test_batches_move_between_devices_and_processes():
     assert {moved.padding.device.type, moved.targets.labels.device.type} == {"meta"}
     assert moved.targets.counts == batch.targets.counts
     again = pickle.loads(pickle.dumps(batch))
-    assert torch.equal(again.images, batch.images)
-    assert torch.equal(again.targets.boxes_cxcywh, batch.targets.boxes_cxcywh)
+    assert again.targets.counts == batch.targets.counts
+    for name in ("images", "padding", "image_ids", "original_sizes_hw"):
+        assert torch.equal(getattr(again, name), getattr(batch, name))
+    for name in ("boxes_cxcywh", "labels", "owners"):
+        assert torch.equal(getattr(again.targets, name), getattr(batch.targets, name))
 
 
 def test_memory_that_is_given_is_used_again():

@@ -238,7 +238,7 @@ def test_what_was_fetched_to_another_file_system_is_copied(site, source, tmp_pat
 
 
 def test_the_users_own_files_stay_theirs(source, tmp_path):
-    before = {path: (path.read_bytes(), path.stat()) for path in source.iterdir()}
+    before = {path: (path.read_bytes(), path.stat()) for path in (source / name for name in FILES)}
     fetch(str(source), tmp_path / "coco")
     for path, (data, status) in before.items():
         assert (path.read_bytes(), path.stat().st_nlink, path.stat().st_ino) == (data, 1, status.st_ino)

@@ -385,6 +385,7 @@ def test_the_preset_fits_the_published_weights(tmp_path):
     assert torch.equal(model.query_embed.weight, load_official(path)[0].query_embed.weight)
     document, plain = merged(ROOT, "finetune", []), merged(ROOT, None, [])
     assert document["train"]["initial_weights"] == "detr-r50"
+    plain["validate"]["tolerated"] |= {"image_has_objects": 0, "object_single": 0}  # the demo's, of its drawn scenes
     assert (document["download"], document["validate"]) == (plain["download"], plain["validate"])
 
 
