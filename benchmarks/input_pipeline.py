@@ -30,7 +30,7 @@ from torch.utils.data import DataLoader
 from detr.batch import Sample, collate, normalize
 from detr.coco import CocoDataset, decode, load_annotations
 from detr.images import ImageArchive, open_images
-from detr.sampler import EpochSampler
+from detr.sampler import TrainSampler
 from detr.train import TrainConfig
 from detr.transforms import TrainTransform
 from pipelines.params import from_document, merged
@@ -118,7 +118,7 @@ def by_workers(folder: Path, transform: TrainTransform, rounds: int) -> Rows:
         annotations = folder / "instances_train.json"
         theirs = CocoDetection(folder / "train", str(annotations), make_coco_transforms("train"), return_masks=False)
     dataset = CocoDataset(load_annotations(annotations), open_images(folder / "train.zip"), transform)
-    sampler = EpochSampler(len(dataset), BATCH, 0, 0, 1)
+    sampler = TrainSampler(len(dataset), BATCH, BATCH, epochs=0, seed=0, rank=0, num_processes=1)
     workers = {"num_workers": 2, "persistent_workers": True}
     their_loader = DataLoader(theirs, BATCH, shuffle=True, collate_fn=collate_fn, **workers)  # type: ignore[arg-type]
     loader: DataLoader = DataLoader(dataset, batch_sampler=sampler, collate_fn=collate, **workers)  # type: ignore[arg-type]
@@ -129,7 +129,8 @@ def by_workers(folder: Path, transform: TrainTransform, rounds: int) -> Rows:
             pass
 
     def ours(normalized: bool) -> None:
-        sampler.start(sampler.epoch + 1, 0)
+        sampler.first_step = sampler.epochs * sampler.steps_per_epoch  # the next epoch, and no other read ahead
+        sampler.epochs += 1
         for batch in loader:
             if normalized:
                 normalize(batch.images, batch.padding, memory)

@@ -9,7 +9,7 @@ import torch
 from authors import build, install, interleaved, report
 
 from detr.batch import Targets
-from detr.loss import LossConfig, set_loss
+from detr.loss import LossConfig, batch_totals, set_loss
 from detr.matcher import MatcherConfig, match
 
 MATCHER, LOSS = MatcherConfig(1.0, 5.0, 2.0), LossConfig(1.0, 5.0, 2.0, 0.1, auxiliary=True)
@@ -48,8 +48,7 @@ def main() -> None:
         return torch.autograd.grad(loss, logits)[0]
 
     def our_loss() -> torch.Tensor:
-        num_boxes = torch.tensor(float(sum(targets.counts)))
-        loss, _ = set_loss(logits, boxes, targets, num_boxes, MATCHER, LOSS)
+        loss, _ = set_loss(logits, boxes, targets, batch_totals(targets, NUM_QUERIES), MATCHER, LOSS)
         return torch.autograd.grad(loss, logits)[0]
 
     rows = []

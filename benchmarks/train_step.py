@@ -1,135 +1,162 @@
-"""A training step beside the authors' code: python benchmarks/train_step.py [--quick] [--variant detr-dc5-r50]
+"""A training step beside the authors' code: python benchmarks/train_step.py [--quick] [--presets coco-detr-r50 ...]
 
-Forward, matching, loss, backward, clipping and AdamW on one batch of 800x1066, dropout as in the paper. On a CPU both
-in float32; on a GPU the authors' in float32, ours in bfloat16 autocast. Peak memory is that of a process of its own
-for each side, beyond what it holds before the model is built.
+Per preset (`demo` is params.yaml itself; only the paper's four models have an authors' side): time, images per second,
+model FLOP utilisation, peak memory, and where the time of a step goes. Both sides take the same views of drawn JPEGs of
+640x480 (of the demo's scenes, its own), padded as each pads them: with `--sizes fixed` (the CPU's default) one batch of
+800x1066, with `--sizes paper` eight of the paper's random scales and crops. The authors' side is as they wrote it, in
+float32. Ours is as the preset trains it, on a GPU in bfloat16 and once more in float32; `--compile` compiles it, and
+the graphs made for all those sizes are counted; `--set model.attention_dropout=0` changes a parameter of it.
+
+- A step is timed from a padded batch in the CPU's memory on, with no wait but the step's own, sides in turn.
+- Its parts are timed in a run of their own that waits for the GPU at every mark and takes its data from the loaders:
+  `data` is the wait for them, with as many workers as a training has (DETR_WORKERS) for both sides.
+- Model FLOPs are those of the products in the forward and backward passes over the padded batch
+  (torch.utils.flop_counter); utilisation is their share of what one large matrix product, timed in the same run and in
+  the step's precision, reaches on that device. On a GPU float32 is measured as TF32, which its convolutions use.
+- Peak memory is that of a process of its own for each side, beyond what it holds before the model is built.
+
+Needs torch, torchvision, scipy, numpy, pycocotools, safetensors, pillow, tqdm, msgspec and ruamel.yaml, none of the
+other tools; the authors' code comes by `python benchmarks/authors.py`, or lies in DETR_AUTHORS.
 """
 
 import argparse
+import contextlib
+import io
 import json
-import statistics
+import platform
 import subprocess
 import sys
+import tempfile
 import time
-from collections import defaultdict
-from collections.abc import Callable
-from contextlib import nullcontext
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from authors import build, install, interleaved, nested, paper_model, report
+from authors import ROOT, VARIANTS, importable, install, interleaved
+from input_pipeline import drawn, write_dataset
+from steps import CLOCK, DEVICE, as_theirs, authors_step, our_step, synchronize
+from torch.utils.data import DataLoader
+from torch.utils.flop_counter import FlopCounterMode
 
-from detr.batch import Targets
-from detr.loss import LossConfig, set_loss
-from detr.matcher import MatcherConfig
+from detr.backbone import freeze_stem
+from detr.batch import Batch
+from detr.coco import CocoDataset, load_annotations
+from detr.images import open_images
+from detr.loader import Loader
+from detr.model import DETR, ModelConfig
+from detr.train import TrainConfig
+from detr.transforms import EvalTransform, TrainTransform
+from pipelines.params import from_document, merged
+from pipelines.shapes import ShapesParams, write_shapes
 
-DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-MATCHER, LOSS = MatcherConfig(1.0, 5.0, 2.0), LossConfig(1.0, 5.0, 2.0, 0.1, auxiliary=True)
-CLIP_NORM, LR, LR_BACKBONE, WEIGHT_DECAY = 0.1, 1e-4, 1e-5, 1e-4
-BOXES_PER_IMAGE = 7  # COCO's mean
-
-
-class Clock:
-    """Seconds spent between marks, by name."""
-
-    def __init__(self) -> None:
-        self.seconds: dict[str, list[float]] = defaultdict(list)
-        self.last = 0.0
-
-    def mark(self, name: str | None) -> None:
-        if DEVICE.type == "cuda":
-            torch.cuda.synchronize()
-        now = time.perf_counter()
-        if name is not None:
-            self.seconds[name].append(now - self.last)
-        self.last = now
+PARTS = ("data", "forward", "matcher", "loss", "backward", "optimizer")
 
 
-def optimizer_of(model: torch.nn.Module, fused: bool) -> torch.optim.Optimizer:
-    trained = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
-    groups: list[dict[str, Any]] = [
-        {"params": [p for name, p in trained if "backbone" not in name]},
-        {"params": [p for name, p in trained if "backbone" in name], "lr": LR_BACKBONE},
-    ]
-    return torch.optim.AdamW(groups, lr=LR, weight_decay=WEIGHT_DECAY, fused=fused)
+@dataclass(frozen=True)
+class Setup:
+    """What a preset trains: its parameters, the dataset in `folder`, and the keys of each batch."""
+
+    preset: str
+    model: ModelConfig
+    train: TrainConfig
+    dataset: CocoDataset
+    folder: Path
+    keys: list[list[tuple[int, int]]]
+
+    @property
+    def variant(self) -> str | None:
+        """The authors' name of the model, if it is theirs."""
+        name = self.preset.removeprefix("coco-")
+        return name if name in VARIANTS else None
+
+    def loader(self, device: torch.device, passes: int = 1) -> Loader:
+        return Loader(self.dataset, self.keys * passes, self.train.size_multiple, device)
+
+    def build(self) -> DETR:
+        torch.manual_seed(0)
+        model = DETR(self.model, 91 if self.variant else len(self.dataset.annotations.category_names)).train()
+        if self.model.backbone_norm == "frozen":
+            freeze_stem(model.backbone)
+        return model
 
 
-def batch_of(size: int, height: int, width: int) -> tuple[torch.Tensor, torch.Tensor, Targets]:
-    generator = torch.Generator().manual_seed(0)
-    images = torch.randn(size, 3, height, width, generator=generator)
-    padding = torch.zeros(size, height, width, dtype=torch.bool)
-    padding[1:, :, int(0.9 * width) :] = True
-    images.masked_fill_(padding[:, None], 0.0)
-    boxes = [0.3 + 0.4 * torch.rand(BOXES_PER_IMAGE, 4, generator=generator) for _ in range(size)]
-    labels = [torch.randint(91, (BOXES_PER_IMAGE,), generator=generator) for _ in range(size)]
-    targets = Targets.join([box.to(DEVICE) for box in boxes], [label.to(DEVICE) for label in labels])
-    return images.to(DEVICE), padding.to(DEVICE), targets
-
-
-def step_of(side: str, variant: str, batch: Any, dropout: float, attention_dropout: float, clock: Clock) -> Callable:
-    """One training step of `side` ("authors" or "ours") as a function, with its model and optimizer inside."""
-    images, padding, targets = batch
-    torch.manual_seed(0)
-    if side == "authors":
-        peer = build(variant, dropout)
-        model, criterion = peer.model.to(DEVICE).train(), peer.criterion.to(DEVICE)
-        counts = list(targets.counts)
-        pairs = zip(targets.boxes_cxcywh.split(counts), targets.labels.split(counts), strict=True)
-        goals = [{"boxes": boxes, "labels": labels} for boxes, labels in pairs]
-
-        def forward() -> Any:
-            return model(nested(images, padding))
-
-        def loss_of(outputs: Any) -> torch.Tensor:
-            losses = criterion(outputs, goals)
-            total: torch.Tensor = sum(losses[name] * weight for name, weight in criterion.weight_dict.items())
-            return total
-
+def prepare(preset: str, arguments: argparse.Namespace, folder: Path) -> Setup:
+    demo = preset == "demo"
+    quick = ["train.transform.scales=[128]"] if arguments.quick and not demo else []
+    document = merged(ROOT, None if demo else preset, [*quick, *arguments.set])
+    train = from_document(document, "train", TrainConfig)
+    paper = arguments.sizes == "paper"
+    batch = arguments.batch or (train.micro_batch if demo else 8 if DEVICE.type == "cuda" else 2)
+    num_batches = 1 if not paper else 2 if arguments.quick else 8
+    folder.mkdir()
+    if demo:
+        shapes = ShapesParams(**document["download"]["shapes"] | {"num_train": batch * num_batches, "num_val": 1})
+        write_shapes(shapes, folder)
     else:
-        model = paper_model(variant, dropout=dropout, attention_dropout=attention_dropout)
-        model = model.to(DEVICE).train().to(memory_format=torch.channels_last)
-        images = images.contiguous(memory_format=torch.channels_last)
-        num_boxes = torch.tensor(float(sum(targets.counts)), device=DEVICE)
-
-        def forward() -> Any:
-            with torch.autocast("cuda", torch.bfloat16) if DEVICE.type == "cuda" else nullcontext():
-                return model(images, padding)
-
-        def loss_of(outputs: Any) -> torch.Tensor:
-            logits, boxes = outputs
-            return set_loss(logits, boxes, targets, num_boxes, MATCHER, LOSS)[0]
-
-    optimizer = optimizer_of(model, fused=side == "ours")
-
-    def step() -> None:
-        clock.mark(None)
-        outputs = forward()
-        clock.mark("forward")
-        loss = loss_of(outputs)
-        clock.mark("matcher and loss")
-        optimizer.zero_grad()
-        loss.backward()
-        clock.mark("backward")
-        torch.nn.utils.clip_grad_norm_(model.parameters(), CLIP_NORM)
-        optimizer.step()
-        clock.mark("optimizer")
-
-    return step
+        write_dataset(folder, (drawn(8) * (batch * num_batches))[: batch * num_batches])
+    transform = train.transform
+    views = TrainTransform(transform, seed=0) if paper else EvalTransform(transform.scales[-1], transform.max_size)
+    annotations = load_annotations(folder / "instances_train.json")
+    dataset = CocoDataset(annotations, open_images(folder / "train.zip"), views)
+    keys = [[(0, start + k) for k in range(batch)] for start in range(0, len(dataset), batch)]
+    return Setup(preset, from_document(document, "model", ModelConfig), train, dataset, folder, keys)
 
 
-def peak_megabytes(side: str, attention_dropout: float, arguments: argparse.Namespace) -> float:
-    """Of two steps in a process of its own."""
-    command = [sys.executable, __file__, "--memory", side, "--attention-dropout", str(attention_dropout)]
-    command += [
-        "--variant",
-        arguments.variant,
-        "--batch",
-        str(arguments.batch),
-        *(["--quick"] if arguments.quick else []),
-    ]
-    done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
-    return float(json.loads(done.stdout.splitlines()[-1]))
+def their_loader(setup: Setup, passes: int, num_workers: int) -> Iterable:
+    with importable(), contextlib.redirect_stdout(io.StringIO()):
+        from datasets.coco import CocoDetection, make_coco_transforms  # type: ignore[import-not-found]
+        from util.misc import collate_fn  # type: ignore[import-not-found]
+
+        transforms = make_coco_transforms("train" if isinstance(setup.dataset.transform, TrainTransform) else "val")
+        annotations = str(setup.folder / "instances_train.json")
+        dataset = CocoDetection(setup.folder / "train", annotations, transforms, return_masks=False)
+    batches = [[index for _, index in keys] for keys in setup.keys] * passes
+    return DataLoader(dataset, batch_sampler=batches, collate_fn=collate_fn, num_workers=num_workers)  # type: ignore[arg-type]
+
+
+def parts_of(step: Callable, batches: list, loader: Iterable, passes: int) -> dict[str, float]:
+    """Mean milliseconds of each part of a step over all passes but the first; one of ours takes the loader's batch."""
+    source = iter(loader)
+    for turn in range(passes * len(batches)):
+        if turn == len(batches):
+            CLOCK.start()
+        arrived = next(source)
+        CLOCK.mark("data")
+        step(arrived if isinstance(arrived, Batch) else batches[turn % len(batches)])
+    CLOCK.running = False
+    return {name: 1000 * CLOCK.seconds[name] / ((passes - 1) * len(batches)) for name in PARTS}
+
+
+def model_flops(setup: Setup, sizes: list[tuple[int, ...]]) -> int:
+    """Of forward and backward passes over images of those sizes (B, 3, H, W)."""
+    with torch.device("meta"):
+        model = setup.build()
+        total = 0
+        for size in sizes:
+            with FlopCounterMode(display=False) as counter:
+                logits, boxes = model(torch.empty(size), torch.empty(size[0], *size[2:], dtype=torch.bool))
+                (logits.sum() + boxes.sum()).backward()
+            total += counter.get_total_flops()
+    return total
+
+
+def peak_flops(precision: str, side: int) -> float:
+    """FLOP/s of the fastest of ten products of two square matrices."""
+    if DEVICE.type == "cuda":
+        torch.set_float32_matmul_precision("high")
+    a, b = torch.randn(2, side, side, device=DEVICE, dtype=getattr(torch, precision))
+    seconds = []
+    for _ in range(10):
+        synchronize()
+        started = time.perf_counter()
+        a @ b
+        synchronize()
+        seconds.append(time.perf_counter() - started)
+    torch.set_float32_matmul_precision("highest")
+    return 2 * side**3 / min(seconds)
 
 
 def resident_megabytes(key: str) -> float:
@@ -138,57 +165,120 @@ def resident_megabytes(key: str) -> float:
     return int(line.split()[1]) / 1024
 
 
-def measure_memory(side: str, arguments: argparse.Namespace, batch: Any) -> float:
+def peak_megabytes(build_step: Callable[[], Callable], batches: list) -> float:
     before = resident_megabytes("VmRSS")
-    step = step_of(side, arguments.variant, batch, 0.1, arguments.attention_dropout, Clock())
-    step()
-    step()
-    if DEVICE.type == "cuda":
-        return torch.cuda.max_memory_allocated() / 2**20
-    return resident_megabytes("VmHWM") - before
+    step = build_step()
+    for batch in (batches * 2)[: max(2, len(batches))]:
+        step(batch)
+    return torch.cuda.max_memory_allocated() / 2**20 if DEVICE.type == "cuda" else resident_megabytes("VmHWM") - before
+
+
+def measure(preset: str, arguments: argparse.Namespace, folder: Path) -> dict[str, Any]:
+    """The figures of each side; with `--memory SIDE` the peak memory of that one only."""
+    setup = prepare(preset, arguments, folder)
+    gpu = DEVICE.type == "cuda"
+    ours = [batch.pin_memory() if gpu else batch for batch in setup.loader(torch.device("cpu"))]
+    precisions = {"ours": "bfloat16", "ours, float32": "float32"} if gpu else {"ours": setup.train.precision}
+
+    def our(precision: str) -> Callable:
+        return our_step(setup.build(), setup.train, precision, arguments.compile)
+
+    sides: dict[str, tuple[str, Callable[[], Callable], list]] = {}  # precision, what makes the step, batches
+    if setup.variant:
+        sides["authors"] = ("float32", partial(authors_step, setup.variant), [as_theirs(batch) for batch in ours])
+    sides |= {name: (precision, partial(our, precision), ours) for name, precision in precisions.items()}
+    if arguments.memory:
+        return {"peak_megabytes": peak_megabytes(*sides[arguments.memory][1:])}
+
+    rounds = 1 if arguments.quick else arguments.rounds or (20 if gpu else 3)
+    graphs = torch._dynamo.utils.counters["stats"]
+    steps, passes, figures = {}, {}, {}
+    for name, (_, build_step, batches) in sides.items():
+        graphs.clear()
+        steps[name] = build_step()
+        passes[name] = partial(one_pass, steps[name], batches)
+        passes[name]()
+        figures[name] = {"compiled_graphs": graphs["unique_graphs"]} if arguments.compile else {}
+    side = 256 if arguments.quick else 8192 if gpu else 3072
+    peaks = {precision: peak_flops(precision, side) for precision, *_ in sides.values()}
+    seconds = interleaved(passes, rounds)
+    for name, (precision, _, batches) in sides.items():
+        sizes = [tuple((batch.images if isinstance(batch, Batch) else batch[0]).shape) for batch in batches]
+        loader = setup.loader(DEVICE, 1 + rounds)
+        source = their_loader(setup, 1 + rounds, loader.loader.num_workers) if name == "authors" else loader
+        parts = parts_of(steps[name], batches, source, 1 + rounds)
+        figures[name] |= {
+            "precision": precision,
+            "padded_sizes": sizes,
+            "step_milliseconds": 1000 * seconds[name] / len(batches),
+            "images_per_second": sum(size[0] for size in sizes) / seconds[name],
+            "utilisation_percent": 100 * model_flops(setup, sizes) / seconds[name] / peaks[precision],
+            "peak_teraflops": peaks[precision] / 1e12,
+            "peak_megabytes": in_own_process(preset, name),
+            "parts_milliseconds": parts,
+            "matcher_and_loss_percent": 100 * (parts["matcher"] + parts["loss"]) / sum(parts.values()),
+        }
+    return figures
+
+
+def one_pass(step: Callable, batches: list) -> None:
+    for batch in batches:
+        step(batch)
+    synchronize()
+
+
+def in_own_process(preset: str, side: str) -> float:
+    command = [sys.executable, __file__, *sys.argv[1:], "--presets", preset, "--memory", side]
+    done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
+    return float(json.loads(done.stdout.splitlines()[-1])["peak_megabytes"])
+
+
+def rows_of(figures: dict[str, Any]) -> dict[str, dict[str, float]]:
+    """Row -> side -> figure, of a preset's."""
+    plain = {"step, ms": "step_milliseconds", "images per second": "images_per_second",
+             "model FLOP utilisation, %": "utilisation_percent", "peak memory, MB": "peak_megabytes",
+             "matcher and loss, % of the step": "matcher_and_loss_percent"}  # fmt: skip
+    rows = {what: {side: of[key] for side, of in figures.items()} for what, key in plain.items()}
+    if "compiled_graphs" in figures["ours"]:
+        rows["compiled graphs"] = {side: of["compiled_graphs"] for side, of in figures.items()}
+    return rows | {
+        f"{part}, ms": {side: of["parts_milliseconds"][part] for side, of in figures.items()} for part in PARTS
+    }
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--quick", action="store_true", help="a smoke run: small images, one round")
-    parser.add_argument("--variant", default="detr-r50")
-    parser.add_argument("--batch", type=int, default=2)
-    parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--memory", choices=("authors", "ours"), help=argparse.SUPPRESS)
-    parser.add_argument("--attention-dropout", type=float, default=0.1, help=argparse.SUPPRESS)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--quick", action="store_true", help="a smoke run: small images, one round, the demo too")
+    parser.add_argument("--presets", nargs="+", help="names in presets/, or demo; by default coco-detr-r50")
+    parser.add_argument("--sizes", choices=("fixed", "paper"), default="paper" if DEVICE.type == "cuda" else "fixed")
+    parser.add_argument("--batch", type=int, help="by default 8 on a GPU, 2 on a CPU, the demo's micro-batch for it")
+    parser.add_argument("--rounds", type=int, help="by default 20 on a GPU, 3 on a CPU")
+    parser.add_argument("--compile", action="store_true", help="compile our model")
+    parser.add_argument("--set", action="append", default=[], help="section.key=value, of ours")
+    parser.add_argument("--memory", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     install()
-    height, width = (128, 160) if arguments.quick else (800, 1066)
-    batch = batch_of(arguments.batch, height, width)
-    if arguments.memory:
-        print(measure_memory(arguments.memory, arguments, batch))
-        return
-    settings = {"authors": ("authors", 0.1), "ours": ("ours", 0.1), "ours, no attention dropout": ("ours", 0.0)}
-    clocks = {name: Clock() for name in settings}
-    sides = {
-        name: step_of(side, arguments.variant, batch, 0.1, attention_dropout, clocks[name])
-        for name, (side, attention_dropout) in settings.items()
-    }
-    seconds = interleaved(sides, 1 if arguments.quick else arguments.rounds)
-    rows = [("step", 1000 * seconds["authors"], 1000 * seconds["ours"])]
-    rows.append(
-        ("step without attention dropout", 1000 * seconds["authors"], 1000 * seconds["ours, no attention dropout"])
-    )
-    for part in clocks["ours"].seconds:
-        theirs, ours = (1000 * statistics.median(clocks[side].seconds[part][1:]) for side in ("authors", "ours"))
-        rows.append((part, theirs, ours))
-    memory = {"authors": peak_megabytes("authors", 0.1, arguments)}
-    memory |= {f"attention dropout {rate}": peak_megabytes("ours", rate, arguments) for rate in (0.1, 0.0)}
-    rows += [(f"peak MB, {name}", memory["authors"], value) for name, value in memory.items() if name != "authors"]
-    figures = {
-        "variant": arguments.variant,
-        "batch": arguments.batch,
-        "size_hw": [height, width],
-        "device": torch.cuda.get_device_name() if DEVICE.type == "cuda" else f"cpu, {torch.get_num_threads()} threads",
-        "images per second": {name: round(arguments.batch / value, 3) for name, value in seconds.items()},
-        "peak megabytes": memory,
-    }
-    report("train_step", rows, "", figures)
+    figures: dict[str, Any] = {}
+    ratios = {}
+    with tempfile.TemporaryDirectory() as folder:
+        for preset in arguments.presets or ["coco-detr-r50", *(["demo"] if arguments.quick else [])]:
+            figures[preset] = measure(preset, arguments, Path(folder) / preset)
+            if arguments.memory:
+                print(json.dumps(figures[preset]))
+                return
+    for preset, of in figures.items():
+        print(f"{preset:36}" + "".join(f"{side:>16}" for side in of) + f"{'ratio':>10}")
+        for what, row in rows_of(of).items():
+            print(f"  {what:34}" + "".join(f"{value:>16.4g}" for value in row.values()), end="")
+            if "authors" in row and (what.endswith("MB") or what.endswith("ms")) and what != "data, ms":
+                ratios[f"{preset}: {what.rpartition(',')[0]}"] = round(row["authors"] / row["ours"], 3)
+                print(f"{row['authors'] / row['ours']:>9.2f}x", end="")
+            print()
+    processor = f"{platform.machine()} CPU, {torch.get_num_threads()} threads"
+    device = torch.cuda.get_device_name() if DEVICE.type == "cuda" else processor
+    figures = {"device": device, "sizes": arguments.sizes, "set": arguments.set, **figures}
+    figures = json.loads(json.dumps(figures), parse_float=lambda text: float(f"{float(text):.4g}"))
+    print(json.dumps({"benchmark": "train_step", "ratios": {"authors": ratios}, "figures": figures}))
 
 
 if __name__ == "__main__":

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any, BinaryIO, TypeGuard
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from safetensors import SafetensorError
 from safetensors.torch import load_file
@@ -13,6 +14,8 @@ from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_weights
 from torchvision.models import get_model
 from torchvision.ops import FrozenBatchNorm2d
+
+from detr.boxes import precise
 
 DEPTHS = {  # whether blocks are bottlenecks, and their number in each stage
     "resnet10": (False, (1, 1, 1, 1)),
@@ -30,7 +33,46 @@ class GroupNorm(nn.GroupNorm):
         super().__init__(num_channels // 8, num_channels)
 
 
-NORMS = {"frozen": FrozenBatchNorm2d, "batch": nn.BatchNorm2d, "group": GroupNorm}
+class _SumOverProcesses(torch.autograd.Function):
+    """The sum over all processes, which every process's loss depends on."""
+
+    @staticmethod
+    def forward(context: Any, value: Tensor) -> Tensor:
+        value = value.clone()
+        dist.all_reduce(value)
+        return value
+
+    @staticmethod
+    def backward(context: Any, gradient: Tensor) -> Tensor:  # type: ignore[override]
+        gradient = gradient.clone()
+        dist.all_reduce(gradient)
+        return gradient
+
+
+class BatchNorm(nn.BatchNorm2d):
+    """Trainable norm whose statistics are those of all processes' images; torch's own does that on GPUs only."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not self.training or not dist.is_initialized():
+            return super().forward(x)
+        return self._synchronized(x)
+
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
+    def _synchronized(self, x: Tensor) -> Tensor:
+        values = precise(x)
+        count = _SumOverProcesses.apply(values.new_full((1,), x.numel() / x.shape[1]))
+        mean = _SumOverProcesses.apply(values.sum((0, 2, 3))) / count
+        centred = values - mean.view(-1, 1, 1)
+        variance = _SumOverProcesses.apply(centred.square().sum((0, 2, 3))) / count
+        with torch.no_grad():
+            self.running_mean.lerp_(mean, self.momentum)  # type: ignore[union-attr, arg-type]
+            self.running_var.lerp_(variance * count / (count - 1), self.momentum)  # type: ignore[union-attr, arg-type]
+            self.num_batches_tracked += 1  # type: ignore[operator, assignment]
+        scale = self.weight * (variance + self.eps).rsqrt()
+        return (centred * scale.view(-1, 1, 1) + self.bias.view(-1, 1, 1)).to(x.dtype)
+
+
+NORMS = {"frozen": FrozenBatchNorm2d, "batch": BatchNorm, "group": GroupNorm}
 
 
 class Conv(nn.Conv2d):

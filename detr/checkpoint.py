@@ -4,6 +4,7 @@ import hashlib
 import io
 import json
 import os
+import warnings
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -102,10 +103,15 @@ def save_state(state: dict[str, Any], path: Path) -> None:
     if path.exists():
         os.replace(path, path.with_suffix(".previous"))
     os.replace(hidden, path)
+    folder = os.open(path.parent, os.O_RDONLY)
+    try:
+        os.fsync(folder)  # so that the new names outlive a loss of power too
+    finally:
+        os.close(folder)
 
 
 def load_state(path: Path) -> dict[str, Any] | None:
-    """The newest whole resume state, or None. A torn one is passed over for the one before.
+    """The newest whole resume state, or None. One that is damaged is put aside, with a warning, for the one before.
 
     Raises ValueError for one that was written whole but holds more than values. Runs no code from the file.
     """
@@ -116,4 +122,7 @@ def load_state(path: Path) -> dict[str, Any] | None:
         if hashlib.sha256(data[:-32]).digest() == data[-32:]:
             state: dict[str, Any] = read_torch(io.BytesIO(data[:-32]), str(candidate))
             return state
+        damaged = path.with_suffix(".damaged")  # away from where the next state would push out the good one
+        os.replace(candidate, damaged)
+        warnings.warn(f"{candidate} is damaged and was moved to {damaged}; looking for the state before", stacklevel=2)
     return None

@@ -24,12 +24,19 @@ class Process:
     def is_main(self) -> bool:
         return self.rank == 0
 
-    def mean(self, value: Tensor) -> Tensor:
-        """The mean of `value` over all processes; every process must call it."""
+    def sum(self, value: Tensor) -> Tensor:
+        """The sum of `value` over all processes, in place; every process must call it."""
         if self.num_processes > 1:
             dist.all_reduce(value)
-            value /= self.num_processes
         return value
+
+    def share(self, value: Any) -> Any:
+        """The main process's picklable `value`, in every process."""
+        if self.num_processes == 1:
+            return value
+        values = [value]
+        dist.broadcast_object_list(values, device=self.device)
+        return values[0]
 
     def gather(self, value: Any) -> list[Any]:
         """Every process's picklable `value`, in the order of ranks."""

@@ -3,16 +3,15 @@
 import contextlib
 import os
 from collections.abc import Callable, Iterator, Sequence
-from functools import partial
 from pathlib import Path
 
 import numpy as np
 import torch
-from torch.utils.data import DataLoader
 
-from detr.batch import collate, normalize
+from detr.batch import normalize
 from detr.coco import CocoDataset
 from detr.distributed import Process
+from detr.loader import Loader
 from detr.model import DETR, for_inference
 from detr.postprocess import postprocess
 
@@ -44,14 +43,9 @@ def detect(
     Coordinates are rounded to 1/100 pixel and scores to 6 digits, which no COCO metric sees.
     """
     model = for_inference(model).to(device)
-    loader = DataLoader(
-        dataset,  # type: ignore[arg-type]
-        batch_sampler=[[(0, index) for index in batch] for batch in batches],  # type: ignore[arg-type]
-        collate_fn=partial(collate, size_multiple=size_multiple),
-    )
     category_ids = dataset.annotations.category_ids
-    for batch in loader:
-        batch = batch.to(device)
+    keys = [[(0, index) for index in batch] for batch in batches]
+    for batch in Loader(dataset, keys, size_multiple, device):
         padding = batch.padding if batch.padding.any() else None
         logits, boxes = model(normalize(batch.images, batch.padding), padding)
         scores, labels, boxes_xyxy = (x.cpu() for x in postprocess(logits, boxes, batch.original_sizes_hw))

@@ -22,18 +22,27 @@ class LossConfig:
     auxiliary: bool  # a loss after every decoder layer, not the last one only
 
 
+def batch_totals(targets: Targets, num_queries: int) -> Tensor:
+    """What the losses of a batch are divided by [3]: its images, its targets, and those of them that find a query.
+
+    float64, on the CPU, from the counts alone. The totals of a global batch are the sum over its parts.
+    """
+    matched = sum(min(count, num_queries) for count in targets.counts)
+    return torch.tensor([len(targets.counts), sum(targets.counts), matched], dtype=torch.float64)
+
+
 def set_loss(
     logits: Tensor,
     boxes_cxcywh: Tensor,
     targets: Targets,
-    num_boxes: Tensor,
+    totals: Tensor,
     matcher: MatcherConfig,
     config: LossConfig,
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """The loss to minimise and its unweighted parts per decoder layer.
 
-    logits [L, B, Q, C+1]; boxes_cxcywh [L, B, Q, 4]; `num_boxes` is the number of targets per process,
-    averaged over all processes, at least 1, so that the global batch is normalised as one.
+    logits [L, B, Q, C+1]; boxes_cxcywh [L, B, Q, 4]; `totals` [3] are the `batch_totals` of the global batch that these
+    images are a part of. Invariant: losses and parts of the parts of a batch add up to those of the whole.
     Parts: `loss_class`, `loss_box`, `loss_giou`, `cardinality_error`, each [L], and `class_error` [], the
     percentage of matched queries of the last layer with a wrong class.
     Source: paper, equations 2 to 4, appendix A.2.
@@ -45,6 +54,7 @@ def set_loss(
     found = matched >= 0
     num_layers, num_images, num_queries, slots = logits.shape
     no_object = slots - 1
+    all_images, all_targets, all_matched = totals.to(logits.dtype)
     layer = torch.arange(num_layers, device=logits.device)[:, None]
 
     classes = torch.full((num_layers, num_images, num_queries + 1), no_object, device=logits.device)
@@ -53,21 +63,22 @@ def set_loss(
     weight = logits.new_ones(slots)
     weight[no_object] = config.no_object_weight
     entropy = F.cross_entropy(logits.flatten(0, 2), classes.flatten(), weight, reduction="none").view_as(classes)
-    loss_class = entropy.sum(dim=(1, 2)) / weight[classes].sum(dim=(1, 2))
+    weights = all_matched + config.no_object_weight * (all_images * num_queries - all_matched)
+    loss_class = entropy.sum(dim=(1, 2)) / weights
 
     predicted = boxes_cxcywh[layer, targets.owners, matched]  # [L, T, 4]
     target = targets.boxes_cxcywh.to(predicted.dtype)
     distance = (predicted - target).abs().sum(dim=-1)
     overlap = generalized_iou(cxcywh_to_xyxy(predicted), cxcywh_to_xyxy(target))
-    loss_box = torch.where(found, distance, 0.0).sum(dim=1) / num_boxes
-    loss_giou = torch.where(found, 1 - overlap, 0.0).sum(dim=1) / num_boxes
+    loss_box = torch.where(found, distance, 0.0).sum(dim=1) / all_targets.clamp(min=1)
+    loss_giou = torch.where(found, 1 - overlap, 0.0).sum(dim=1) / all_targets.clamp(min=1)
 
     with torch.no_grad():
         guess = logits.argmax(dim=-1)  # [L, B, Q]
         counts = torch.bincount(targets.owners, minlength=num_images)
-        cardinality_error = ((guess != no_object).sum(dim=2) - counts).abs().to(logits.dtype).mean(dim=1)
-        right = (guess[-1, targets.owners, matched[-1]] == targets.labels) & found[-1]
-        class_error = 100 * (1 - right.sum() / found[-1].sum().clamp(min=1)) * found[-1].any()
+        cardinality_error = ((guess != no_object).sum(dim=2) - counts).abs().sum(dim=1) / all_images
+        wrong = (guess[-1, targets.owners, matched[-1]] != targets.labels) & found[-1]
+        class_error = 100 * wrong.sum() / all_matched.clamp(min=1)
 
     total = (config.class_weight * loss_class + config.box_weight * loss_box + config.giou_weight * loss_giou).sum()
     parts = {

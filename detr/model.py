@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from detr.backbone import DEPTHS, NORMS, ResNet, fold_norms, freeze_stem, load_pretrained
-from detr.position import LearnedPosition, SinePosition
+from detr.position import LearnedPosition, NoPosition, SinePosition
 from detr.transformer import LayerShape, Transformer
 
 
@@ -22,7 +22,7 @@ class ModelConfig:
     backbone_norm: str  # frozen (pretrained), batch or group (from scratch)
     backbone_weights: str  # none, imagenet, or a local file
     stride: int  # 32, or 16 for the paper's DC5
-    position: str  # sine or learned
+    position: str  # sine, learned or none
     position_temperature: float  # of the sine encoding: 10000 in the paper, 20 suits small feature maps
     hidden_dim: int
     num_heads: int
@@ -39,7 +39,7 @@ class ModelConfig:
             ("backbone", list(DEPTHS)),
             ("backbone_norm", list(NORMS)),
             ("stride", [16, 32]),
-            ("position", ["sine", "learned"]),
+            ("position", ["sine", "learned", "none"]),
         ):
             if getattr(self, key) not in choices:
                 raise ValueError(f"model.{key} is {getattr(self, key)!r}, expected one of {choices}")
@@ -66,9 +66,11 @@ class DETR(nn.Module):
         self.num_classes = num_classes
         dim = config.hidden_dim
         self.backbone = ResNet(config.backbone, config.backbone_width, config.stride, config.backbone_norm)
-        self.position = (
-            SinePosition(dim, config.position_temperature) if config.position == "sine" else LearnedPosition(dim)
-        )
+        self.position: nn.Module
+        if config.position == "sine":
+            self.position = SinePosition(dim, config.position_temperature)
+        else:
+            self.position = LearnedPosition(dim) if config.position == "learned" else NoPosition(dim)
         self.input_proj = nn.Conv2d(self.backbone.num_channels, dim, 1)
         shape = LayerShape(
             dim, config.num_heads, config.dim_feedforward, config.dropout, config.attention_dropout, config.pre_norm

@@ -22,8 +22,8 @@ class SinePosition(nn.Module):
         self.temperature = temperature
 
     def forward(self, padding: Tensor) -> Tensor:
-        inside = (~padding).to(torch.float32)
-        y, x = inside.cumsum(dim=1), inside.cumsum(dim=2)
+        inside = ~padding
+        y, x = (inside.cumsum(dim=dim, dtype=torch.int32).float() for dim in (1, 2))  # of floats it varies on GPUs
         y = y / (y[:, -1:, :] + 1e-6) * 2 * math.pi
         x = x / (x[:, :, -1:] + 1e-6) * 2 * math.pi
         channel = torch.arange(self.half_dim, device=padding.device)
@@ -56,3 +56,15 @@ class LearnedPosition(nn.Module):
         rows = self.row_embed.weight[:height, None].expand(-1, width, -1)
         cols = self.col_embed.weight[None, :width].expand(height, -1, -1)
         return torch.cat([cols, rows], dim=-1).permute(2, 0, 1).expand(batch, -1, -1, -1)
+
+
+class NoPosition(nn.Module):
+    """No encoding: zeros [B, D, H, W]. The paper's ablation, section 4.2."""
+
+    def __init__(self, hidden_dim: int) -> None:
+        super().__init__()
+        self.hidden_dim = hidden_dim
+
+    def forward(self, padding: Tensor) -> Tensor:
+        batch, height, width = padding.shape
+        return torch.zeros(batch, self.hidden_dim, height, width, device=padding.device)

@@ -1,4 +1,9 @@
-"""The training loop. B images of the global batch, L decoder layers."""
+"""The training loop. B images of a micro-batch, L decoder layers.
+
+A step is one global batch of `train.batch_size` images, in micro-batches of `train.micro_batch`: images that are padded
+and pass through the model together. They are dealt out to the processes, and their gradients, already divided by the
+totals of the global batch, are added. So the number of processes changes who computes what, and nothing else.
+"""
 
 import math
 import os
@@ -7,21 +12,25 @@ from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
+from itertools import islice
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.parallel import DistributedDataParallel
-from torch.utils.data import DataLoader
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
-from detr.batch import Batch, collate, normalize
+from detr.batch import Batch, normalize
 from detr.coco import CocoDataset
+from detr.diagnosis import first_non_finite, join_ids, memory_explained, not_finite
 from detr.distributed import Process
-from detr.loss import LossConfig, set_loss
+from detr.loader import Loader
+from detr.loss import LossConfig, batch_totals, set_loss
 from detr.matcher import MatcherConfig
 from detr.model import DETR
-from detr.sampler import EpochSampler
+from detr.sampler import TrainSampler
 from detr.transforms import TransformConfig
+
+PER_LAYER = ("loss_class", "loss_box", "loss_giou", "cardinality_error")
 
 
 @dataclass(frozen=True)
@@ -32,48 +41,75 @@ class TrainConfig:
     initial_weights: str  # none, or what detr.official.initialize takes; wins over model.backbone_weights
     epochs: int
     batch_size: int  # global, over all processes
+    micro_batch: int  # images that pass through the model together: what bounds memory
+    group_window: int  # images of the shuffled order among which micro-batches of like shapes are made, 0 for none
     lr: float
     lr_backbone: float
     weight_decay: float
     schedule: str  # cosine, or step: a tenth from lr_drop_epoch on
     lr_drop_epoch: int
     warmup_steps: int
-    clip_norm: float
+    clip_norm: float  # 0 for none
+    ema_decay: float  # of the averaged weights that are evaluated and kept, 0 for none
     precision: str  # float32 or bfloat16
+    compile: bool
+    deterministic: bool  # the same bits on the same GPU too, at a cost; holds for the whole process
     size_multiple: int  # padded sizes are rounded up to it
     log_steps: int
     evaluate_epochs: int  # between evaluations on the validation images, 0 for none
+    patience: int  # evaluations without a higher AP after which training stops, 0 for never
+    keep: str  # last, or best: the weights with the highest AP of all evaluations
+    max_skipped: int  # steps whose loss or gradient is not finite that may be left out, 0 to stop at the first
     checkpoint_minutes: float
     matcher: MatcherConfig
     loss: LossConfig
     transform: TransformConfig
 
     def __post_init__(self) -> None:
-        for key, choices in (("schedule", ("cosine", "step")), ("precision", ("float32", "bfloat16"))):
+        for key, choices in (
+            ("schedule", ("cosine", "step")),
+            ("precision", ("float32", "bfloat16")),
+            ("keep", ("last", "best")),
+        ):
             if getattr(self, key) not in choices:
                 raise ValueError(f"train.{key} is {getattr(self, key)!r}, expected one of {list(choices)}")
-        for key in ("epochs", "batch_size", "log_steps", "size_multiple"):
+        for key in ("epochs", "batch_size", "micro_batch", "log_steps", "size_multiple"):
             if getattr(self, key) < 1:
                 raise ValueError(f"train.{key} is {getattr(self, key)}, expected at least 1")
-        for key in ("lr", "lr_backbone", "weight_decay", "clip_norm"):
+        for key in (
+            "lr", "lr_backbone", "weight_decay", "clip_norm", "group_window", "evaluate_epochs", "patience",
+            "max_skipped", "warmup_steps", "checkpoint_minutes",
+        ):  # fmt: skip
             if not 0 <= getattr(self, key) < math.inf:
                 raise ValueError(f"train.{key} is {getattr(self, key)}, expected a number that is not negative")
+        if not 0 <= self.ema_decay < 1:
+            raise ValueError(f"train.ema_decay is {self.ema_decay}, expected a fraction in 0 <= ema_decay < 1")
+        for key, value in (("patience", self.patience), ("keep", self.keep == "best")):
+            if value and not self.evaluate_epochs:
+                raise ValueError(
+                    f"train.{key} is {getattr(self, key)!r}, which needs train.evaluate_epochs of 1 or more"
+                )
 
 
 @dataclass(frozen=True)
 class Report:
-    """Where training stands: after every `log_steps` steps and at the end of every epoch.
+    """Where training stands: at its start and after every step.
 
-    `row` is a pure function of parameters, code and data; `images_per_second` is not. `state()` gives all
-    that an exact resume needs.
+    `row` is there every `log_steps` steps and at the end of every epoch: means since the row before, a pure function of
+    parameters, code and data. `images_per_second` and `data_wait`, the share of time spent waiting for the loader, are
+    not. `stopping` says that this is the last report because a process was asked to stop. `model` is what to evaluate
+    and to keep. `state()` gives all that an exact resume needs; it is the same on every process.
     """
 
     epoch: int
     step: int
     total_steps: int
     epoch_done: bool
-    row: dict[str, float]
+    stopping: bool
+    row: dict[str, float] | None
     images_per_second: float
+    data_wait: float
+    model: DETR
     state: Callable[[], dict[str, Any]]
 
 
@@ -97,140 +133,225 @@ def build_optimizer(model: DETR, config: TrainConfig) -> torch.optim.AdamW:
     return torch.optim.AdamW(groups, lr=config.lr, weight_decay=config.weight_decay, fused=True)
 
 
+def flat_gradient(model: nn.Module) -> Tensor:
+    """One tensor that all gradients of the model lie in, each in the memory layout of its parameter.
+
+    So a step clears, adds up over processes, measures and clips them in one operation each, in the same order after a
+    resume as before it.
+    """
+    trained = [p for p in model.parameters() if p.requires_grad]
+    starts = [0]
+    for parameter in trained:
+        starts.append(starts[-1] + -(-parameter.numel() // 32) * 32)  # vector loads want aligned addresses
+    flat = torch.zeros(starts.pop(), device=trained[0].device)
+    for parameter, start in zip(trained, starts, strict=True):
+        parameter.grad = flat.as_strided(parameter.shape, parameter.stride(), start)
+    return flat
+
+
 def fit(
     model: DETR,
     dataset: CocoDataset,
     config: TrainConfig,
     process: Process,
     state: dict[str, Any] | None = None,
+    stop: Callable[[], bool] = lambda: False,
 ) -> Iterator[Report]:
-    """Trains `model` in place and yields a report every `log_steps` steps and at the end of every epoch.
+    """Trains `model` in place and yields a report at the start and after every step.
 
-    With the `state` of an earlier report it goes on from there, to the same bits as if it had never stopped:
-    samples are keyed by (seed, epoch, index) and dropout by (seed, step, rank), so no generator has a memory.
-    Raises FloatingPointError, naming step, images and the layer where it began, when predictions are not finite, and
-    ValueError, naming step and images, when targets do not fit the model.
+    With the `state` of an earlier report, given to the main process at least, it goes on from there, to the same bits
+    as if it had never stopped: samples are keyed by (seed, epoch, index) and dropout by (seed, step, micro-batch), so
+    no generator has a memory. Once `stop()` is true on any process, all of them end after the same step.
+    Raises NotFiniteError, naming step, images and the layer where it began, when predictions, loss or gradients are
+    not finite more than `max_skipped` times; ValueError, naming step and images, when targets do not fit the model;
+    RuntimeError with what to lower when memory runs out.
     """
+    if config.deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        torch.use_deterministic_algorithms(True)
+    given = process.share(state or {"model": model.state_dict(), "step": 0, "sums": {}, "since": 0, "skipped": 0})
+    step, sums, since, skipped = given["step"], given["sums"], given["since"], given["skipped"]
+    sampler = _sampler(dataset, model, config, process, step)
+    model.load_state_dict(given["model"])
     model.to(process.device).to(memory_format=torch.channels_last)
     optimizer = build_optimizer(model, config)
-    step = 0
-    if state is not None:
-        model.load_state_dict(state["model"])
-        optimizer.load_state_dict(state["optimizer"])
-        step = state["step"]
-    runner: nn.Module = model
-    if process.num_processes > 1:
-        trained_buffers = model.config.backbone_norm == "batch"
-        runner = DistributedDataParallel(model, forward_sync_buffers=trained_buffers, gradient_as_bucket_view=True)
-    sampler = EpochSampler(len(dataset), config.batch_size, config.seed, process.rank, process.num_processes)
-    loader = _loader(dataset, sampler, config, process)
-    precision = torch.autocast(process.device.type, torch.bfloat16) if config.precision == "bfloat16" else nullcontext()
+    average = _average(model, config.ema_decay)
+    if "optimizer" in given:
+        optimizer.load_state_dict(given["optimizer"])
+        if average:
+            average.load_state_dict(given["average"])
+    del given, state
+    gradient = flat_gradient(model)
+    runner = torch.compile(model, dynamic=True) if config.compile else model
+    pixels = torch.empty(0, device=process.device)
     steps_per_epoch = sampler.steps_per_epoch
     total_steps = config.epochs * steps_per_epoch
+    busy = waited = 0.0
+    timed = 0
 
     def snapshot() -> dict[str, Any]:
-        return {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "step": step}
+        return {
+            "model": model.state_dict(),
+            "optimizer": optimizer.state_dict(),
+            "average": average.state_dict() if average else None,
+            "step": step,
+            "sums": sums,
+            "since": since,
+            "skipped": skipped,
+            "num_processes": process.num_processes,
+        }
 
-    pixels = torch.empty(0, device=process.device)
-    sums: dict[str, Tensor] = {}
-    since, started = 0, time.perf_counter()
-    for epoch in range(step // steps_per_epoch, config.epochs):
-        sampler.start(epoch, step - epoch * steps_per_epoch)
-        model.train()
-        for batch in loader:
-            batch = batch.to(process.device)
-            torch.manual_seed((config.seed * 1_000_003 + step) * 4096 + process.rank)
+    def report(row: dict[str, float] | None, stopping: bool) -> Report:
+        return Report(
+            epoch=max(0, step - 1) // steps_per_epoch,
+            step=step,
+            total_steps=total_steps,
+            epoch_done=step > 0 and step % steps_per_epoch == 0,
+            stopping=stopping,
+            row=row,
+            images_per_second=timed * config.batch_size / max(busy, 1e-9),
+            data_wait=waited / max(busy, 1e-9),
+            model=average.module if average else model,  # type: ignore[arg-type]
+            state=snapshot,
+        )
+
+    yield report(None, False)
+    loader = Loader(dataset, sampler, config.size_multiple, process.device)
+    source = iter(loader)
+    batches: list[Batch] = []
+    with loader.deaths_explained():
+        while step < total_steps:
+            started = time.perf_counter()
+            if not batches:
+                batches = list(islice(source, sampler.share))
+                waited += time.perf_counter() - started
+            model.train()
             factor = learning_rate_factor(step, steps_per_epoch, config)
             for group in optimizer.param_groups:
                 group["lr"] = group["base_lr"] * factor
-            num_boxes = process.mean(torch.tensor(float(sum(batch.targets.counts)), device=process.device)).clamp(min=1)
-            with precision:
-                images = normalize(batch.images, batch.padding, pixels)
-                logits, boxes = runner(images, batch.padding)
-            try:
-                loss, parts = set_loss(logits, boxes, batch.targets, num_boxes, config.matcher, config.loss)
-            except ValueError as error:
-                where = f"at step {step + 1} of epoch {epoch}"
-                bad = ~(logits.isfinite().all(-1) & boxes.isfinite().all(-1)).all(2).all(0)  # [B]
-                if not bad.any():
-                    raise ValueError(f"{error}; {where}, images {_ids(batch.image_ids)}") from error
-                torch.manual_seed((config.seed * 1_000_003 + step) * 4096 + process.rank)
-                with precision:
-                    layer = first_non_finite(model, images, batch.padding)
-                raise FloatingPointError(
-                    f"{error}; {where}, images {_ids(batch.image_ids[bad])}, first in {layer}"
-                ) from error
-            optimizer.zero_grad()
-            loss.backward()
-            norm = nn.utils.clip_grad_norm_(model.parameters(), config.clip_norm)
-            optimizer.step()
+            gradient.zero_()
+            numbers, failure = _accumulate(model, runner, batches, step, config, process, pixels)
+            process.sum(gradient)
+            numbers = process.sum(torch.cat([numbers, numbers.new_tensor([stop(), bool(failure)])]))
+            norm = torch.linalg.vector_norm(gradient)
+
+            asked = time.perf_counter()
+            last = step + 1 == total_steps
+            upcoming = [] if last else list(islice(source, sampler.share))  # while the device computes
+            waited += time.perf_counter() - asked
+
+            *values, stopping, failures, grad_norm = torch.cat(
+                [numbers, norm[None]]
+            ).tolist()  # the host waits here only
+            measured = dict(zip(_names(model, config), values, strict=True)) | {"grad_norm": grad_norm}
+            if failures or not math.isfinite(grad_norm) or not math.isfinite(measured["loss"]):
+                if skipped >= config.max_skipped:
+                    where = f"at step {step + 1} of epoch {step // steps_per_epoch}"
+                    raise not_finite(model, batches, failure, measured, where, process, snapshot())
+                skipped += 1
+            else:
+                if config.clip_norm and grad_norm > config.clip_norm:
+                    gradient.mul_(config.clip_norm / grad_norm)
+                optimizer.step()
+                if average:
+                    average.update_parameters(model)
+                sums = {name: sums.get(name, 0.0) + value for name, value in measured.items()}
+                since += 1
             step += 1
-            since += 1
-            for name, value in {"loss": loss.detach(), "grad_norm": norm, **parts}.items():
-                sums[name] = sums[name] + value if name in sums else value.clone()
-            epoch_done = step % steps_per_epoch == 0
-            if step % config.log_steps == 0 or epoch_done:
-                row = _row(sums, since, process)
-                if not math.isfinite(row["loss"]) or not math.isfinite(row["grad_norm"]):
-                    raise FloatingPointError(
-                        f"loss is {row['loss']}, gradient norm {row['grad_norm']} at step {step} of epoch {epoch}; "
-                        f"last batch: images {_ids(batch.image_ids)}; lower train.lr or raise train.warmup_steps"
-                    )
-                rate = since * config.batch_size / (time.perf_counter() - started)
-                head = {"epoch": epoch, "step": step, "lr": config.lr * factor}
-                yield Report(epoch, step, total_steps, epoch_done, head | row, rate, snapshot)
-                sums, since, started = {}, 0, time.perf_counter()
-                model.train()
+            timed += 1
+            batches = upcoming
+            busy += time.perf_counter() - started
+            if step % config.log_steps and step % steps_per_epoch:
+                yield report(None, bool(stopping))
+            else:
+                rates = {"lr": config.lr * factor, "lr_backbone": config.lr_backbone * factor}
+                row = {
+                    "epoch": (step - 1) // steps_per_epoch,
+                    "step": step,
+                    **rates,
+                    **_means(sums or dict.fromkeys(measured, math.nan), max(since, 1)),
+                    "skipped": skipped,
+                }
+                sums, since = {}, 0
+                yield report(row, bool(stopping))
+                busy, waited, timed = 0.0, 0.0, 0
+            if stopping:
+                return
 
 
-def _loader(dataset: CocoDataset, sampler: EpochSampler, config: TrainConfig, process: Process) -> DataLoader[Batch]:
-    on_gpu = process.device.type == "cuda"
-    local = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-    workers = int(os.environ.get("DETR_WORKERS", (os.cpu_count() or 1) // local if on_gpu else 0))
-    return DataLoader(
-        dataset,  # type: ignore[arg-type]
-        batch_sampler=sampler,  # type: ignore[arg-type]
-        num_workers=workers,
-        collate_fn=partial(collate, size_multiple=config.size_multiple),
-        pin_memory=on_gpu,
-        persistent_workers=False,
-    )
+def _sampler(dataset: CocoDataset, model: DETR, config: TrainConfig, process: Process, step: int) -> TrainSampler:
+    view_sizes = None
+    if config.group_window:
+        view_sizes = partial(dataset.transform.view_sizes, dataset.annotations.sizes_hw)  # type: ignore[attr-defined]
+    sampler = TrainSampler(
+        len(dataset), config.batch_size, config.micro_batch, config.epochs, config.seed, process.rank,
+        process.num_processes, step, config.group_window, view_sizes,
+    )  # fmt: skip
+    uneven = sampler.micro_batches % process.num_processes
+    if model.config.backbone_norm == "batch" and (uneven or config.max_skipped):
+        raise ValueError(
+            "model.backbone_norm is batch: its statistics need as many micro-batches on every process, and cannot be "
+            f"taken back; there are {sampler.micro_batches} for {process.num_processes} processes, and "
+            f"train.max_skipped is {config.max_skipped}; change these or take model.backbone_norm: group"
+        )
+    return sampler
 
 
-def _row(sums: dict[str, Tensor], count: int, process: Process) -> dict[str, float]:
-    """Means over the interval and over all processes; parts per decoder layer are named by layer, last one plain."""
-    row: dict[str, float] = {}
-    for name, total in sums.items():
-        mean = (process.mean(total.float()) / count).tolist()
-        if isinstance(mean, float):
-            row[name] = mean
-        else:
-            row[name] = mean[-1]
-            row |= {f"{name}_layer{layer}": value for layer, value in enumerate(mean[:-1])}
-    return row
+def _average(model: DETR, decay: float) -> AveragedModel | None:
+    return AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(decay), use_buffers=True) if decay else None
 
 
-@torch.no_grad()
-def first_non_finite(model: DETR, images: Tensor, padding: Tensor | None) -> str:
-    """The first module, in the order of computation, whose output has NaN or infinity; "input" if the images have."""
-    found: list[str] = []
-
-    def watch(name: str) -> Callable[..., None]:
-        def look(module: nn.Module, inputs: Any, output: Tensor | tuple[Tensor, ...]) -> None:
-            values = [output] if isinstance(output, Tensor) else output
-            if not found and not all(value.isfinite().all() for value in values):
-                found.append(name)
-
-        return look
-
-    hooks = [module.register_forward_hook(watch(name)) for name, module in model.named_modules() if name]
-    try:
-        model(images, padding)
-    finally:
-        for hook in hooks:
-            hook.remove()
-    return found[0] if found and images.isfinite().all() else "input"
+def _names(model: DETR, config: TrainConfig) -> list[str]:
+    """Of what a step measures, in order; parts of the last decoder layer are named plainly, others by layer."""
+    layers = model.config.num_decoder_layers if config.loss.auxiliary else 1
+    suffixes = [*(f"_layer{layer}" for layer in range(layers - 1)), ""]
+    return ["pixels", "padded_pixels", "loss", *(part + s for part in PER_LAYER for s in suffixes), "class_error"]
 
 
-def _ids(image_ids: Tensor) -> str:
-    return ", ".join(map(str, image_ids.tolist()))
+def _accumulate(
+    model: DETR,
+    runner: Callable[..., tuple[Tensor, Tensor]],
+    batches: list[Batch],
+    step: int,
+    config: TrainConfig,
+    process: Process,
+    pixels: Tensor,
+) -> tuple[Tensor, str]:
+    """This process's share of what `_names` says, and what is wrong with predictions, if anything.
+
+    Adds the gradients of its micro-batches to those of the parameters.
+    """
+    precision = torch.autocast(process.device.type, torch.bfloat16) if config.precision == "bfloat16" else nullcontext()
+    queries = model.config.num_queries
+    counts = torch.stack([batch_totals(batch.targets, queries) for batch in batches]).sum(0)
+    totals = process.sum(counts.to(process.device, non_blocking=True))
+    numbers = torch.zeros(len(_names(model, config)), dtype=torch.float64, device=process.device)
+    for turn, batch in enumerate(batches):
+        key = (config.seed * 1_000_003 + step) * 4096 + turn * process.num_processes + process.rank
+        torch.manual_seed(key)
+        with memory_explained(batch, config.micro_batch), precision:
+            images = normalize(batch.images, batch.padding, pixels)
+            logits, boxes = runner(images, batch.padding)
+        try:
+            loss, parts = set_loss(logits, boxes, batch.targets, totals, config.matcher, config.loss)
+        except ValueError as error:
+            where = f"at step {step + 1}, images {join_ids(batch.image_ids.tolist())}"
+            bad = ~(logits.isfinite().all(-1) & boxes.isfinite().all(-1)).all(2).all(0)  # [B]
+            if not bad.any():
+                raise ValueError(f"{error}; {where}") from error
+            torch.manual_seed(key)
+            with precision:
+                layer = first_non_finite(model, images, batch.padding)
+            return numbers, f"{error}; images {join_ids(batch.image_ids[bad].tolist())}, first in {layer}"
+        with memory_explained(batch, config.micro_batch):
+            loss.backward()
+        inside = batch.padding.logical_not().sum()
+        found = [inside, inside.new_tensor(batch.padding.numel()), loss.detach(), *(parts[name] for name in PER_LAYER)]
+        numbers += torch.cat([value.double().reshape(-1) for value in (*found, parts["class_error"])])
+    return numbers, ""
+
+
+def _means(sums: dict[str, float], count: int) -> dict[str, float]:
+    """Of an interval of `count` steps."""
+    means = {name: value / count for name, value in sums.items() if not name.endswith("pixels")}
+    return means | {"padding_ratio": sums["padded_pixels"] / sums["pixels"]}

@@ -3,6 +3,7 @@
 import random
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 import torchvision.transforms.v2.functional as TF
 from torch import Tensor
@@ -117,11 +118,19 @@ class TrainTransform:
     config: TransformConfig
     seed: int
 
+    def view(self, size_hw: tuple[int, int], key: tuple[int, int]) -> View:
+        """Of the image `key`, (epoch, index), of that size."""
+        return draw_view(random.Random(f"{self.seed}/{key[0]}/{key[1]}"), size_hw, self.config)
+
+    def view_sizes(self, sizes_hw: np.ndarray, epoch: int) -> np.ndarray:
+        """The (height, width) [N, 2] that each of the images of `sizes_hw` [N, 2] is shown at in that epoch."""
+        sizes = [(height, width) for height, width in sizes_hw.tolist()]
+        return np.array([self.view(size, (epoch, index)).size_hw for index, size in enumerate(sizes)])
+
     def __call__(
         self, image: Tensor, boxes: Tensor, labels: Tensor, key: tuple[int, int]
     ) -> tuple[Tensor, Tensor, Tensor]:
-        rng = random.Random(f"{self.seed}/{key[0]}/{key[1]}")
-        return apply_view(image, boxes, labels, draw_view(rng, (image.shape[1], image.shape[2]), self.config))
+        return apply_view(image, boxes, labels, self.view((image.shape[1], image.shape[2]), key))
 
 
 @dataclass(frozen=True)

@@ -5,13 +5,16 @@ h w image size; H W padded size; S output stride; Q queries. Pictures are uint8 
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torchvision.transforms.v2 import functional as TF
 from torchvision.utils import draw_bounding_boxes
 
+from detr.coco import CocoDataset, decode
 from detr.model import DETR
 from detr.transformer import Attention
 
@@ -36,6 +39,29 @@ def draw(image: Tensor, boxes_xyxy: Tensor, labels: list[int], captions: list[st
 def side_by_side(left: Tensor, right: Tensor, gap: int = 6) -> Tensor:
     """Two images [3, h, w] of one size beside each other on white."""
     return torch.cat([left, torch.full((3, left.shape[1], gap), 255, dtype=torch.uint8), right], dim=2)
+
+
+def beside_truth(dataset: CocoDataset, detections: list[dict[str, Any]], index: int, threshold: float) -> Tensor:
+    """Image `index` twice beside each other: with its true boxes, and with its detections of a score from `threshold`.
+
+    Detections are in COCO's form, of any images. Images smaller than 288 pixels are enlarged. ValueError names an image
+    that does not decode.
+    """
+    record = dataset.annotations
+    name = str(record.file_names[index])
+    image = decode(dataset.archive.read(name), name)
+    scale = max(1, 288 // max(image.shape[1:]))
+    owned = slice(record.starts[index], record.starts[index + 1])
+    boxes = torch.from_numpy(record.boxes_xyxy[owned])
+    labels = record.labels[owned].tolist()
+    truth = draw(image, boxes, labels, [record.category_names[k] for k in labels], scale)
+    image_id = int(record.image_ids[index])
+    shown = [d for d in detections if d["image_id"] == image_id and d["score"] >= threshold]
+    boxes = torch.tensor([d["bbox"] for d in shown]).reshape(-1, 4)
+    boxes[:, 2:] += boxes[:, :2]
+    labels = np.searchsorted(record.category_ids, [d["category_id"] for d in shown]).tolist()
+    captions = [f"{record.category_names[k]} {d['score']:.2f}" for k, d in zip(labels, shown, strict=True)]
+    return side_by_side(truth, draw(image, boxes, labels, captions, scale))
 
 
 def encoder_attention(

@@ -7,16 +7,15 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-import torch
 from torchvision.io import write_png
 
 from detr.checkpoint import Category, load_model, write_atomically
-from detr.coco import CocoDataset, decode, load_annotations
+from detr.coco import CocoDataset, load_annotations
 from detr.distributed import process_group
 from detr.evaluate import ap_per_class, coco_metrics, detect_all
 from detr.images import open_images
 from detr.transforms import EvalTransform
-from detr.visualize import draw, side_by_side
+from detr.visualize import beside_truth
 from pipelines import params
 from pipelines.stage import DATA, Progress, command, write_json
 
@@ -73,32 +72,9 @@ def evaluate(config: EvaluateParams, data: Path, model_folder: Path, output: Pat
     plots.mkdir()
     _plot_precision_recall(precision, [category.name for category in categories], plots / "precision_recall.png")
     for index in range(min(config.num_pictures, len(dataset))):
-        write_png(_picture(config, dataset, detections, index), str(plots / f"detections_{index:02d}.png"))
+        picture = beside_truth(dataset, detections, index, config.picture_threshold)
+        write_png(picture, str(plots / f"detections_{index:02d}.png"))
     print(", ".join(f"{name} {value:.3f}" for name, value in metrics.items()), flush=True)
-
-
-def _picture(config: EvaluateParams, dataset: CocoDataset, detections: list[dict], index: int) -> torch.Tensor:
-    """Ground truth on the left, detections above the threshold on the right."""
-    record = dataset.annotations
-    name = str(record.file_names[index])
-    image = decode(dataset.archive.read(name), name)
-    scale = max(1, 288 // max(image.shape[1:]))
-    owned = slice(record.starts[index], record.starts[index + 1])
-    true_labels = record.labels[owned].tolist()
-    left = draw(
-        image,
-        torch.from_numpy(record.boxes_xyxy[owned]),
-        true_labels,
-        [record.category_names[k] for k in true_labels],
-        scale,
-    )
-    image_id = int(record.image_ids[index])
-    shown = [d for d in detections if d["image_id"] == image_id and d["score"] >= config.picture_threshold]
-    boxes = torch.tensor([d["bbox"] for d in shown]).reshape(-1, 4)
-    boxes[:, 2:] += boxes[:, :2]
-    labels = np.searchsorted(record.category_ids, [d["category_id"] for d in shown]).tolist()
-    captions = [f"{record.category_names[k]} {d['score']:.2f}" for k, d in zip(labels, shown, strict=True)]
-    return side_by_side(left, draw(image, boxes, labels, captions, scale))
 
 
 def _plot_precision_recall(precision: np.ndarray, names: list[str], path: Path) -> None:

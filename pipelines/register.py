@@ -32,8 +32,8 @@ class RegisterParams:
 def register(config: RegisterParams, output: Path) -> None:
     """Publishes the run's files to MLflow, registers the model once, and writes `version.json`.
 
-    Weights that are registered already give the version that has them. Raises ValueError when lineage is
-    incomplete or MLflow does not answer.
+    Weights that are registered already give the version that has them. The training's resume state, kept until its
+    results are safe, is removed. Raises ValueError when lineage is incomplete or MLflow does not answer.
     """
     lineage = collect_lineage()
     client = tracking.connect()
@@ -53,6 +53,8 @@ def register(config: RegisterParams, output: Path) -> None:
         alias, reason = current_alias(client, version), "these weights were registered before"
     output.mkdir(parents=True, exist_ok=True)
     write_json(output / "version.json", {"name": tracking.MODEL, "version": int(version.version), "fingerprint": mark})
+    for name in ("state", "state.previous"):
+        (SCRATCH / mark / name).unlink(missing_ok=True)
     print(f"registered {tracking.MODEL} version {version.version} as {alias}: {reason}", flush=True)
 
 
@@ -90,6 +92,7 @@ def publish(client: Any, run_id: str, mark: str, metrics: dict[str, float], line
     tracking.log_params(client, run_id, {name: document[name] for name in params.SECTIONS})
     tracking.fill_in(client, run_id, tracking.read_rows(TRAINED / "history.jsonl"))
     tracking.fill_in(client, run_id, tracking.read_rows(SCRATCH / mark / "timings.jsonl"))
+    tracking.fill_in_pictures(client, run_id, SCRATCH / mark / "pictures")
     results = hashlib.sha256(lineage["weights_sha256"].encode())
     for path in sorted(path for path in EVALUATED.rglob("*") if path.is_file()):
         results.update(tracking.sha256(path).encode())

@@ -73,6 +73,13 @@ class Progress(tqdm):
             print(msg or str(self), file=sys.stderr, flush=True)
         return True
 
+    def say(self, line: str) -> None:
+        """Prints a line, above the bar where there is one."""
+        if self.bar:
+            self.write(line)
+        else:
+            print(line, flush=True)
+
     def close(self) -> None:
         if self.bar or getattr(self, "disable", False):
             super().close()

@@ -1,11 +1,13 @@
 """MLflow as a view of the files: the only module that writes runs to it; `registry.py` writes versions.
 
-Training mirrors its rows from a thread of its own; whatever a slow or dead server missed is filled in
+Training mirrors its rows and pictures from a thread of its own; whatever a slow or dead server missed is filled in
 from the files when the model is registered.
 """
 
+import contextlib
 import hashlib
 import json
+import math
 import os
 import queue
 import sys
@@ -21,6 +23,10 @@ if TYPE_CHECKING:
 EXPERIMENT = "detr"
 MODEL = "detr"
 VALIDATION_METRICS = ("AP", "AR")  # prefixes of what is measured on the validation images
+SYSTEM = "system/"  # the prefix of what MLflow shows as system metrics
+PICTURES = "pictures"  # the folder of a run's examples, among its artifacts
+ANSWER_SECONDS = 5.0  # after which a server that is silent counts as absent
+TICK_SECONDS = 10.0  # between samples of system metrics, and between attempts to reach a server that failed
 
 
 def tracking_uri() -> str:
@@ -99,76 +105,207 @@ def log_rows(client: "MlflowClient", run_id: str, rows: Iterable[dict[str, float
     from mlflow.entities import Metric
 
     now = int(time.time() * 1000)
-    metrics = [
-        Metric(f"{'val' if name.startswith(VALIDATION_METRICS) else 'train'}/{name}", value, now, int(row["step"]))
-        for row in rows
-        for name, value in row.items()
-        if name != "step"
-    ]
+    metrics = [Metric(_key(name), value, now, int(row["step"])) for row in rows for name, value in _values(row)]
     for start in range(0, len(metrics), 1000):
         client.log_batch(run_id, metrics=metrics[start : start + 1000])
 
 
-def logged_steps(client: "MlflowClient", run_id: str, name: str) -> set[int]:
-    """The steps at which the run has the training metric `name`."""
-    return {metric.step for metric in client.get_metric_history(run_id, f"train/{name}")}
+def fill_in(
+    client: "MlflowClient", run_id: str, rows: Iterable[dict[str, float]], known: dict[str, set[int]] | None = None
+) -> int:
+    """Logs the values of `rows` that the run lacks, and says of how many steps those were.
 
-
-def fill_in(client: "MlflowClient", run_id: str, rows: list[dict[str, float]]) -> int:
-    """Logs what the run lacks of `rows`, and says how many rows that were."""
-    missing = rows
-    for name in ("loss", "images_per_second"):
-        if rows and name in rows[0]:
-            known = logged_steps(client, run_id, name)
-            missing = [row for row in rows if row["step"] not in known]
+    Of several rows of one step the last value of a name counts. `known` holds steps that the run has by name: a name
+    in it is not asked for, any other costs one request; it learns what is asked and logged.
+    """
+    known = {} if known is None else known
+    by_step: dict[int, dict[str, float]] = {}
+    for row in rows:
+        by_step.setdefault(int(row["step"]), {}).update(row)
+    there = None
+    for name in dict.fromkeys(name for row in by_step.values() for name, _ in _values(row)):
+        if name not in known:
+            there = client.get_run(run_id).data.metrics if there is None else there
+            history = client.get_metric_history(run_id, _key(name)) if _key(name) in there else ()
+            known[name] = {metric.step for metric in history}
+    missing = []
+    for step, row in by_step.items():
+        if lacking := {name: value for name, value in _values(row) if step not in known[name]}:
+            missing.append({"step": step, **lacking})
     log_rows(client, run_id, missing)
+    for row in missing:
+        for name, _ in _values(row):
+            known[name].add(int(row["step"]))
     return len(missing)
 
 
-class Mirror:
-    """Sends rows to MLflow from a daemon thread; no failure there reaches the caller, who never waits.
+def fill_in_pictures(client: "MlflowClient", run_id: str, folder: Path) -> int:
+    """Logs the pictures of `folder` that the run lacks or has in part, and says how many those were."""
+    there = {Path(file.path).name: file.file_size for file in client.list_artifacts(run_id, PICTURES)}
+    missing = [path for path in sorted(folder.glob("*.png")) if there.get(path.name) != path.stat().st_size]
+    for path in missing:
+        client.log_artifact(run_id, str(path), PICTURES)
+    return len(missing)
 
-    A row that cannot be sent is kept and tried again; one warning says so. Steps that the run has already,
-    from a training that was killed or repeated, are not sent again.
+
+def _key(name: str) -> str:
+    if name.startswith(SYSTEM):
+        return name
+    return f"{'val' if name.startswith(VALIDATION_METRICS) else 'train'}/{name}"
+
+
+def _values(row: dict[str, float]) -> list[tuple[str, float]]:
+    return [(name, value) for name, value in row.items() if name != "step"]
+
+
+def require_answer() -> None:
+    """Raises OSError when a server at an HTTP address answers nothing; whatever it answers will do.
+
+    Asked first, so that a training without its server does not import MLflow: seconds of the processor it trains on.
+    """
+    if tracking_uri().startswith("http"):
+        import requests
+
+        with contextlib.suppress(requests.exceptions.SSLError):  # it is there, and MLflow's settings decide the rest
+            requests.get(f"{tracking_uri().rstrip('/')}/health", timeout=ANSWER_SECONDS, allow_redirects=False)
+
+
+def system_monitors() -> list[Any]:
+    """MLflow's monitors of this machine; of GPUs where nvidia-ml-py (NVIDIA) or pyrsmi (AMD) is installed."""
+    from mlflow.system_metrics.metrics.cpu_monitor import CPUMonitor
+    from mlflow.system_metrics.metrics.disk_monitor import DiskMonitor
+    from mlflow.system_metrics.metrics.gpu_monitor import GPUMonitor
+    from mlflow.system_metrics.metrics.network_monitor import NetworkMonitor
+    from mlflow.system_metrics.metrics.rocm_monitor import ROCMMonitor
+
+    monitors = []
+    for kind in (CPUMonitor, DiskMonitor, NetworkMonitor, GPUMonitor, ROCMMonitor):
+        with contextlib.suppress(Exception):  # raised where there is nothing to watch, or no library to do it with
+            monitors.append(kind())
+    return monitors
+
+
+def sample(monitors: list[Any]) -> dict[str, float]:
+    """What the monitors see now, by names that begin with SYSTEM."""
+    found: dict[str, float] = {}
+    for monitor in monitors:
+        with contextlib.suppress(Exception):
+            monitor.collect_metrics()
+            found |= {f"{SYSTEM}{name}": value for name, value in monitor.aggregate_metrics().items()}
+            monitor.clear_metrics()
+    return found
+
+
+class Mirror:
+    """Sends rows and pictures to MLflow from a daemon thread; no failure there reaches the caller, who never waits.
+
+    What cannot be sent is kept and tried again every ten seconds; one warning says so. Values that the run has
+    already, from a training that was killed or repeated, are not sent again. System metrics of this machine go along
+    every ten seconds while the server answers: MLflow's SystemMetricsMonitor would wait at its end for one that hangs.
     """
 
     def __init__(self, fingerprint: str, name: str, document: dict[str, Any]) -> None:
-        self._rows: queue.SimpleQueue[dict[str, float] | None] = queue.SimpleQueue()
-        self._thread = threading.Thread(target=self._work, args=(fingerprint, name, document), daemon=True)
+        self._training = (fingerprint, name, document)
+        self._items: queue.SimpleQueue[dict[str, float] | Path | None] = queue.SimpleQueue()
+        self._rows: list[dict[str, float]] = []  # not sent yet, as the pictures
+        self._pictures: list[Path] = []
+        self._known: dict[str, set[int]] = {}
+        self._client: MlflowClient | None = None
+        self._run_id, self._step, self._monitors = "", 0, list[Any]()
+        self._failed = self._warned = False
+        self._patience = math.inf  # when `close` stops to wait for what is under way
+        self._thread = threading.Thread(target=self._work, daemon=True)
         self._thread.start()
 
     def put(self, row: dict[str, float]) -> None:
-        self._rows.put(row)
+        self._items.put(row)
+
+    def put_picture(self, path: Path) -> None:
+        """The PNG file must stay where it is."""
+        self._items.put(path)
 
     def close(self, timeout_seconds: float = 10.0) -> None:
-        """Waits for what is under way, at most `timeout_seconds`."""
-        self._rows.put(None)
-        self._thread.join(timeout_seconds)
+        """Waits for what is under way, at most `timeout_seconds`, and at most two for an answer of a server."""
+        self._items.put(None)
+        deadline = time.monotonic() + timeout_seconds
+        while self._thread.is_alive() and time.monotonic() < min(deadline, self._patience):
+            self._thread.join(0.05)
 
-    def _work(self, fingerprint: str, name: str, document: dict[str, Any]) -> None:
-        client, run_id, known, warned = None, "", set[int](), False
-        pending: list[dict[str, float]] = []
-        while True:
-            row = self._rows.get()
-            while row is not None:
-                pending.append(row)
-                if self._rows.empty():
-                    break
-                row = self._rows.get()
+    def _work(self) -> None:
+        tick, last = 0.0, False
+        while not last:
+            last = self._take(tick)
+            due = time.monotonic() >= tick
+            if due:
+                tick = time.monotonic() + TICK_SECONDS
+            if self._failed and (last or not due):
+                continue
             try:
-                if client is None:
-                    client = connect()
-                    run_id = find_run(client, fingerprint, name)
-                    log_params(client, run_id, document)
-                    known = logged_steps(client, run_id, "loss")
-                log_rows(client, run_id, [row for row in pending if row["step"] not in known])
-                pending = []
+                self._send(due)
+                self._failed, self._patience = False, math.inf
             except Exception as error:
-                if not warned:
-                    print(f"warning: MLflow misses rows, they are filled in at registration: {error}", file=sys.stderr)
-                    warned = True
-            if row is None:
-                return
+                if not self._warned:
+                    reason = " ".join(str(error).split())[:400]
+                    print(f"warning: MLflow misses rows, they are filled in at registration: {reason}", file=sys.stderr)
+                self._failed = self._warned = True
+                self._patience = 0.0
+
+    def _take(self, tick: float) -> bool:
+        """Takes what is put, waiting until `tick` or, before anything was, for ever; says whether it was the last.
+
+        What follows within a second is taken along: a batch of rows costs hardly more than one.
+        """
+        idle = self._client is None and not self._rows and not self._pictures
+        with contextlib.suppress(queue.Empty):
+            item = self._items.get(timeout=None if idle else max(0.0, tick - time.monotonic()))
+            until = time.monotonic() + 1
+            while item is not None:
+                if isinstance(item, Path):
+                    self._pictures.append(item)
+                else:
+                    self._rows.append(item)
+                item = self._items.get(timeout=max(0.0, until - time.monotonic()))
+            return True
+        return False
+
+    def _send(self, with_system_metrics: bool) -> None:
+        """One attempt at everything that was taken; what is sent is forgotten."""
+        if not (self._client or self._rows or self._pictures):
+            return
+        if self._client is None or self._failed:
+            self._expect_answer()
+            require_answer()
+        if self._client is None:
+            if not self._failed:
+                self._patience = math.inf  # for the import
+            fingerprint, name, document = self._training
+            client = connect()
+            self._run_id = find_run(client, fingerprint, name)
+            log_params(client, self._run_id, document)
+            self._monitors = system_monitors()
+            self._client = client
+        while self._rows:
+            self._expect_answer()
+            some = self._rows[:25]
+            try:
+                fill_in(self._client, self._run_id, some, self._known)
+            except Exception:
+                self._known.clear()  # what of it arrived is asked again
+                raise
+            self._step = int(some[-1]["step"])
+            del self._rows[:25]
+        if with_system_metrics:
+            self._expect_answer()
+            log_rows(self._client, self._run_id, [{"step": self._step, **sample(self._monitors)}])
+        while self._pictures:
+            self._expect_answer()
+            if self._pictures[0].exists():
+                self._client.log_artifact(self._run_id, str(self._pictures[0]), PICTURES)
+            del self._pictures[0]
+
+    def _expect_answer(self) -> None:
+        if not self._failed:
+            self._patience = math.inf if tracking_uri().startswith("sqlite") else time.monotonic() + 2
 
 
 def sha256(path: Path) -> str:
@@ -177,5 +314,19 @@ def sha256(path: Path) -> str:
 
 
 def read_rows(path: Path) -> list[dict[str, float]]:
-    """The rows of a JSON-lines file, none where it does not exist."""
-    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+    """The rows of a JSON-lines file, none where it does not exist; half a last line, of a killed process, is dropped.
+
+    Raises ValueError that names the file and the line when any other line is damaged.
+    """
+    if not path.exists():
+        return []
+    *lines, torn = path.read_text().split("\n")
+    rows = []
+    for number, line in enumerate(lines, start=1):
+        try:
+            rows.append(json.loads(line))
+        except ValueError as error:
+            raise ValueError(f"{path} is damaged at line {number} ({error}); remove the line and run again") from error
+    with contextlib.suppress(ValueError):
+        rows.append(json.loads(torn))
+    return rows

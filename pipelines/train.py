@@ -2,39 +2,49 @@
 
 Hardware comes from torchrun's variables: PET_NPROC_PER_NODE (all GPUs, or 2 processes on a CPU),
 PET_NNODES, PET_RDZV_ENDPOINT; OMP_NUM_THREADS (1) threads per process; DETR_WORKERS loader processes.
+SIGTERM and SIGINT stop it after the next step with exit code 75; the same command goes on.
 """
 
 import ctypes
+import errno
+import fcntl
 import hashlib
 import json
 import logging
 import os
+import platform
 import signal
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch.distributed.elastic.multiprocessing.api import SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, record
 
-from detr.checkpoint import Category, InputSize, load_state, save_model, save_state, write_atomically
+from detr.checkpoint import Category, InputSize, load_state, save_model, write_atomically
 from detr.coco import CocoDataset, load_annotations
-from detr.distributed import process_group
-from detr.evaluate import coco_metrics, detect_all
+from detr.diagnosis import NotFiniteError
+from detr.distributed import Process, process_group
+from detr.evaluate import detect_all
 from detr.images import open_images
 from detr.model import ModelConfig, build_model
 from detr.official import fetch, initialize
-from detr.train import Report, TrainConfig, fit
+from detr.train import TrainConfig, fit
 from detr.transforms import EvalTransform, TrainTransform
 from pipelines import params
-from pipelines.stage import DATA, EXPECTED, Progress, command, explain
+from pipelines.stage import DATA, EXPECTED, command, explain
 from pipelines.tracking import Mirror, sha256
+from pipelines.training_log import Log
 
 PASSED = Path("artifacts/validate/passed.json")
 OUTPUT = Path("artifacts/train")
 SCRATCH = Path("scratch")
+PREEMPTED = 75  # the exit code of a training that was asked to stop: EX_TEMPFAIL of sysexits.h
 
 
 def fingerprint(model: ModelConfig, config: TrainConfig, data_digest: str) -> str:
@@ -43,25 +53,34 @@ def fingerprint(model: ModelConfig, config: TrainConfig, data_digest: str) -> st
     for place in (Path(model.backbone_weights), Path(config.initial_weights)):
         file = place / "model.safetensors" if place.is_dir() else place
         total.update(sha256(file).encode() if file.is_file() else b"")
-    for path in [*sorted((Path(__file__).parent.parent / "detr").glob("*.py")), Path(__file__)]:
+    here = Path(__file__)
+    for path in [*sorted((here.parent.parent / "detr").glob("*.py")), here, here.with_name("training_log.py")]:
         total.update(path.read_bytes())
     return total.hexdigest()[:16]
 
 
 def train(
-    model_config: ModelConfig, config: TrainConfig, data: Path, passed: Path, output: Path, scratch: Path
-) -> None:
-    """Writes `model.safetensors`, `config.json` and `history.jsonl`, going on from a resume state if there is one.
+    model_config: ModelConfig,
+    config: TrainConfig,
+    data: Path,
+    passed: Path,
+    output: Path,
+    scratch: Path,
+    request: "StopRequest",
+) -> bool:
+    """Writes `model.safetensors`, `config.json` and `history.jsonl`; false if it stopped before, as asked.
 
-    The resume state lies in `scratch/<fingerprint>/`, where a change of parameters, data or library code never
-    finds it. Raises ValueError or FloatingPointError with what to do.
+    It goes on from a resume state if there is one. That lies in `scratch/<fingerprint>/`, where a change of
+    parameters, data or library code never finds it. Raises ValueError, FloatingPointError or RuntimeError with what to
+    do.
     """
     initial = config.initial_weights
     if Path(initial).resolve() == output.resolve():
         raise ValueError(f"train.initial_weights is {initial}, which this training replaces; copy it elsewhere first")
     mark = fingerprint(model_config, config, json.loads(passed.read_text())["data"])
+    folder = scratch / mark
     size = InputSize(config.transform.scales[-1], config.transform.max_size, config.size_multiple)
-    with process_group() as process:
+    with process_group() as process, alone_in(folder) if process.is_main else nullcontext():
         annotations = load_annotations(data / "instances_train.json")
         transform = TrainTransform(config.transform, config.seed)
         dataset = CocoDataset(annotations, open_images(data / "train.zip"), transform)
@@ -75,90 +94,130 @@ def train(
         model = build_model(architecture, len(annotations.category_ids))
         if initial != "none":
             initialize(model, initial)
-        state = load_state(scratch / mark / "state")
-        history: list[dict[str, float]] = state.pop("history") if state else []
-        log = None
+        state, log = None, None
         if process.is_main:
-            total_steps = config.epochs * (len(dataset) // config.batch_size)
-            begins = f"resuming at step {state['step']}" if state else "starting"
-            print(
-                f"train {mark}: {begins}, {len(dataset)} images, "
-                f"{sum(p.numel() for p in model.parameters()):,} parameters, {process.num_processes} processes on "
-                f"{process.device.type}",
-                flush=True,
-            )
+            state = load_state(folder / "state")
+            numbers = f"{len(dataset)} images, {sum(p.numel() for p in model.parameters()):,} parameters"
+            print(f"train {mark}: {begins(state, process)}, {numbers}", flush=True)
             mirror = Mirror(mark, f"train {mark}", {"model": asdict(model_config), "train": asdict(config)})
-            log = Log(scratch / mark, history, mirror, total_steps, config)
-        for report in fit(model, dataset, config, process, state):
-            if report.epoch_done and config.evaluate_epochs and (report.epoch + 1) % config.evaluate_epochs == 0:
-                detections = detect_all(model, held_out, config.batch_size, size.size_multiple, process)
+            log = Log(folder, state, mirror, config, held_out, data / "instances_val.json")
+        try:
+            for report in fit(model, dataset, config, process, state, lambda: request.asked):
+                request.at_once = False
                 if log:
-                    report.row.update(coco_metrics(data / "instances_val.json", detections)[0])
-            if log:
-                log.add(report)
+                    log.add(report)
+                if report.stopping:
+                    if log:
+                        log.stop(report)
+                    return False
+                if report.epoch_done and config.evaluate_epochs and (report.epoch + 1) % config.evaluate_epochs == 0:
+                    request.at_once = True  # the state is safe
+                    if process.share(log and not log.is_judged()):
+                        detections = detect_all(report.model, held_out, config.micro_batch, size.size_multiple, process)
+                        if log:
+                            log.judge(report, detections)
+                    if process.share(log and log.has_stalled()):
+                        break
+        except NotFiniteError as error:
+            if not process.is_main:
+                raise
+            evidence, place = error.evidence, folder / "not_finite.torch"
+            write_atomically(place, lambda file: torch.save(evidence, file))
+            raise FloatingPointError(f"{error}; state and gradient norms are in {place}") from error
         if log:
+            log.save(report)
             pairs = zip(annotations.category_ids.tolist(), annotations.category_names, strict=True)
-            lines = "".join(json.dumps(row) + "\n" for row in history).encode()
+            lines = "".join(json.dumps(row) + "\n" for row in log.history).encode()
             write_atomically(output / "history.jsonl", lambda file: file.write(lines))
-            save_model(model, [Category(key, name) for key, name in pairs], size, mark, output)
+            if log.best:
+                report.model.load_state_dict(log.best)
+            save_model(report.model, [Category(key, name) for key, name in pairs], size, mark, output)
             log.close()
+    return True
 
 
-class Log:
-    """What the main process keeps and shows of a training: history, timings, resume state, MLflow, a progress bar.
+def begins(state: dict[str, Any] | None, process: Process) -> str:
+    """What the first line of a training says about how it begins."""
+    here = f"{process.num_processes} processes on {process.device.type}"
+    if state is None:
+        return f"starting with {here}"
+    before = state["num_processes"]
+    other = (
+        f", not {before} as before: the same order of samples, other rounding"
+        if before != process.num_processes
+        else ""
+    )
+    return f"resuming at step {state['step']} with {here}{other}"
 
-    Only `history` and what stands in it is a pure function of code, parameters and data.
+
+@contextmanager
+def alone_in(folder: Path, wait_seconds: float = 60.0) -> Iterator[None]:
+    """Holds the lock of the folder of a training. Raises ValueError when another one holds it for longer than that."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / "lock").open("a+") as file:
+        started, said = time.monotonic(), False
+        while True:
+            try:
+                fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # of this process alone: its workers do not inherit it
+                break
+            except OSError as error:
+                if error.errno not in (errno.EACCES, errno.EAGAIN):
+                    raise
+            file.seek(0)
+            other = f"the same training is under way in {folder} ({file.read().strip()})"
+            if time.monotonic() - started > wait_seconds:
+                raise ValueError(f"{other}; wait for its end, or stop it and run this again")
+            if not said:
+                print(f"{other}; waiting {wait_seconds:.0f} seconds for its end", flush=True)
+                said = True
+            time.sleep(0.2)
+        file.truncate(0)
+        file.write(f"process {os.getpid()} on {platform.node()}\n")
+        file.flush()
+        yield
+
+
+class StopRequest:
+    """SIGTERM and SIGINT: the training stops after the next step, or at once while nothing would be lost."""
+
+    def __init__(self) -> None:
+        self.asked, self.at_once = False, True
+
+    def __call__(self, number: int, frame: object) -> None:
+        self.asked = True
+        if self.at_once:
+            os._exit(PREEMPTED)
+
+    def listen(self) -> None:
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, self)
+
+
+def launch(num_micro_batches: int) -> None:
+    """Runs this module in every process that torchrun's variables ask for; the first failure is the message.
+
+    On several nodes the loss of one restarts the others from the last state. Exits with PREEMPTED when asked to stop.
     """
-
-    def __init__(
-        self, folder: Path, history: list[dict[str, float]], mirror: Mirror, total_steps: int, config: TrainConfig
-    ) -> None:
-        self.folder, self.history, self.mirror, self.config = folder, history, mirror, config
-        self.bar = Progress(None, "train", total_steps, "step")
-        self.bar.update(int(history[-1]["step"]) if history else 0)
-        self.saved = time.monotonic()
-        folder.mkdir(parents=True, exist_ok=True)
-
-    def add(self, report: Report) -> None:
-        row, rate = report.row, report.images_per_second
-        self.history.append(row)
-        timing = {"step": report.step, "images_per_second": round(rate, 2)}
-        with (self.folder / "timings.jsonl").open("a") as file:
-            file.write(json.dumps(timing) + "\n")
-        self.mirror.put(row | timing)
-        self.bar.update(report.step - self.bar.n)
-        self.bar.set_postfix_str(f"loss {row['loss']:.3f}, {rate:.0f} images/s", refresh=False)
-        if "AP" in row:
-            print(
-                f"epoch {report.epoch + 1}/{self.config.epochs}: loss {row['loss']:.3f} class {row['loss_class']:.3f} "
-                f"box {row['loss_box']:.3f} giou {row['loss_giou']:.3f}, AP {row['AP']:.3f} AP50 {row['AP50']:.3f}, "
-                f"{rate:.0f} images/s",
-                flush=True,
-            )
-        if time.monotonic() - self.saved >= self.config.checkpoint_minutes * 60:
-            save_state(report.state() | {"history": self.history}, self.folder / "state")
-            self.saved = time.monotonic()
-
-    def close(self) -> None:
-        """Ends the bar and the mirror, and removes the resume state of a training that is complete."""
-        self.bar.close()
-        self.mirror.close()
-        for name in ("state", "state.previous"):
-            (self.folder / name).unlink(missing_ok=True)
-
-
-def launch() -> None:
-    """Runs this module in every process that torchrun's variables ask for; the first failure is the message."""
     from torch.distributed.run import parse_args, run
 
-    os.environ.setdefault("PET_NPROC_PER_NODE", str(torch.cuda.device_count() or 2))
+    processes = min(torch.cuda.device_count() or 2, num_micro_batches)
+    os.environ.setdefault("PET_NPROC_PER_NODE", str(processes))
     os.environ.setdefault("OMP_NUM_THREADS", "1")
+    os.environ.setdefault("PET_SHUTDOWN_TIMEOUT", "60")  # seconds to finish the step and save
     alone = os.environ.get("PET_NNODES", "1") == "1" and "PET_RDZV_ENDPOINT" not in os.environ
+    if not alone:
+        os.environ.setdefault("PET_RDZV_BACKEND", "c10d")
+        os.environ.setdefault("PET_MAX_RESTARTS", "10")
     logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
     try:
         run(parse_args([*(["--standalone"] if alone else []), "-m", "pipelines.train", *sys.argv[1:]]))
+    except SignalException:
+        sys.exit(PREEMPTED)
     except ChildFailedError as error:
-        message: Any = error.get_first_failure()[1].message
+        failure = error.get_first_failure()[1]
+        if failure.exitcode == PREEMPTED:
+            sys.exit(PREEMPTED)
+        message: Any = failure.message
         if isinstance(message, dict):  # of a process that recorded its exception
             message = message["message"].partition(": ")[2]
         raise RuntimeError(message) from None
@@ -173,10 +232,14 @@ def die_with_parent() -> None:
 @record
 def work() -> None:
     die_with_parent()
+    request = StopRequest()
+    request.listen()
     try:
-        train(*sections(), DATA, PASSED, OUTPUT, SCRATCH)
+        done = train(*sections(), DATA, PASSED, OUTPUT, SCRATCH, request)
     except OSError as error:
         raise RuntimeError(explain(error)) from error
+    if not done:
+        sys.exit(PREEMPTED)
 
 
 def sections() -> tuple[ModelConfig, TrainConfig]:
@@ -185,10 +248,11 @@ def sections() -> tuple[ModelConfig, TrainConfig]:
 
 def main() -> None:
     """Downloads and parses what is needed once on this node, before its processes start, and trains."""
-    fetch(sections()[1].initial_weights)
+    config = sections()[1]
+    fetch(config.initial_weights)
     for path in DATA.glob("instances_*.json"):
         load_annotations(path)
-    launch()
+    launch(config.batch_size // config.micro_batch)
 
 
 if __name__ == "__main__":

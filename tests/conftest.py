@@ -12,7 +12,11 @@ import pytest
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 
+from detr.loss import LossConfig  # noqa: E402
+from detr.matcher import MatcherConfig  # noqa: E402
 from detr.model import ModelConfig  # noqa: E402
+from detr.train import TrainConfig  # noqa: E402
+from detr.transforms import TransformConfig  # noqa: E402
 from pipelines.params import from_document, merged, to_yaml  # noqa: E402
 from pipelines.rules import ValidateParams  # noqa: E402
 from pipelines.shapes import ShapesParams, write_shapes  # noqa: E402
@@ -29,6 +33,7 @@ TINY = [
     "model.num_encoder_layers=1",
     "train.epochs=2",
     "train.batch_size=8",
+    "train.micro_batch=4",
     "train.log_steps=2",
     "train.evaluate_epochs=1",
     "train.warmup_steps=2",
@@ -52,6 +57,35 @@ TINY_MODEL = ModelConfig(
     dropout=0.0,
     attention_dropout=0.0,
     pre_norm=False,
+)
+TINY_TRAIN = TrainConfig(
+    seed=0,
+    initial_weights="none",
+    epochs=3,
+    batch_size=8,
+    micro_batch=4,
+    group_window=0,
+    lr=1e-3,
+    lr_backbone=1e-4,
+    weight_decay=1e-4,
+    schedule="cosine",
+    lr_drop_epoch=0,
+    warmup_steps=2,
+    clip_norm=0.1,
+    ema_decay=0.0,
+    precision="float32",
+    compile=False,
+    deterministic=False,
+    size_multiple=32,
+    log_steps=2,
+    evaluate_epochs=0,
+    patience=0,
+    keep="last",
+    max_skipped=0,
+    checkpoint_minutes=0.0,
+    matcher=MatcherConfig(1.0, 5.0, 2.0),
+    loss=LossConfig(1.0, 5.0, 2.0, 0.1, auxiliary=True),
+    transform=TransformConfig((64,), 96, flip=0.5, crop=0.0, crop_scales=(), crop_range=(0, 0)),
 )
 SHAPES = ShapesParams(
     seed=3,

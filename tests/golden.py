@@ -18,7 +18,7 @@ from torch import nn
 
 from benchmarks import authors
 from detr.batch import Targets
-from detr.loss import set_loss
+from detr.loss import batch_totals, set_loss
 from detr.matcher import match
 from detr.postprocess import postprocess
 from detr.train import TrainConfig, build_optimizer
@@ -91,6 +91,7 @@ def theirs(variant: str, dtype: torch.dtype) -> dict[str, torch.Tensor]:
         [{"params": others}, {"params": backbone, "lr": LR_BACKBONE}], lr=LR, weight_decay=WEIGHT_DECAY
     )
     result, norms = {}, []
+    totals = batch_totals(targets, model.config.num_queries)
     for step in range(STEPS):
         outputs = model(authors.nested(images, padding))
         losses = criterion(outputs, goals)
@@ -141,7 +142,7 @@ def ours(variant: str, dtype: torch.dtype) -> dict[str, torch.Tensor]:
     result, norms = {}, []
     for step in range(STEPS):
         logits, predicted = model(images, padding)
-        total, parts = set_loss(logits, predicted, targets, torch.tensor(float(sum(COUNTS))), train.matcher, train.loss)
+        total, parts = set_loss(logits, predicted, targets, totals, train.matcher, train.loss)
         optimizer.zero_grad()
         total.backward()
         if step == 0:

@@ -21,8 +21,8 @@ ROWS = {
     },
     "matching": {"matcher", "matcher and loss, with gradients"},
     "train_step": {
-        "step", "step without attention dropout", "forward", "matcher and loss", "backward", "optimizer",
-        "peak MB, attention dropout 0.1", "peak MB, attention dropout 0.0",
+        f"coco-detr-r50: {what}"
+        for what in ("step", "peak memory", "forward", "matcher", "loss", "backward", "optimizer")
     },
 }  # fmt: skip
 
@@ -40,6 +40,9 @@ def test_a_measurement_runs(name):
     figures = result["figures"]
     assert figures.get("equal matches", True) is True
     assert all(value < 1e-5 for key, value in figures.items() if "difference" in key)
+    for side in [*figures.get("coco-detr-r50", {}).values(), *figures.get("demo", {}).values()]:
+        assert all(value > 0 for value in side["parts_milliseconds"].values())
+        assert 0 < side["utilisation_percent"] < 200  # of a smoke run
 
 
 def test_the_memory_of_annotations_is_measured():

@@ -176,7 +176,6 @@ def flip_one_bit(path):
 
 
 DAMAGES = {
-    "deleted": lambda path: path.unlink(),
     "empty": lambda path: path.write_bytes(b""),
     "cut": lambda path: path.write_bytes(path.read_bytes()[:-100]),
     "no_digest": lambda path: path.write_bytes(path.read_bytes()[:-32]),
@@ -191,9 +190,25 @@ def test_a_torn_state_is_passed_over_for_the_one_before(damage, tmp_path):
         save_state(state_of(step), path)
     before = path.read_bytes()
     DAMAGES[damage](path)
-    assert not path.exists() or path.read_bytes() != before
+    assert path.read_bytes() != before
+    with pytest.warns(
+        UserWarning, match="state is damaged and was moved to .*state.damaged; looking for the state before"
+    ):
+        assert load_state(path)["step"] == 1
+    assert not path.exists()
     assert load_state(path)["step"] == 1
     DAMAGES[damage](path.with_suffix(".previous"))
+    with pytest.warns(UserWarning, match="state.previous is damaged"):
+        assert load_state(path) is None
+
+
+def test_between_the_two_renames_the_state_before_is_there(tmp_path):
+    path = tmp_path / "state"
+    for step in (1, 2):
+        save_state(state_of(step), path)
+    path.unlink()
+    assert load_state(path)["step"] == 1
+    path.with_suffix(".previous").unlink()
     assert load_state(path) is None
 
 
@@ -216,7 +231,11 @@ def test_a_torn_state_never_costs_the_good_one_before(tmp_path):
     path.write_bytes(path.read_bytes()[:-100])
     with pytest.raises(TypeError, match="cannot pickle"):
         save_state({"generator": (k for k in range(3))}, path)
-    assert load_state(path)["step"] == 1
+    with pytest.warns(UserWarning, match="is damaged"):
+        assert load_state(path)["step"] == 1
+    save_state(state_of(2), path)
+    assert not path.with_suffix(".previous").read_bytes() == path.with_suffix(".damaged").read_bytes()
+    assert [load_state(file)["step"] for file in (path, path.with_suffix(".previous"))] == [2, 1]
 
 
 class Malicious:

@@ -3,90 +3,125 @@ import os
 import runpy
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import torch
 
 from detr.distributed import Process, process_group
+from tests.conftest import ROOT
 
-# Weight 1 for "no object": the class loss is normalised per process by the weights of its own targets, so with
-# another weight it equals that of one process only when the targets are shared out evenly. Size multiple 64: with
-# group norm the amount of padding counts, and shares of a batch are padded each on its own.
+# The padded size is one for all images, because how much padding an image has counts, and a micro-batch has its own.
 SCRIPT = """
 import json
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 
+from detr.backbone import BatchNorm
 from detr.coco import CocoDataset, ImageArchive, load_annotations
 from detr.distributed import process_group
 from detr.evaluate import detect_all
-from detr.loss import LossConfig
-from detr.matcher import MatcherConfig
-from detr.model import ModelConfig, build_model
-from detr.train import TrainConfig, fit
-from detr.transforms import TrainTransform, TransformConfig
+from detr.model import build_model
+from detr.train import fit
+from detr.transforms import TrainTransform
+from tests.conftest import TINY_MODEL, TINY_TRAIN
 
-TINY = ModelConfig("resnet10", 0.25, "group", "none", 32, "sine", 20.0, 32, 4, 64, 1, 2, 5, 0.0, 0.0, False)
-TRANSFORM = TransformConfig((64,), 64, 0.5, 0.0, (), (0, 0))
-CONFIG = TrainConfig(
-    0, "none", 2, 8, 1e-3, 1e-3, 1e-4, "cosine", 0, 2, 0.1, "float32", 64, 1, 0, 1.0,
-    MatcherConfig(1.0, 5.0, 2.0), LossConfig(1.0, 5.0, 2.0, 1.0, True), TRANSFORM,
-)
+CONFIG = replace(TINY_TRAIN, epochs=4, lr=1e-4, lr_backbone=1e-5, size_multiple=96, log_steps=1)
 
 
 def cut(image, boxes, labels, key):
     return image[:, : 64 + 7 * (key[1] % 5), : 96 - 9 * (key[1] % 3)], boxes, labels
 
 
-def measure(drawn, process):
+def measure(drawn, process, micro_batch, norm="frozen"):
     held_out = CocoDataset(load_annotations(drawn / "instances_val.json"), ImageArchive(drawn / "val.zip"), cut)
     annotations = load_annotations(drawn / "instances_train.json")
-    dataset = CocoDataset(annotations, ImageArchive(drawn / "train.zip"), TrainTransform(TRANSFORM, 0))
-    torch.manual_seed(0)
-    model = build_model(TINY, len(annotations.category_ids))
-    detections = detect_all(model, held_out, 2, 1, process)
-    rows = [report.row for report in fit(model, dataset, CONFIG, process)]
-    weights = sum(p.detach().double().abs().sum() for p in model.parameters()).item()
-    return {"rows": rows, "detections": detections, "weights": weights, "ranks": process.gather(process.rank)}
+    dataset = CocoDataset(annotations, ImageArchive(drawn / "train.zip"), TrainTransform(CONFIG.transform, 0))
+    torch.manual_seed(process.rank)  # the main process's weights are everybody's
+    model = build_model(replace(TINY_MODEL, backbone_norm=norm), len(annotations.category_ids))
+    rows, detections = [], []
+    for report in fit(model, dataset, replace(CONFIG, micro_batch=micro_batch), process):
+        rows += [report.row] if report.row else []
+        detections = detections or detect_all(report.model, held_out, 2, 1, process)
+    weights = sum(value.detach().double().abs().sum() for value in model.state_dict().values()).item()
+    return {"rows": rows, "weights": weights, "detections": detections}
+
+
+def normalized(process):
+    # Batch norm of this process's half or all of 8 images: result, gradients and statistics of all of them.
+    generator = torch.Generator().manual_seed(0)
+    x, slope = (3 + torch.randn(8, 4, 5, 6, generator=generator, dtype=torch.float64) for _ in range(2))
+    part = x.tensor_split(process.num_processes)[process.rank].requires_grad_()
+    norm = BatchNorm(4).double()
+    y = norm(part)
+    (y * slope.tensor_split(process.num_processes)[process.rank]).square().sum().backward()
+    by_image = [torch.cat(process.gather(value.detach())) for value in (y, part.grad)]
+    of_all = [process.sum(value.grad) for value in (norm.weight, norm.bias)]
+    return [value.flatten().tolist() for value in (*by_image, *of_all, norm.running_mean, norm.running_var)]
 
 
 if __name__ == "__main__":
-    drawn, output = map(Path, sys.argv[1:])
+    drawn, output, micro_batch = Path(sys.argv[1]), Path(sys.argv[2]), int(sys.argv[3])
     with process_group() as process:
-        result = measure(drawn, process)
+        result = {norm: measure(drawn, process, micro_batch, norm) for norm in sys.argv[4:]}
+        result["norm"] = normalized(process)
+        result["ranks"] = process.gather(process.rank)
+        result["said"] = process.share(f"by {process.rank}")
         (output / f"{process.rank}.json").write_text(json.dumps(result))
 """
 
 
-def test_two_processes_compute_what_one_does(drawn, tmp_path):
-    script = tmp_path / "measure.py"
-    script.write_text(SCRIPT)
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    root = str(Path(__file__).parent.parent)
+def torchrun(script, drawn, output, processes, micro_batch, *norms):
     done = subprocess.run(
-        [*torchrun, str(script), str(drawn), str(tmp_path)],
-        env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": root, "CUDA_VISIBLE_DEVICES": ""},
+        [
+            *(sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)),
+            *(str(script), str(drawn), str(output), str(micro_batch), *norms),
+        ],
+        env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": ""},
         capture_output=True,
         text=True,
         timeout=300,
         check=False,
     )
     assert done.returncode == 0, done.stderr
+    return [json.loads((output / f"{rank}.json").read_text()) for rank in range(processes)]
+
+
+@pytest.fixture(scope="module")
+def script(tmp_path_factory):
+    path = tmp_path_factory.mktemp("script") / "measure.py"
+    path.write_text(SCRIPT)
+    return path
+
+
+def assert_close(result, expected, norm_rel=1e-5):
+    assert len(result["rows"]) == len(expected["rows"]) == 12
+    for row, other in zip(result["rows"], expected["rows"], strict=True):
+        row_norm, other_norm = row.pop("grad_norm"), other["grad_norm"]
+        assert row == pytest.approx({name: other[name] for name in row}, rel=1e-5, abs=1e-12), other["step"]
+        assert row_norm == pytest.approx(other_norm, rel=norm_rel), other["step"]
+    assert result["weights"] == pytest.approx(expected["weights"], rel=1e-5)
+
+
+def test_any_number_of_processes_and_passes_computes_what_one_pass_does(script, drawn, tmp_path):
     torch.set_num_threads(1)
-    expected = runpy.run_path(str(script))["measure"](drawn, Process(0, 1, torch.device("cpu")))
-    results = [json.loads((tmp_path / f"{rank}.json").read_text()) for rank in range(2)]
+    functions, alone = runpy.run_path(str(script)), Process(0, 1, torch.device("cpu"))
+    measure, normalized = functions["measure"], functions["normalized"]
+    whole = measure(drawn, alone, 8)
+    for micro_batch in (4, 1):
+        assert_close(measure(drawn, alone, micro_batch), whole)
+    results = torchrun(script, drawn, tmp_path, 2, 4, "frozen", "batch")
     assert results[0] == results[1]
-    assert results[0]["ranks"] == [0, 1]
-    assert results[0]["detections"] == expected["detections"]
-    assert len(results[0]["rows"]) == len(expected["rows"]) == 6
-    for row, other in zip(results[0]["rows"], expected["rows"], strict=True):
-        for name, value in other.items():
-            if name != "class_error":  # a ratio of counts, which each process takes of its own share
-                assert row[name] == pytest.approx(value, rel=1e-5), (name, other["step"])
-    assert results[0]["weights"] == pytest.approx(expected["weights"], rel=1e-5)
+    assert (results[0]["ranks"], results[0]["said"]) == ([0, 1], "by 0")
+    assert_close(results[0]["frozen"], whole)
+    assert results[0]["frozen"]["detections"] == whole["detections"]
+    assert_close(results[0]["batch"], measure(drawn, alone, 8, "batch"), norm_rel=1e-3)
+    for share, expected in zip(results[0]["norm"], normalized(alone), strict=True):
+        assert share == pytest.approx(expected, rel=1e-12, abs=1e-12)
+    uneven = torchrun(script, drawn, tmp_path, 3, 1, "frozen")
+    assert_close(uneven[2]["frozen"], whole)
 
 
 def test_without_torchrun_a_process_is_alone(monkeypatch):
@@ -95,7 +130,8 @@ def test_without_torchrun_a_process_is_alone(monkeypatch):
     with process_group() as process:
         assert (process.rank, process.num_processes, process.is_main) == (0, 1, True)
         value = torch.tensor([1.0, 2.0])
-        assert torch.equal(process.mean(value), torch.tensor([1.0, 2.0]))
+        assert torch.equal(process.sum(value), torch.tensor([1.0, 2.0]))
+        assert process.share(value) is value
         assert process.gather({"a": 1}) == [{"a": 1}]
         assert not torch.distributed.is_initialized()
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from detr.batch import Targets
-from detr.loss import LossConfig, set_loss
+from detr.loss import LossConfig, batch_totals, set_loss
 from detr.matcher import MatcherConfig
 
 MATCHER = MatcherConfig(class_cost=1.0, box_cost=5.0, giou_cost=2.0)
@@ -29,7 +29,7 @@ def targets_of(*counts, seed=1):
 
 
 def loss_of(logits, boxes, targets, config=LOSS):
-    return set_loss(logits, boxes, targets, torch.tensor(float(max(1, sum(targets.counts)))), MATCHER, config)
+    return set_loss(logits, boxes, targets, batch_totals(targets, logits.shape[2]), MATCHER, config)
 
 
 def giou(a, b):
@@ -154,13 +154,33 @@ def test_class_error_is_the_percentage_of_matched_queries_with_a_wrong_class():
     assert loss_of(logits, targets.boxes_cxcywh[None, None], targets)[1]["class_error"] == 25
 
 
-def test_num_boxes_scales_the_box_losses_alone():
-    logits, boxes = predictions()
-    targets = targets_of(3, 1)
-    one, two = (set_loss(logits, boxes, targets, torch.tensor(n), MATCHER, LOSS)[1] for n in (4.0, 8.0))
-    torch.testing.assert_close(two["loss_box"] * 2, one["loss_box"])
-    torch.testing.assert_close(two["loss_giou"] * 2, one["loss_giou"])
-    assert torch.equal(two["loss_class"], one["loss_class"])
+@pytest.mark.filterwarnings("ignore:an image has:UserWarning")
+@pytest.mark.parametrize("counts", [(3, 1, 0, 2), (0, 0, 0, 0), (6, 5, 0, 1)])
+def test_the_parts_of_a_batch_add_up_to_the_whole(counts):
+    """However it is cut into micro-batches; with more targets than queries too."""
+    logits, boxes = (value.detach().double().requires_grad_() for value in predictions(num_images=4))
+    whole = targets_of(*counts)
+    totals = batch_totals(whole, logits.shape[2])
+    assert totals.tolist() == [4, sum(counts), sum(min(count, 4) for count in counts)]
+    expected, expected_parts = set_loss(logits, boxes, whole, totals, MATCHER, LOSS)
+    expected_gradients = torch.autograd.grad(expected, (logits, boxes))
+    for cuts in ((1, 3), (2, 2), (1, 1, 1, 1)):
+        loss, parts, start = 0.0, {}, 0
+        for size in cuts:
+            chosen = slice(start, start + size)
+            first, last = sum(counts[:start]), sum(counts[: start + size])
+            some = Targets.join(
+                whole.boxes_cxcywh[first:last].split(counts[chosen]), whole.labels[first:last].split(counts[chosen])
+            )
+            share, found = set_loss(logits[:, chosen], boxes[:, chosen], some, totals, MATCHER, LOSS)
+            loss = loss + share
+            parts = {name: parts.get(name, 0) + value for name, value in found.items()}
+            start += size
+        torch.testing.assert_close(loss, expected, rtol=1e-12, atol=1e-12)
+        torch.testing.assert_close(parts, expected_parts, rtol=1e-12, atol=1e-12)
+        torch.testing.assert_close(
+            torch.autograd.grad(loss, (logits, boxes)), expected_gradients, rtol=1e-9, atol=1e-12
+        )
 
 
 def test_half_precision_outputs_give_a_float32_loss():

@@ -17,6 +17,8 @@ CONFIGS = {
     "dilated": replace(TINY_MODEL, stride=16),
     "published_wavelengths": replace(TINY_MODEL, position_temperature=10000.0),
     "learned": replace(TINY_MODEL, position="learned"),
+    "no positions": replace(TINY_MODEL, position="none"),
+    "no encoder": replace(TINY_MODEL, num_encoder_layers=0),
     "pre_norm": replace(TINY_MODEL, pre_norm=True),
     "no_encoder": replace(TINY_MODEL, num_encoder_layers=0),
 }
@@ -209,7 +211,7 @@ def test_the_papers_models_have_the_authors_size(preset, billions, millions):
         ({"backbone": "resnet51"}, r"model.backbone is 'resnet51', expected one of \['resnet10', 'resnet18'"),
         ({"backbone_norm": "layer"}, r"model.backbone_norm is 'layer', expected one of \['frozen', 'batch', 'group'\]"),
         ({"stride": 8}, r"model.stride is 8, expected one of \[16, 32\]"),
-        ({"position": "none"}, r"model.position is 'none', expected one of \['sine', 'learned'\]"),
+        ({"position": "fixed"}, r"model.position is 'fixed', expected one of \['sine', 'learned', 'none'\]"),
         ({"num_decoder_layers": 0}, "model.num_decoder_layers and model.num_queries must be at least 1"),
         ({"num_queries": 0}, "model.num_decoder_layers and model.num_queries must be at least 1"),
         ({"dropout": 1.0}, "model.dropout is 1.0, expected a fraction"),

@@ -25,6 +25,7 @@ from detr.official import COCO_CATEGORIES, URLS, fetch, from_state, initialize, 
 from detr.train import TrainConfig, fit
 from detr.transforms import TrainTransform
 from pipelines.params import from_document, merged, to_yaml
+from pipelines.train import StopRequest
 from tests.conftest import ROOT, TINY, TINY_MODEL, call
 
 CONFIG = from_document(merged(ROOT, None, [*TINY, "train.evaluate_epochs=0"]), "train", TrainConfig)
@@ -433,7 +434,7 @@ class Silent:
     def put(self, *_):
         pass
 
-    close = put
+    put_picture = close = put
 
 
 @pytest.fixture
@@ -445,7 +446,7 @@ def trained(drawn, tmp_path, monkeypatch):
     def run(name, model=TINY_MODEL, **changes):
         config = replace(CONFIG, epochs=1, checkpoint_minutes=1.0, **changes)
         folders = (drawn, tmp_path / "passed.json", tmp_path / name, tmp_path / "scratch")
-        pipelines.train.train(model, config, *folders)
+        pipelines.train.train(model, config, *folders, StopRequest())
         return tmp_path / name
 
     return run

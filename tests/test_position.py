@@ -3,7 +3,7 @@ import math
 import pytest
 import torch
 
-from detr.position import LearnedPosition, SinePosition
+from detr.position import LearnedPosition, NoPosition, SinePosition
 
 
 def padding_of(sizes_hw, height, width):
@@ -61,3 +61,7 @@ def test_learned_encodings_have_an_end():
 def test_sine_encoding_refuses_an_odd_size():
     with pytest.raises(ValueError, match="hidden_dim is 30; .* multiple of 4"):
         SinePosition(30)
+
+
+def test_no_encoding_is_zero_for_any_size():
+    assert torch.equal(NoPosition(32)(padding_of([(2, 3), (4, 5)], 4, 5)), torch.zeros(2, 32, 4, 5))

@@ -1,6 +1,7 @@
 import random
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -236,6 +237,20 @@ def test_evaluation_shows_the_whole_image():
 def test_impossible_augmentations_are_refused(change, message):
     with pytest.raises(ValueError, match=f"train.transform.*{message}"):
         replace(SMALL, **change)
+
+
+def test_sizes_of_views_are_known_before_their_images_are_read():
+    transform = TrainTransform(SMALL, seed=3)
+    sizes_hw = np.array([(120, 160), (90, 60), (200, 100)] * 5)
+    sizes = transform.view_sizes(sizes_hw, 2)
+    assert sizes.shape == (15, 2)
+    for index, (height, width) in enumerate(sizes_hw.tolist()):
+        image, _, _ = transform(
+            picture((0, 0, 9, 9), (height, width))[0], torch.zeros(0, 4), torch.zeros(0), (2, index)
+        )
+        assert image.shape[1:] == tuple(sizes[index])
+        assert transform.view((height, width), (2, index)).size_hw == tuple(sizes[index])
+    assert (sizes != transform.view_sizes(sizes_hw, 3)).any()
 
 
 def test_without_crops_their_ranges_may_be_empty():
