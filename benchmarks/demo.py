@@ -1,4 +1,4 @@
-"""The demo's quality and time, seed by seed: python benchmarks/demo.py [--seeds 0 1 2] [--quick]
+"""The demo's quality and time, seed by seed: python benchmarks/demo.py [--seeds 0 1 2] [--set KEY=VALUE ...] [--quick]
 
 Each seed is a run in a fresh clone of the last commit, with its own drawn scenes and registry, from download to
 registration; no cache helps. Nothing else should run on the machine.
@@ -41,11 +41,12 @@ def run(seed: int, overrides: list[str]) -> dict[str, float]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="changes a parameter")
     parser.add_argument("--quick", action="store_true", help="a smoke run: one seed, a handful of images")
     arguments = parser.parse_args()
     rows = {}
     for seed in arguments.seeds[:1] if arguments.quick else arguments.seeds:
-        rows[seed] = run(seed, QUICK if arguments.quick else [])
+        rows[seed] = run(seed, [*(QUICK if arguments.quick else []), *arguments.set])
     print(f"{'seed':>6}" + "".join(f"{name:>10}" for name in ("AP", "AP50", "AP75", "seconds")))
     for seed, row in rows.items():
         print(f"{seed:>6}{row['AP']:>10.3f}{row['AP50']:>10.3f}{row['AP75']:>10.3f}{row['seconds']:>10.1f}")

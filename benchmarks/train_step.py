@@ -192,7 +192,9 @@ def measure(preset: str, arguments: argparse.Namespace, folder: Path) -> dict[st
 
     rounds = 1 if arguments.quick else arguments.rounds or (20 if gpu else 3)
     graphs = torch._dynamo.utils.counters["stats"]
-    steps, passes, figures = {}, {}, {}
+    steps: dict[str, Callable] = {}
+    passes: dict[str, Callable] = {}
+    figures: dict[str, Any] = {}
     for name, (_, build_step, batches) in sides.items():
         graphs.clear()
         steps[name] = build_step()

@@ -21,7 +21,7 @@ from pipelines.params import read_yaml, to_yaml
 from pipelines.stage import QUIET
 from pipelines.versions import DataVersion, locked
 
-STOP_SECONDS = 20
+STOP_SECONDS = 60  # enough for a training to finish its step and save its state
 
 
 class StageFailed(RuntimeError):

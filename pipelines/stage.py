@@ -52,7 +52,10 @@ def explain(error: Exception) -> str:
         return f"no permission for {error.filename}; make it writable for this user and run again"
     if isinstance(error, FileNotFoundError) and error.filename:
         return f"{error.filename} does not exist; run the stage that makes it: dvc repro"
-    return " ".join(str(error).split()) or type(error).__name__
+    said = str(error)
+    if "Original Traceback" in said:  # of a loader process
+        said = said.strip().splitlines()[-1].partition(": ")[2]
+    return " ".join(said.split()) or type(error).__name__
 
 
 class Progress(tqdm):

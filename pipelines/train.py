@@ -20,7 +20,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch.distributed.elastic.multiprocessing.api import SignalException
@@ -212,15 +212,20 @@ def launch(num_micro_batches: int) -> None:
     try:
         run(parse_args([*(["--standalone"] if alone else []), "-m", "pipelines.train", *sys.argv[1:]]))
     except SignalException:
-        sys.exit(PREEMPTED)
+        _end_as_asked()
     except ChildFailedError as error:
         failure = error.get_first_failure()[1]
         if failure.exitcode == PREEMPTED:
-            sys.exit(PREEMPTED)
+            _end_as_asked()
         message: Any = failure.message
         if isinstance(message, dict):  # of a process that recorded its exception
             message = message["message"].partition(": ")[2]
         raise RuntimeError(message) from None
+
+
+def _end_as_asked() -> NoReturn:
+    print("error: the training was asked to stop; the same command goes on from its last state", file=sys.stderr)
+    sys.exit(PREEMPTED)
 
 
 def die_with_parent() -> None:

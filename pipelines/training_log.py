@@ -75,6 +75,8 @@ class Log:
             "data_wait": round(report.data_wait, 4),
             "memory_gb": round(memory / 1e9, 3),
         }
+        if self.config.compile:
+            self.timing["compiled_graphs"] = torch._dynamo.utils.counters["stats"]["unique_graphs"]
         with self.timings.open("a") as file:
             file.write(json.dumps(self.timing) + "\n")
 
@@ -93,6 +95,8 @@ class Log:
         if self.timing:
             left = (report.total_steps - report.step) * self.config.batch_size / self.timing["images_per_second"]
             said += [speed, f"{self.timing['data_wait']:.0%} waiting for data", f"{left / 60:.0f} min left"]
+        if "compiled_graphs" in self.timing:
+            said.append(f"{self.timing['compiled_graphs']} compiled graphs")
         self.bar.say(", ".join(said))
 
     def is_judged(self) -> bool:
