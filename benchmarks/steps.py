@@ -2,7 +2,6 @@
 
 import math
 import time
-from collections import defaultdict
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -27,20 +26,19 @@ def synchronize() -> None:
 
 
 class Clock:
-    """Seconds between marks, added up by the name of the later one, once started; else a mark does nothing."""
+    """Seconds between marks, added up in `seconds` by the name of the later one; without it a mark does nothing."""
 
     def __init__(self) -> None:
-        self.running = False
+        self.start(None)
 
-    def start(self) -> None:
-        self.seconds: dict[str, float] = defaultdict(float)
-        self.running, self.last = True, time.perf_counter()
+    def start(self, seconds: dict[str, float] | None) -> None:
+        self.seconds, self.last = seconds, time.perf_counter()
 
     def mark(self, name: str) -> None:
-        if self.running:
+        if self.seconds is not None:
             synchronize()
             now = time.perf_counter()
-            self.seconds[name] += now - self.last
+            self.seconds[name] = self.seconds.get(name, 0.0) + now - self.last
             self.last = now
 
     def apart(self, match: Callable) -> Callable:

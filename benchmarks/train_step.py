@@ -7,9 +7,9 @@ model FLOP utilisation, peak memory, and where the time of a step goes. Both sid
 float32. Ours is as the preset trains it, on a GPU in bfloat16 and once more in float32; `--compile` compiles it, and
 the graphs made for all those sizes are counted; `--set model.attention_dropout=0` changes a parameter of it.
 
-- A step is timed from a padded batch in the CPU's memory on, with no wait but the step's own, sides in turn.
-- Its parts are timed in a run of their own that waits for the GPU at every mark and takes its data from the loaders:
-  `data` is the wait for them, with as many workers as a training has (DETR_WORKERS) for both sides.
+- A step is timed from a padded batch in the CPU's memory on, with no wait but the step's own. Its parts are timed on a
+  GPU in rounds of their own, which wait for it at every mark. `data` is the copy to the device and the wait for the
+  loader in a step loop, with as many workers as a training has (DETR_WORKERS) on both sides.
 - Model FLOPs are those of the products in the forward and backward passes over the padded batch
   (torch.utils.flop_counter); utilisation is their share of what one large matrix product, timed in the same run and in
   the step's precision, reaches on that device. On a GPU float32 is measured as TF32, which its convolutions use.
@@ -24,6 +24,7 @@ import contextlib
 import io
 import json
 import platform
+import statistics
 import subprocess
 import sys
 import tempfile
@@ -53,6 +54,7 @@ from pipelines.params import from_document, merged
 from pipelines.shapes import ShapesParams, write_shapes
 
 PARTS = ("data", "forward", "matcher", "loss", "backward", "optimizer")
+PASSES = 3  # over the loaders
 
 
 @dataclass(frozen=True)
@@ -90,7 +92,7 @@ def prepare(preset: str, arguments: argparse.Namespace, folder: Path) -> Setup:
     train = from_document(document, "train", TrainConfig)
     paper = arguments.sizes == "paper"
     batch = arguments.batch or (train.micro_batch if demo else 8 if DEVICE.type == "cuda" else 2)
-    num_batches = 1 if not paper else 2 if arguments.quick else 8
+    num_batches = 2 if arguments.quick else 8 if paper or demo else 1
     folder.mkdir()
     if demo:
         shapes = ShapesParams(**document["download"]["shapes"] | {"num_train": batch * num_batches, "num_val": 1})
@@ -117,17 +119,27 @@ def their_loader(setup: Setup, passes: int, num_workers: int) -> Iterable:
     return DataLoader(dataset, batch_sampler=batches, collate_fn=collate_fn, num_workers=num_workers)  # type: ignore[arg-type]
 
 
-def parts_of(step: Callable, batches: list, loader: Iterable, passes: int) -> dict[str, float]:
-    """Mean milliseconds of each part of a step over all passes but the first; one of ours takes the loader's batch."""
-    source = iter(loader)
-    for turn in range(passes * len(batches)):
-        if turn == len(batches):
-            CLOCK.start()
+def one_pass(step: Callable, batches: list, parts: list[dict[str, float]] | None) -> None:
+    """A step of every batch; adds the seconds of their parts to the list, if there is one."""
+    seconds: dict[str, float] = {}
+    CLOCK.start(None if parts is None else seconds)
+    for batch in batches:
+        step(batch)
+    synchronize()
+    CLOCK.start(None)
+    if parts is not None:
+        parts.append(seconds)
+
+
+def wait_seconds(step: Callable, batches: list, loader: Iterable) -> float:
+    """Mean wait for the next batch of the loader, after a pass to warm up. Ours are the batches it gives."""
+    source, waits = iter(loader), []
+    for turn in range(PASSES * len(batches)):
+        asked = time.perf_counter()
         arrived = next(source)
-        CLOCK.mark("data")
+        waits.append(time.perf_counter() - asked)
         step(arrived if isinstance(arrived, Batch) else batches[turn % len(batches)])
-    CLOCK.running = False
-    return {name: 1000 * CLOCK.seconds[name] / ((passes - 1) * len(batches)) for name in PARTS}
+    return statistics.mean(waits[len(batches) :])
 
 
 def model_flops(setup: Setup, sizes: list[tuple[int, ...]]) -> int:
@@ -176,7 +188,7 @@ def peak_megabytes(build_step: Callable[[], Callable], batches: list) -> float:
 def measure(preset: str, arguments: argparse.Namespace, folder: Path) -> dict[str, Any]:
     """The figures of each side; with `--memory SIDE` the peak memory of that one only."""
     setup = prepare(preset, arguments, folder)
-    gpu = DEVICE.type == "cuda"
+    gpu, graphs = DEVICE.type == "cuda", torch._dynamo.utils.counters["stats"]
     ours = [batch.pin_memory() if gpu else batch for batch in setup.loader(torch.device("cpu"))]
     precisions = {"ours": "bfloat16", "ours, float32": "float32"} if gpu else {"ours": setup.train.precision}
 
@@ -191,24 +203,31 @@ def measure(preset: str, arguments: argparse.Namespace, folder: Path) -> dict[st
         return {"peak_megabytes": peak_megabytes(*sides[arguments.memory][1:])}
 
     rounds = 1 if arguments.quick else arguments.rounds or (20 if gpu else 3)
-    graphs = torch._dynamo.utils.counters["stats"]
     steps: dict[str, Callable] = {}
     passes: dict[str, Callable] = {}
-    figures: dict[str, Any] = {}
+    marked: dict[str, Callable] = {}
+    figures: dict[str, Any] = {name: {} for name in sides}
+    seconds_of: dict[str, list[dict[str, float]]] = {name: [] for name in sides}
     for name, (_, build_step, batches) in sides.items():
-        graphs.clear()
         steps[name] = build_step()
-        passes[name] = partial(one_pass, steps[name], batches)
-        passes[name]()
-        figures[name] = {"compiled_graphs": graphs["unique_graphs"]} if arguments.compile else {}
+        passes[name] = partial(one_pass, steps[name], batches, None)
+        marked[name] = partial(one_pass, steps[name], batches, seconds_of[name])
+        if arguments.compile:
+            graphs.clear()
+            passes[name]()
+            figures[name] = {"compiled_graphs": graphs["unique_graphs"]}
     side = 256 if arguments.quick else 8192 if gpu else 3072
     peaks = {precision: peak_flops(precision, side) for precision, *_ in sides.values()}
-    seconds = interleaved(passes, rounds)
+    seconds = interleaved(passes if gpu else marked, rounds)  # a mark costs a CPU nothing
+    if gpu:
+        interleaved(marked, rounds)
     for name, (precision, _, batches) in sides.items():
         sizes = [tuple((batch.images if isinstance(batch, Batch) else batch[0]).shape) for batch in batches]
-        loader = setup.loader(DEVICE, 1 + rounds)
-        source = their_loader(setup, 1 + rounds, loader.loader.num_workers) if name == "authors" else loader
-        parts = parts_of(steps[name], batches, source, 1 + rounds)
+        loader = setup.loader(DEVICE, PASSES)
+        source = their_loader(setup, PASSES, loader.loader.num_workers) if name == "authors" else loader
+        medians = {part: statistics.median(each[part] for each in seconds_of[name][1:]) for part in PARTS}
+        parts = {part: 1000 * median / len(batches) for part, median in medians.items()}
+        parts["data"] += 1000 * wait_seconds(steps[name], batches, source)
         figures[name] |= {
             "precision": precision,
             "padded_sizes": sizes,
@@ -221,12 +240,6 @@ def measure(preset: str, arguments: argparse.Namespace, folder: Path) -> dict[st
             "matcher_and_loss_percent": 100 * (parts["matcher"] + parts["loss"]) / sum(parts.values()),
         }
     return figures
-
-
-def one_pass(step: Callable, batches: list) -> None:
-    for batch in batches:
-        step(batch)
-    synchronize()
 
 
 def in_own_process(preset: str, side: str) -> float:
@@ -249,7 +262,7 @@ def rows_of(figures: dict[str, Any]) -> dict[str, dict[str, float]]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--quick", action="store_true", help="a smoke run: small images, one round, the demo too")
     parser.add_argument("--presets", nargs="+", help="names in presets/, or demo; by default coco-detr-r50")
     parser.add_argument("--sizes", choices=("fixed", "paper"), default="paper" if DEVICE.type == "cuda" else "fixed")
@@ -260,8 +273,7 @@ def main() -> None:
     parser.add_argument("--memory", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     install()
-    figures: dict[str, Any] = {}
-    ratios = {}
+    figures, ratios = dict[str, Any](), {}
     with tempfile.TemporaryDirectory() as folder:
         for preset in arguments.presets or ["coco-detr-r50", *(["demo"] if arguments.quick else [])]:
             figures[preset] = measure(preset, arguments, Path(folder) / preset)
@@ -276,8 +288,8 @@ def main() -> None:
                 ratios[f"{preset}: {what.rpartition(',')[0]}"] = round(row["authors"] / row["ours"], 3)
                 print(f"{row['authors'] / row['ours']:>9.2f}x", end="")
             print()
-    processor = f"{platform.machine()} CPU, {torch.get_num_threads()} threads"
-    device = torch.cuda.get_device_name() if DEVICE.type == "cuda" else processor
+    cpu = f"{platform.machine()} CPU, {torch.get_num_threads()} threads"
+    device = torch.cuda.get_device_name() if DEVICE.type == "cuda" else cpu
     figures = {"device": device, "sizes": arguments.sizes, "set": arguments.set, **figures}
     figures = json.loads(json.dumps(figures), parse_float=lambda text: float(f"{float(text):.4g}"))
     print(json.dumps({"benchmark": "train_step", "ratios": {"authors": ratios}, "figures": figures}))

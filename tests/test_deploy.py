@@ -6,8 +6,10 @@ import re
 import shutil
 import signal
 import socket
+import sqlite3
 import subprocess
 import time
+from contextlib import closing
 
 import jsonschema
 import pytest
