@@ -11,6 +11,7 @@ import contextlib
 import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -41,8 +42,10 @@ PHASES = ("state", "step", "evaluation", "step", "start")
 
 
 def prepare(folder: Path, epochs: int) -> None:
-    """A folder that `python -m pipelines.train` runs in."""
+    """A folder that `python -m pipelines.train` runs in, with a copy of the code: an edit meanwhile changes nothing."""
     document = merged(ROOT, None, [*SMALL, f"train.epochs={epochs}"])
+    for name in ("detr", "pipelines"):
+        shutil.copytree(ROOT / name, folder / name, ignore=shutil.ignore_patterns("__pycache__"))
     (folder / "data/coco").mkdir(parents=True)
     write_shapes(from_document(document, "download", DownloadParams).shapes, folder / "data/coco")
     (folder / "params.yaml").write_text(to_yaml(document))
@@ -51,7 +54,7 @@ def prepare(folder: Path, epochs: int) -> None:
 
 
 def start(folder: Path, processes: int) -> subprocess.Popen[bytes]:
-    extra = {"PYTHONPATH": str(ROOT), "PET_NPROC_PER_NODE": str(processes), "PYTHONUNBUFFERED": "1"}
+    extra = {"PYTHONPATH": str(folder), "PET_NPROC_PER_NODE": str(processes), "PYTHONUNBUFFERED": "1"}
     env = os.environ | extra | {"MLFLOW_TRACKING_URI": "http://127.0.0.1:9", "CUDA_VISIBLE_DEVICES": ""}
     with (folder / "log").open("ab") as log:
         command = [sys.executable, "-m", "pipelines.train"]

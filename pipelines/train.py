@@ -25,6 +25,7 @@ from typing import Any, NoReturn
 import torch
 from torch.distributed.elastic.multiprocessing.api import SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, record
+from torch.distributed.elastic.rendezvous import RendezvousError
 
 from detr.checkpoint import Category, InputSize, load_state, save_model, write_atomically
 from detr.coco import CocoDataset, load_annotations
@@ -208,11 +209,15 @@ def launch(num_micro_batches: int) -> None:
     if not alone:
         os.environ.setdefault("PET_RDZV_BACKEND", "c10d")
         os.environ.setdefault("PET_MAX_RESTARTS", "10")
+        os.environ.setdefault("TORCH_DISABLE_SHARE_RDZV_TCP_STORE", "1")  # a node that joins later never finds it
     logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
     try:
         run(parse_args([*(["--standalone"] if alone else []), "-m", "pipelines.train", *sys.argv[1:]]))
     except SignalException:
         _end_as_asked()
+    except RendezvousError as error:
+        endpoint = os.environ.get("PET_RDZV_ENDPOINT", "the other nodes")
+        raise RuntimeError(f"{endpoint} does not answer ({error}); start the training on that host too") from error
     except ChildFailedError as error:
         failure = error.get_first_failure()[1]
         if failure.exitcode == PREEMPTED:

@@ -91,7 +91,6 @@ def theirs(variant: str, dtype: torch.dtype) -> dict[str, torch.Tensor]:
         [{"params": others}, {"params": backbone, "lr": LR_BACKBONE}], lr=LR, weight_decay=WEIGHT_DECAY
     )
     result, norms = {}, []
-    totals = batch_totals(targets, model.config.num_queries)
     for step in range(STEPS):
         outputs = model(authors.nested(images, padding))
         losses = criterion(outputs, goals)
@@ -136,6 +135,7 @@ def ours(variant: str, dtype: torch.dtype) -> dict[str, torch.Tensor]:
             value.copy_(filled(official_name(name), tuple(value.shape)))
     images, padding, boxes, labels = inputs(dtype)
     targets = Targets.join(boxes, labels)
+    totals = batch_totals(targets, model.config.num_queries)
     optimizer = build_optimizer(model, train)
     for group in optimizer.param_groups:
         group["lr"] = group["base_lr"]

@@ -39,10 +39,11 @@ STAND_INS = {
 
 @pytest.fixture(scope="module")
 def validated(tmp_path_factory):
-    """A small project whose data the init container of the pods has made. Copy it."""
-    overrides = ("train.epochs=6", "train.log_steps=1", "train.evaluate_epochs=0", "evaluate.num_pictures=0")
+    """A small project with MLflow's database, whose data the init container of the pods has made. Copy it."""
+    overrides = ("train.epochs=4", "train.evaluate_epochs=0", "evaluate.num_pictures=0")
     project = small_project(tmp_path_factory.mktemp("validated"), *overrides)
     call(project, *command(WORKER["template"]["spec"]["initContainers"][0]))
+    call(project, "python", "-c", "from pipelines.tracking import connect; connect()")
     return project
 
 

@@ -17,10 +17,10 @@ CONFIGS = {
     "dilated": replace(TINY_MODEL, stride=16),
     "published_wavelengths": replace(TINY_MODEL, position_temperature=10000.0),
     "learned": replace(TINY_MODEL, position="learned"),
-    "no positions": replace(TINY_MODEL, position="none"),
-    "no encoder": replace(TINY_MODEL, num_encoder_layers=0),
+    "no_positions": replace(TINY_MODEL, position="none"),
     "pre_norm": replace(TINY_MODEL, pre_norm=True),
     "no_encoder": replace(TINY_MODEL, num_encoder_layers=0),
+    "no_encoder_pre_norm": replace(TINY_MODEL, num_encoder_layers=0, pre_norm=True),
 }
 
 
