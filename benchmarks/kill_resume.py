@@ -2,8 +2,8 @@
 
 A small training by the real launcher, with dropout, averaged weights and evaluations, is ended by SIGKILL of its whole
 process group and started again, until it has been killed that often: at random moments of its start, of its steps, of
-evaluations, and while a state is written. Its weights, config and history must be byte for byte those of a training
-that nobody disturbed: on a CPU, with one process and with two, each killed `--kills` times.
+evaluations, and while a state is written, as told by what each kill left. Its weights, config and history must be byte
+for byte those of a training that nobody disturbed: on a CPU, with one process and two, each killed `--kills` times.
 """
 
 import argparse
@@ -22,6 +22,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import psutil
+
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 
@@ -38,7 +40,7 @@ SMALL = [
     "train.checkpoint_minutes=0.0",
 ]  # fmt: skip
 STEPS_PER_EPOCH = 8
-PHASES = ("state", "step", "evaluation", "step", "start")
+PHASES = ("state", "step", "evaluation", "launch", "state", "evaluation", "step", "start")
 
 
 def prepare(folder: Path, epochs: int) -> None:
@@ -76,34 +78,58 @@ def is_judged_next(folder: Path) -> bool:
     return False
 
 
-def is_writing(folder: Path) -> bool:
-    return any(folder.glob("scratch/*/.state.torch.*.partial")) or any(folder.glob("scratch/*/state.torch"))
+def torn(folder: Path) -> set[tuple[Path, int]]:
+    """Files of a state that is being written, or was when the training was killed, with their inodes."""
+    names = (".state.torch.*.partial", "state.torch")
+    found = set()
+    for path in (path for name in names for path in folder.glob(f"scratch/*/{name}")):
+        with contextlib.suppress(OSError):
+            found.add((path, path.stat().st_ino))
+    return found
 
 
-def kill_in(phase: str, victim: subprocess.Popen[bytes], folder: Path, rng: random.Random) -> bool:
-    """Ends the training at a random moment of the phase; false if it was through before."""
-    before = newest(folder)
+def has_workers(launcher: subprocess.Popen[bytes]) -> bool:
+    with contextlib.suppress(psutil.Error):
+        return any("pipelines.train" in child.cmdline() for child in psutil.Process(launcher.pid).children())
+    return False
 
-    def until(reached: Callable[[], bool]) -> None:
+
+def kill_in(phase: str, victim: subprocess.Popen[bytes], folder: Path, rng: random.Random) -> str | None:
+    """Ends the training at a random moment near the phase; what it hit, or None if the training was through before."""
+    before, torn_before = newest(folder), torn(folder)
+
+    def until(reached: Callable[[], object]) -> None:
         while victim.poll() is None and not reached():
             time.sleep(0.001)
 
-    if phase == "start":
+    if phase == "launch":  # of torchrun, before there are workers
         time.sleep(rng.uniform(0.5, 4.0))
+    elif phase == "start":  # of the workers
+        until(lambda: has_workers(victim))
+        time.sleep(rng.uniform(0.0, 4.0))
     else:
         until(lambda: newest(folder) != before)  # some progress, or the same moment would be killed for ever
         if phase == "step":
             time.sleep(rng.uniform(0.0, 1.5))
         elif phase == "state":
-            until(lambda: is_writing(folder))
+            until(lambda: torn(folder) - torn_before)
+            time.sleep(rng.uniform(0.0, 0.03))
         else:
             until(lambda: is_judged_next(folder))
             time.sleep(rng.uniform(0.0, 0.4))
-    alive = victim.poll() is None
-    if alive:
-        os.killpg(victim.pid, signal.SIGKILL)
+    if victim.poll() is not None:
+        return None
+    workers = psutil.Process(victim.pid).children(recursive=True)
+    os.killpg(victim.pid, signal.SIGKILL)
     victim.wait()
-    return alive
+    left = newest(folder)
+    if psutil.wait_procs(workers, timeout=60)[1] or (phase == "start" and newest(folder) != left):
+        raise RuntimeError(f"killed in {phase}, it left a process that trains on")
+    if torn(folder) - torn_before:
+        return "state"
+    if newest(folder) == before:
+        return "start" if workers else "launch"
+    return "evaluation" if is_judged_next(folder) else "step"
 
 
 def measure(folder: Path, processes: int, kills: int) -> tuple[Counter[str], bool]:
@@ -117,10 +143,11 @@ def measure(folder: Path, processes: int, kills: int) -> tuple[Counter[str], boo
     counts: Counter[str] = Counter()
     while sum(counts.values()) < kills:
         phase = PHASES[sum(counts.values()) % len(PHASES)]
-        if not kill_in(phase, start(killed, processes), killed, rng):
+        hit = kill_in(phase, start(killed, processes), killed, rng)
+        if hit is None:
             raise RuntimeError(f"it ended after {dict(counts)} kills: {(killed / 'log').read_text()[-2000:]}")
-        counts[phase] += 1
-        print(f"{processes} processes, kill {sum(counts.values())}: in {phase}", flush=True)
+        counts[hit] += 1
+        print(f"{processes} processes, kill {sum(counts.values())}: in {hit}", flush=True)
     if start(killed, processes).wait():
         raise RuntimeError((killed / "log").read_text()[-2000:])
     results = [[(side / "artifacts/train" / name).read_bytes() for name in OUTPUTS] for side in (whole, killed)]

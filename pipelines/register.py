@@ -53,8 +53,8 @@ def register(config: RegisterParams, output: Path) -> None:
         alias, reason = current_alias(client, version), "these weights were registered before"
     output.mkdir(parents=True, exist_ok=True)
     write_json(output / "version.json", {"name": tracking.MODEL, "version": int(version.version), "fingerprint": mark})
-    for name in ("state", "state.previous"):
-        (SCRATCH / mark / name).unlink(missing_ok=True)
+    for path in (SCRATCH / mark).glob("*state*"):
+        path.unlink(missing_ok=True)
     print(f"registered {tracking.MODEL} version {version.version} as {alias}: {reason}", flush=True)
 
 

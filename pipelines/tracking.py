@@ -53,13 +53,27 @@ def connect() -> "MlflowClient":
     uri = tracking_uri()
     mlflow.set_tracking_uri(uri)
     mlflow.set_registry_uri(uri)
-    client = mlflow.MlflowClient(uri, uri)
     try:
+        if not is_there():
+            make_database(Path(uri.removeprefix("sqlite:///")))
+        client = mlflow.MlflowClient(uri, uri)
         client.search_experiments(max_results=1)
     except Exception as error:
         reason = " ".join(str(error).split())[:300]
         raise ValueError(f"MLflow at {uri} is unreachable ({reason}); start it or unset MLFLOW_TRACKING_URI") from error
     return client
+
+
+def make_database(path: Path) -> None:
+    """Makes MLflow's SQLite file, whole or not at all: a process that ends in the middle would leave one for good."""
+    import mlflow
+
+    partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
+    partial.unlink(missing_ok=True)
+    mlflow.MlflowClient(f"sqlite:///{partial}", f"sqlite:///{partial}").search_experiments(max_results=1)
+    with contextlib.suppress(FileExistsError):  # another process was faster
+        os.link(partial, path)
+    partial.unlink()
 
 
 def find_run(client: "MlflowClient", fingerprint: str, name: str) -> str:

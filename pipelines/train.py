@@ -172,6 +172,8 @@ def alone_in(folder: Path, wait_seconds: float = 60.0) -> Iterator[None]:
                 print(f"{other}; waiting {wait_seconds:.0f} seconds for its end", flush=True)
                 said = True
             time.sleep(0.2)
+        for torn in folder.glob(".*.partial"):
+            torn.unlink()
         file.truncate(0)
         file.write(f"process {os.getpid()} on {platform.node()}\n")
         file.flush()
@@ -204,20 +206,22 @@ def launch(num_micro_batches: int) -> None:
     processes = min(torch.cuda.device_count() or 2, num_micro_batches)
     os.environ.setdefault("PET_NPROC_PER_NODE", str(processes))
     os.environ.setdefault("OMP_NUM_THREADS", "1")
+    os.environ["DETR_LAUNCHER"] = str(os.getpid())
     os.environ.setdefault("PET_SHUTDOWN_TIMEOUT", "60")  # seconds to finish the step and save
     alone = os.environ.get("PET_NNODES", "1") == "1" and "PET_RDZV_ENDPOINT" not in os.environ
     if not alone:
         os.environ.setdefault("PET_RDZV_BACKEND", "c10d")
-        os.environ.setdefault("PET_MAX_RESTARTS", "10")
+        os.environ.setdefault("PET_MAX_RESTARTS", "30")
         os.environ.setdefault("TORCH_DISABLE_SHARE_RDZV_TCP_STORE", "1")  # a node that joins later never finds it
-    logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
+    for name in [name for name in logging.root.manager.loggerDict if name.startswith("torch.distributed.elastic")]:
+        logging.getLogger(name).setLevel(logging.CRITICAL)
     try:
         run(parse_args([*(["--standalone"] if alone else []), "-m", "pipelines.train", *sys.argv[1:]]))
     except SignalException:
         _end_as_asked()
     except RendezvousError as error:
         endpoint = os.environ.get("PET_RDZV_ENDPOINT", "the other nodes")
-        raise RuntimeError(f"{endpoint} does not answer ({error}); start the training on that host too") from error
+        raise RuntimeError(f"no rendezvous at {endpoint} ({error}); is the training under way on that host?") from error
     except ChildFailedError as error:
         failure = error.get_first_failure()[1]
         if failure.exitcode == PREEMPTED:
@@ -237,6 +241,8 @@ def die_with_parent() -> None:
     """Asks Linux to end this process when torchrun is killed, so that no orphan trains on and writes results."""
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
+        if os.getppid() != int(os.environ.get("DETR_LAUNCHER", os.getppid())):  # killed while this one started
+            os._exit(1)
 
 
 @record

@@ -91,3 +91,23 @@ def test_the_scale_of_the_data_is_measured():
     assert result["ratios"]["files"].keys() == wanted
     assert result["figures"].keys() == wanted | {f"files_{name}" for name in wanted}
     assert all(value > 0 for value in result["figures"].values())
+
+
+def test_padding_is_measured():
+    result = json.loads(call(ROOT, sys.executable, "benchmarks/padding.py", "--quick").splitlines()[-1])
+    assert result["benchmark"] == "padding"
+    assert len(result["ratios"]["shuffled"]) == 18
+    assert all(ratio > 1.2 for ratio in result["ratios"]["shuffled"].values())
+
+
+def test_what_tracking_costs_is_measured():
+    result = json.loads(call(ROOT, sys.executable, "benchmarks/slow_tracking.py", "--quick").splitlines()[-1])
+    assert result["benchmark"] == "slow_tracking"
+    assert len(result["ratios"]["no tracking"]) == 6
+    assert all(ratio > 0 for ratio in result["ratios"]["no tracking"].values())
+
+
+def test_kills_change_no_bit():
+    result = json.loads(call(ROOT, sys.executable, "benchmarks/kill_resume.py", "--quick").splitlines()[-1])
+    assert result["benchmark"] == "kill_resume"
+    assert (result["figures"]["kills"], result["figures"]["identical"]) == (2, True)

@@ -354,3 +354,19 @@ def test_an_unreachable_server_is_named(monkeypatch):
         monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
         with pytest.raises(ValueError, match=r"MLflow at http://127.0.0.1:\d+ is unreachable .* start it or unset"):
             connect()
+
+
+def test_a_process_that_ends_while_the_database_is_made_leaves_none(tmp_path, monkeypatch):
+    """MLflow migrates a new file in dozens of steps; half of them would be an error for ever."""
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path}/mlflow.db")
+    code = "from pipelines.tracking import connect; connect()"
+    env = environment(PYTHONPATH=str(ROOT), MLFLOW_TRACKING_URI=f"sqlite:///{tmp_path}/mlflow.db")
+    with subprocess.Popen([sys.executable, "-c", code], env=env, stderr=subprocess.DEVNULL) as maker:
+        while not list(tmp_path.glob("mlflow.db.*.partial")):
+            assert maker.poll() is None
+            time.sleep(0.01)
+        maker.kill()
+    assert not (tmp_path / "mlflow.db").exists()
+    client = connect()
+    assert client.get_run(find_run(client, "abc", "train abc")).data.tags["fingerprint"] == "abc"
+    assert (tmp_path / "mlflow.db").exists()
