@@ -120,10 +120,10 @@ def train(
                     if process.share(log and log.has_stalled()):
                         break
         except NotFiniteError as error:
-            if not process.is_main:
-                raise
             evidence, place = error.evidence, folder / "not_finite.torch"
-            write_atomically(place, lambda file: torch.save(evidence, file))
+            if process.is_main:
+                write_atomically(place, lambda file: torch.save(evidence, file))
+            process.share(None)  # nobody ends, and has the others ended, before it is written
             raise FloatingPointError(f"{error}; state and gradient norms are in {place}") from error
         if log:
             log.save(report)
@@ -264,6 +264,7 @@ def sections() -> tuple[ModelConfig, TrainConfig]:
 
 def main() -> None:
     """Downloads and parses what is needed once on this node, before its processes start, and trains."""
+    StopRequest().listen()  # until torchrun listens itself
     config = sections()[1]
     fetch(config.initial_weights)
     for path in DATA.glob("instances_*.json"):

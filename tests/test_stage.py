@@ -52,6 +52,12 @@ def test_progress_is_a_bar_on_a_terminal():
         ),
         (ValueError("two\n  lines"), "two lines"),
         (RuntimeError(), "RuntimeError"),
+        (
+            RuntimeError(
+                "Caught it in a worker.\nOriginal Traceback (most recent call last):\n  f()\nValueError: a.jpg: bad\n"
+            ),
+            "a.jpg: bad",
+        ),
     ],
 )
 def test_an_error_is_one_line(error, message):

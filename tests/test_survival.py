@@ -12,6 +12,7 @@ from pathlib import Path
 
 import psutil
 import pytest
+import torch
 from safetensors.torch import load_file
 
 from benchmarks.kill_resume import OUTPUTS, is_judged_next, prepare
@@ -202,3 +203,17 @@ def test_the_best_weights_are_kept(folder):
     expected = load_file(folder / "artifacts/train/model.safetensors")
     assert [name for name, value in expected.items() if not (best[name] == value).all()] == []
     assert len({path.name for path in (folder / "scratch").iterdir()}) == 2
+
+
+def test_what_is_not_finite_leaves_evidence(folder):
+    change(folder, lr=1e30, lr_backbone=1e30, warmup_steps=0)
+    said = call(folder, *COMMAND, code=1, **quiet(processes=2))
+    (line,) = [line for line in said.splitlines() if line.startswith("error: ")]
+    assert "at step" in line
+    assert "Traceback" not in said
+    (path,) = folder.glob("scratch/*/not_finite.torch")
+    assert line.endswith(f"state and gradient norms are in {path.relative_to(folder)}")
+    evidence = torch.load(path, weights_only=True)
+    assert len(evidence["image_ids"]) == 8
+    assert evidence["state"]["step"] >= 1
+    assert not (folder / "artifacts/train").exists()
