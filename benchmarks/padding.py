@@ -22,7 +22,7 @@ from detr.transforms import TrainTransform
 from pipelines.params import from_document, merged
 
 BATCH = 64
-WINDOW = 1024  # train.group_window of the presets
+WINDOW = 1024  # train.group_window of presets/coco-detr-r50-fast.yaml
 WINDOWS = (64, 128, 256, 512, 1024, 2048)
 SIZES = {  # COCO's images by width and height: 260 of train2017, val2017 and val2014
     640: {480: 58, 427: 33, 426: 14, 428: 9, 424: 4, 425: 3, 429: 2, 444: 2, 449: 2, 478: 2, 479: 2, 483: 2, 359: 1,
