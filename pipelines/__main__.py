@@ -144,6 +144,18 @@ def main() -> None:
     one.add_argument("old", nargs="?", metavar="OLD", help="a commit")
     one.add_argument("new", nargs="?", metavar="NEW", help="a commit; without it, the working tree")
     one.add_argument("--json", action="store_true", help="print JSON")
+    one = verbs.add_parser("predict", help="detect objects in pictures with a registered model")
+    one.add_argument("paths", nargs="+", type=Path, metavar="IMAGE_OR_FOLDER")
+    one.add_argument("--model", default="champion", help="an alias or the number of a version")
+    one.add_argument("--threshold", type=float, default=0.5, help="lowest score that is shown")
+    one.add_argument("--output", type=Path, default=Path("scratch/predictions"))
+    one = verbs.add_parser("rollback", help="make the previous champion the champion again")
+    one = verbs.add_parser("compare", help="compare registered versions")
+    one.add_argument("versions", nargs="*", help="aliases or numbers; without any, champion and challenger")
+    one = verbs.add_parser("reproduce", help="make a registered version again, and say whether it is the same")
+    one.add_argument("model", help="models:/detr/3, models:/detr@champion, or only 3 or champion")
+    one = verbs.add_parser("table", help="print the paper's table as it is on this machine")
+    one.add_argument("--quick", action="store_true", help="fewer and smaller measurements")
     arguments = parser.parse_args()
 
     def act() -> None:
@@ -155,6 +167,26 @@ def main() -> None:
             print(params.to_yaml(document), end="")
         elif arguments.verb == "data":
             data(arguments.old, arguments.new, arguments.json)
+        elif arguments.verb == "predict":
+            from pipelines.predict import predict
+
+            predict(arguments.paths, arguments.model, arguments.threshold, arguments.output)
+        elif arguments.verb == "rollback":
+            from pipelines.registry import rollback
+
+            print(rollback())
+        elif arguments.verb == "compare":
+            from pipelines.compare import compare
+
+            print(compare(Path.cwd(), arguments.versions))
+        elif arguments.verb == "reproduce":
+            from pipelines.reproduce import reproduce
+
+            print(reproduce(Path.cwd(), arguments.model))
+        elif arguments.verb == "table":
+            from pipelines.table import table
+
+            print(table(Path.cwd(), arguments.quick))
         else:
             ui(arguments.which, arguments.port)
 

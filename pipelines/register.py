@@ -12,7 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from pipelines import params, tracking
-from pipelines.registry import champion, current_alias, decide, log_version, version_with
+from pipelines.packaging import log_version
+from pipelines.registry import champion, current_alias, decide, version_with
 from pipelines.stage import DATA, DOCS_DIGEST, command, write_json
 
 VALIDATED = Path("artifacts/validate")

@@ -59,7 +59,7 @@ def test_the_library_meets_nobody(path):
     [
         ("dvc", {"repro"}),
         ("prefect", {"flow"}),
-        ("mlflow", {"tracking", "registry", "served_model"}),
+        ("mlflow", {"packaging", "registry", "served_model", "tracking"}),
         ("great_expectations", {"validate"}),
         ("subprocess", {"repro", "register"}),
     ],
