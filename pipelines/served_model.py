@@ -17,12 +17,9 @@ from mlflow.pyfunc import PythonModel, PythonModelContext
 from detr.batch import Sample, collate, normalize
 from detr.checkpoint import load_model
 from detr.coco import decode
-from detr.evaluate import batches_of_one_size
 from detr.model import for_inference
 from detr.postprocess import postprocess
 from detr.transforms import EvalTransform
-
-MAX_BATCH = 16
 
 
 class Detector(PythonModel):
@@ -43,8 +40,7 @@ class Detector(PythonModel):
         threshold = float((params or {}).get("threshold", 0.5))
         samples = [self._sample(index, text) for index, text in enumerate(model_input["image"])]
         rows: dict[int, dict[str, list]] = {}
-        sizes_hw = [(sample.image.shape[1], sample.image.shape[2]) for sample in samples]
-        for indices in batches_of_one_size(sizes_hw, MAX_BATCH):
+        for indices in ([index] for index in range(len(samples))):
             batch = collate([samples[index] for index in indices], self.size_multiple)
             with torch.no_grad():
                 logits, boxes_cxcywh = self.model(normalize(batch.images, batch.padding), batch.padding)

@@ -50,7 +50,7 @@ def top_level(path):
 
 @pytest.mark.parametrize("path", sorted((ROOT / "detr").glob("*.py")), ids=lambda path: path.stem)
 def test_the_library_meets_nobody(path):
-    allowed = {"detr", "torch", "torchvision", "scipy", "numpy", "pycocotools", "safetensors"} | sys.stdlib_module_names
+    allowed = {"detr", "torch", "torchvision", "scipy", "numpy", "hotcoco", "safetensors"} | sys.stdlib_module_names
     assert top_level(path) <= allowed
 
 
