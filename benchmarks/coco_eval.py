@@ -1,8 +1,9 @@
 """COCO's numbers beside pycocotools: python benchmarks/coco_eval.py [--quick]
 
 Drawn ground truth and detections of COCO val2017's size: 5,000 images, 36,781 objects, 500,000 detections. Each side
-reads the same two JSON files in a process of its own, in turn: processor time, peak memory and the twelve numbers.
-Peers that are installed (faster-coco-eval, vernier) are measured too, and the bootstrap of 1,000 resamples is timed.
+reads the same ground truth and takes the same array of detections in a process of its own, in turn: processor time,
+peak memory and the twelve numbers.
+faster-coco-eval is measured too where it is installed, and the bootstrap of 1,000 resamples is timed.
 """
 
 import argparse
@@ -21,11 +22,11 @@ import numpy as np
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
 NUM_CATEGORIES = 80
-PEERS = {"pycocotools": "pycocotools", "faster-coco-eval": "faster_coco_eval", "vernier": "vernier"}
+PEERS = {"pycocotools": "pycocotools", "faster-coco-eval": "faster_coco_eval"}
 
 
 def draw(folder: Path, num_images: int, num_objects: int, per_image: int) -> None:
-    """Writes `truth.json` and `found.json`: a detector that finds much, doubles, mistakes and invents."""
+    """Writes `truth.json` and `found.npy`: a detector that finds much, doubles, mistakes and invents."""
     rng = np.random.default_rng(0)
     shares = 1 / np.arange(1, NUM_CATEGORIES + 1) ** 0.8
     shares /= shares.sum()
@@ -69,27 +70,17 @@ def draw(folder: Path, num_images: int, num_objects: int, per_image: int) -> Non
             else:
                 side, corner = np.exp(rng.normal(4, 1, 2)).clip(4, 400), rng.random(2) * [500, 400]
                 label, score = rng.choice(NUM_CATEGORIES, p=shares), rng.beta(1, 6)
-            box = np.r_[corner, side].round(2).tolist()
-            found.append(
-                {"image_id": image + 1, "category_id": ids[label], "bbox": box, "score": round(float(score), 6)}
-            )
-    (folder / "found.json").write_text(json.dumps(found))
+            found.append([image + 1, *np.r_[corner, side].round(2).tolist(), round(float(score), 6), ids[label]])
+    np.save(folder / "found.npy", np.array(found))
 
 
 def evaluate(side: str, folder: Path) -> list[float]:
     """COCO's twelve numbers of the two files."""
-    truth, found = folder / "truth.json", folder / "found.json"
+    truth, found = folder / "truth.json", np.load(folder / "found.npy")
     if side == "ours":
-        from detr.judge import coco_metrics, from_results
+        from detr.judge import coco_metrics
 
-        return list(coco_metrics(truth, from_results(json.loads(found.read_text()))).values())
-    if side == "vernier":
-        from vernier.instance import Bbox, CocoDataset, Evaluator  # type: ignore[import-not-found]
-
-        judged = Evaluator(iou=Bbox(), parity_mode="strict").evaluate(
-            CocoDataset.from_json(truth.read_bytes()), found.read_bytes()
-        )
-        return list(judged.stats)
+        return list(coco_metrics(truth, found).values())
     if side == "pycocotools":
         from pycocotools.coco import COCO
         from pycocotools.cocoeval import COCOeval
@@ -97,7 +88,7 @@ def evaluate(side: str, folder: Path) -> list[float]:
         from faster_coco_eval import COCO  # type: ignore[import-not-found]
         from faster_coco_eval import COCOeval_faster as COCOeval
     held = COCO(str(truth))
-    judge = COCOeval(held, held.loadRes(str(found)), "bbox")
+    judge = COCOeval(held, held.loadRes(found), "bbox")
     judge.evaluate()
     judge.accumulate()
     judge.summarize()
@@ -108,9 +99,8 @@ def measure(side: str, folder: Path) -> dict:
     """Processor seconds, peak memory and numbers of one side; imports are not counted, reading the files is."""
     if side == "bootstrap":
         from detr.bootstrap import bootstrap_ap, interval, match
-        from detr.judge import from_results
 
-        rows = from_results(json.loads((folder / "found.json").read_text()))
+        rows = np.load(folder / "found.npy")
         started = time.perf_counter()
         aps = bootstrap_ap([match(folder / "truth.json", rows)], 1000, seed=0)[0]
         numbers = list(interval(aps, 0.95))

@@ -18,7 +18,7 @@ from detr.judge import from_results
 IOU_THRESHOLDS = np.linspace(0.5, 0.95, 10)
 RECALL_THRESHOLDS = np.linspace(0, 1, 101)
 MAX_DETECTIONS = 100  # per image and category
-CHUNK = 250  # resamples at a time, which bounds memory
+CHUNK = 100  # resamples at a time, which bounds memory
 
 
 @dataclass(frozen=True)
@@ -114,11 +114,11 @@ def _assign(
 
 def weighted_ap(matches: Matches, weights: np.ndarray) -> np.ndarray:
     """AP (0..1) [R] when image i counts weights[i, r] times, -1 where nothing is to be found; weights are [N, R]."""
-    weights = weights.astype(np.float64)
+    weights = np.ascontiguousarray(weights, dtype=np.float64)
     total, present = np.zeros(weights.shape[1]), np.zeros(weights.shape[1])
     bounds = np.searchsorted(matches.category, np.arange(matches.objects.shape[1] + 1))
-    for k, (start, stop) in enumerate(pairwise(bounds.tolist())):
-        wanted = matches.objects[:, k].astype(np.float64) @ weights  # [R]
+    found = csr_array(matches.objects.T.astype(np.float64)) @ weights  # [C, R]
+    for wanted, (start, stop) in zip(found, pairwise(bounds.tolist()), strict=True):
         mean = np.zeros(weights.shape[1])
         for t in range(len(IOU_THRESHOLDS)):
             seen = ~matches.ignored[start:stop, t]

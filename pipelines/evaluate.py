@@ -28,6 +28,7 @@ from detr.judge import (
     limits,
     metrics_of,
     precision_of,
+    to_results,
 )
 from detr.transforms import EvalTransform
 from detr.visualize import beside_truth, draw_slots
