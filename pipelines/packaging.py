@@ -132,6 +132,7 @@ def detections_of(version: str, data_folder: Path) -> list[dict]:
     """
     root = str(Path(__file__).parent.parent)
     env = os.environ | {"MLFLOW_TRACKING_URI": tracking.tracking_uri()}
+    env.setdefault("OMP_NUM_THREADS", "1")  # as the evaluation: the number of threads shows in the last digits
     env["PYTHONPATH"] = os.pathsep.join([root, *filter(None, [env.get("PYTHONPATH")])])
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "detections.json"

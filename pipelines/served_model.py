@@ -5,6 +5,7 @@ MLflow packs this file and `detr/` into the model version and needs nothing else
 
 import base64
 import io
+import math
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -51,8 +52,8 @@ class Detector(PythonModel):
     def predict(
         self, context: PythonModelContext, model_input: pd.DataFrame, params: dict[str, Any] | None = None
     ) -> pd.DataFrame:
-        threshold = float((params or {}).get("threshold", 0.5))
-        if not 0 <= threshold <= 1:
+        threshold = (params or {}).get("threshold", 0.5)
+        if threshold is None or not 0 <= threshold <= 1:
             raise MlflowException.invalid_parameter_value(f"threshold is {threshold}, expected a score in 0..1")
         rows = [
             self.worker.submit(self._detect, index, text, threshold).result()
@@ -77,7 +78,9 @@ class Detector(PythonModel):
     def _sample(self, index: int, text: Any) -> Sample:
         try:
             if not isinstance(text, str):
-                raise ValueError(f"it is a {type(text).__name__}, expected the base64 text of a JPEG or PNG")
+                missing = text is None or (isinstance(text, float) and math.isnan(text))  # a column's null becomes NaN
+                got = "null" if missing else f"a {type(text).__name__}"
+                raise ValueError(f"it is {got}, expected the base64 text of a JPEG or PNG")
             data = _bytes(text)
             self._expect_size(data)
             image = decode(data, "it")

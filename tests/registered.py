@@ -2,7 +2,6 @@
 
 import base64
 import json
-import os
 import sys
 import zipfile
 from pathlib import Path
@@ -11,7 +10,6 @@ import torch
 
 from detr.checkpoint import Category, InputSize, save_model
 from detr.model import DETR
-from pipelines.stage import write_json
 from tests.conftest import ROOT, TINY_MODEL, call
 
 REGISTER = """
@@ -21,7 +19,7 @@ from pipelines import tracking
 from pipelines.packaging import log_version
 client = tracking.connect()
 run_id = tracking.find_run(client, sys.argv[2], sys.argv[2])
-version = log_version(run_id, Path(sys.argv[1]), sys.stdin.read() or sys.argv[3], {"fingerprint": sys.argv[2]})
+version = log_version(run_id, Path(sys.argv[1]), sys.argv[3], {"fingerprint": sys.argv[2]})
 client.set_registered_model_alias(tracking.MODEL, sys.argv[2], version.version)
 """
 
