@@ -286,8 +286,8 @@ def test_boxes_lie_where_they_are_said_to_be():
     answer = {"boxes": [[10.0, 5.0, 50.0, 35.0], [-20.0, 30.0, 90.0, 70.0]], "scores": [0.9, 0.8], "labels": ["é", "b"]}
     picture = np.asarray(Image.open(io.BytesIO(draw(file.getvalue(), answer, {}))))
     assert picture.shape == (40, 60, 3)
-    assert picture[33:36, 30].tolist().count([230, 25, 75]) == 2, "the lower edge of the first, two pixels wide"
-    assert picture[39, 2].tolist() == [60, 180, 75], "what lies outside is drawn at the border"
+    assert picture[33:36, 30].tolist() == [[0, 0, 0], *[[60, 180, 75]] * 2], "the lower edge of the surest, on top"
+    assert picture[39, 57].tolist() == [230, 25, 75], "what lies outside is drawn at the border"
     assert picture[2, 2].tolist() == [0, 0, 0]
     assert not np.asarray(
         Image.open(io.BytesIO(draw(file.getvalue(), {"boxes": [], "scores": [], "labels": []}, {})))
