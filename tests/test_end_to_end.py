@@ -83,24 +83,6 @@ def test_the_tables_fit_the_metrics(project):
     assert len(table("errors")) == 6
 
 
-def test_dvc_shows_plots_and_differences_of_metrics(project, tmp_path):
-    call(project, "dvc", "plots", "show", "--out", str(tmp_path / "plots"))
-    page = (tmp_path / "plots/index.html").read_text()
-    for title in ("AP per class", "Precision and recall", "What limits AP50", "AP per decoder layer", "Confusion"):
-        assert title in page
-    assert "slots.png" in page
-    call(project, "git", "add", "dvc.lock")
-    call(project, "git", "-c", "user.name=t", "-c", "user.email=t@localhost", "commit", "--quiet", "-m", "lock")
-    metrics = project / "artifacts/evaluate/metrics.json"
-    before = metrics.read_bytes()
-    call(project, "dvc", "unprotect", "artifacts/evaluate/metrics.json")
-    metrics.write_text(json.dumps(json.loads(before) | {"AP": 0.9}))
-    changed = json.loads(call(project, "dvc", "metrics", "diff", "--json"))
-    assert changed["artifacts/evaluate/metrics.json"]["AP"]["new"] == 0.9
-    call(project, "dvc", "checkout", "--force", "artifacts/evaluate/metrics.json")
-    assert metrics.read_bytes() == before
-
-
 def test_two_processes_evaluate_to_the_same_bytes(project, tmp_path):
     for item in ("pipelines", "detr", "data", "artifacts/train", "params.yaml"):
         copy = shutil.copytree if (project / item).is_dir() else shutil.copy
@@ -234,6 +216,22 @@ def test_an_override_runs_in_a_worktree_and_is_a_commit(project, tmp_path):
     assert "num_queries: 9" in (other / "params.yaml").read_text()
     assert len(read(other, "artifacts/evaluate/detections.json")) == 9 * 16
     call(project, "git", "worktree", "remove", "--force", str(other))
+
+
+def test_dvc_shows_plots_and_differences_of_metrics(project, tmp_path):
+    call(project, "dvc", "plots", "show", "--out", str(tmp_path / "plots"))
+    page = (tmp_path / "plots/index.html").read_text()
+    for title in ("AP per class", "Precision and recall", "What limits AP50", "AP per decoder layer", "Confusion"):
+        assert title in page
+    assert "slots.png" in page
+    metrics = project / "artifacts/evaluate/metrics.json"
+    before = metrics.read_bytes()
+    call(project, "dvc", "unprotect", "artifacts/evaluate/metrics.json")
+    metrics.write_text(json.dumps(json.loads(before) | {"AP": 0.9}))
+    changed = json.loads(call(project, "dvc", "metrics", "diff", "--json"))
+    assert changed["artifacts/evaluate/metrics.json"]["AP"]["new"] == 0.9
+    call(project, "dvc", "checkout", "--force", "artifacts/evaluate/metrics.json")
+    assert metrics.read_bytes() == before
 
 
 def test_the_demos_benchmark_runs(project):
