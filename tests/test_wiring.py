@@ -61,7 +61,7 @@ def test_the_library_meets_nobody(path):
         ("prefect", {"flow"}),
         ("mlflow", {"packaging", "registry", "served_model", "tracking"}),
         ("great_expectations", {"validate"}),
-        ("subprocess", {"repro", "register"}),
+        ("subprocess", {"packaging", "register", "repro"}),
     ],
 )
 def test_each_tool_has_one_home(package, homes):
