@@ -178,8 +178,11 @@ def judge(client: Any, version: Any, detections: list[dict], data: Path, config:
 
     if best is None:
         return decide(alone()[1], None, None, config)
-    theirs, source = champions_matches(client, best, version, annotations, data)
     number = str(best.version)
+    if best.tags.get("weights_sha256", "") == version.tags.get("weights_sha256"):
+        note = f"version {number}, the champion, has the same weights and lost its files"
+        return decide(alone()[1], None, None, config, note)
+    theirs, source = champions_matches(client, best, version, annotations, data)
     if theirs is not None:
         aps = bootstrap_ap([own, theirs], config.num_resamples, config.seed)
         candidate = judged(str(version.version), own, aps[0], names, config.confidence)
