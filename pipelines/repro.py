@@ -1,5 +1,6 @@
 """The only module that calls DVC and git: runs stages, and keeps other people's working directories untouched."""
 
+import errno
 import fcntl
 import os
 import pty
@@ -228,7 +229,12 @@ def worktree_at(root: Path, name: str, commit: str) -> Iterator[Path]:
     """
     place = _cleared(root) / name
     try:
-        _git(root, "-c", f"core.hooksPath={os.devnull}", "worktree", "add", "--detach", str(place), commit)
+        try:
+            _git(root, "-c", f"core.hooksPath={os.devnull}", "worktree", "add", "--detach", str(place), commit)
+        except ValueError as error:
+            if "unable to write" in str(error):
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(place)) from error
+            raise
         _share_settings(root, place)
         yield place
     finally:

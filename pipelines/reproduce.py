@@ -4,6 +4,7 @@ import hashlib
 import json
 import os
 import platform
+import re
 import signal
 import sys
 import time
@@ -103,14 +104,20 @@ def commit_of(root: Path, registered: Registered) -> str:
 
 def differences_here(tags: dict[str, str]) -> list[str]:
     """What of libraries and hardware is not as it was when the version was made."""
+    import torch
+
     here = {"python": platform.python_version(), "machine": f"{platform.machine()}, {os.cpu_count()} cores"}
+    here["gpus"] = ", ".join(torch.cuda.get_device_name(k) for k in range(torch.cuda.device_count())) or "none"
+    info = Path("/proc/cpuinfo")
+    names = re.findall(r"^model name\s*:\s*(.+)$", info.read_text(), re.MULTILINE) if info.exists() else []
+    here["processor"] = names[0] if names else platform.processor() or platform.machine()
     for name in LIBRARIES:
         with suppress(PackageNotFoundError):
             here[name] = installed(name)
     return [
         f"{name} is {here.get(name, 'not installed')} here, {tags[name]} there: the bits may differ"
-        for name in ("machine", "python", *LIBRARIES)
-        if name in tags and tags[name] != here.get(name)
+        for name in ("machine", "processor", "gpus", "python", *LIBRARIES)
+        if name in tags and tags[name] != here.get(name, "not installed")
     ]
 
 
@@ -135,14 +142,18 @@ def fetch(client: Any, registered: Registered, folder: Path) -> None:
         try:
             registered.files[name] = tracking.download_artifact(uri, folder)
         except ValueError as error:
-            lost = ": uncommitted changes that were part of it, other than of params.yaml, are lost"
-            registered.warnings.append(f"{error}{lost if name == 'git.diff' else ''}")
+            if name != "git.diff":
+                registered.warnings.append(str(error))
+            elif "git_diff_sha256" in registered.tags or "params_sha256" not in registered.tags:
+                lost = "uncommitted changes that were part of it, other than of params.yaml, are lost"
+                registered.warnings.append(f"{lost}: {error}")
 
 
 def restore(root: Path, place: Path, registered: Registered) -> None:
     """Code, params.yaml and dvc.lock as they were when the version was registered; its commit may be older."""
     tags, files, warnings = registered.tags, registered.files, registered.warnings
-    if diff := files.get("git.diff"):
+    diff = files.get("git.diff")
+    if diff:
         kept = ("params.yaml",) if "params.yaml" in files else ()
         try:
             repro.apply(place, diff, ("dvc.lock", *kept))
@@ -155,8 +166,9 @@ def restore(root: Path, place: Path, registered: Registered) -> None:
     if "dvc.lock" not in files and lock.exists() and tracking.sha256(lock) != tags.get("dvc_lock_sha256"):
         lock.unlink()
         warnings.append("the dvc.lock of its commit is of an earlier run: its data are made anew")
-    if "params_sha256" in tags and tracking.sha256(params) != tags["params_sha256"]:
-        warnings.append("params.yaml is not the one that its tag params_sha256 names")
+    for file, tag in ((params, "params_sha256"), (lock, "dvc_lock_sha256"), (diff, "git_diff_sha256")):
+        if tag in tags and file and file.exists() and tracking.sha256(file) != tags[tag]:
+            warnings.append(f"{file.name} is not the one that its tag {tag} names")
     document = read_yaml(params)
     before = to_yaml(document)
     with suppress(AttributeError, KeyError, TypeError):  # of code with other parameters
@@ -169,16 +181,15 @@ def make(place: Path, registered: Registered) -> dict[str, Any]:
     """Runs the version's stages and compares: the verdict with its reasons. Other data end it before the training."""
     stages = read_yaml(place / "dvc.yaml")["stages"]
     order = chain(stages, METRICS, {})
-    if not {WEIGHTS, METRICS} <= {out for name in order for out in outs(stages[name])}:
-        raise ValueError(
-            f"dvc.yaml of the version's commit makes no {WEIGHTS} and {METRICS}; use the code of that time"
-        )
+    trains, validates = makers(stages, WEIGHTS), makers(stages, PASSED)
+    if not trains or not order:
+        raise ValueError(f"dvc.yaml of the version's commit does not make {WEIGHTS} and {METRICS}")
     lock = read_yaml(place / "dvc.lock") if (place / "dvc.lock").exists() else {}
     md5s = {out["path"]: out.get("md5") for stage in lock.get("stages", {}).values() for out in stage.get("outs", [])}
     data: dict[str, str] = {}
     for name in order:
         made = outs(stages[name])
-        if not order[name] and WEIGHTS not in made and (where := repro.obtain(name, made, place, say)):
+        if not order[name] and name not in trains and (where := repro.obtain(name, made, place, say)):
             data[name] = f"from the DVC {where}"
         else:
             data |= {name: "made anew"} if not order[name] else {}
@@ -186,7 +197,7 @@ def make(place: Path, registered: Registered) -> dict[str, Any]:
             env = {"MLFLOW_TRACKING_URI": f"sqlite:///{place / 'mlflow.db'}"}
             repro.reproduce(name, place, say, True, ("--no-run-cache", "--no-commit"), env)
         other = [path for path in made if not order[name] and md5s.get(path) and not has_md5(place / path, md5s[path])]
-        if other or (PASSED in made and (other := other_digest(place, registered))):
+        if other or (name in validates and (other := other_digest(place, registered))):
             where = f"before the training: not the data of the version: {', '.join(other)}"
             return {"verdict": verdict.DIFFERENT, "first_difference": where, "data": ", ".join(data.values())}
     check_fingerprint(place, registered)
