@@ -52,8 +52,7 @@ def register(config: RegisterParams, output: Path) -> None:
         publish(client, run_id, mark, metrics, lineage, diff)
         version = registry.version_with(client, lineage["weights_sha256"])
         if version is None:
-            if (rate := speed()) is not None:
-                client.log_metric(run_id, "images_per_second", rate)
+            client.log_metric(run_id, "images_per_second", speed())
             tags = lineage | {name: str(value) for name, value in metrics.items()}
             check()
             version = log_version(run_id, TRAINED, example_image(), tags | {"fingerprint": mark, "run_id": run_id})
@@ -229,25 +228,19 @@ def training_seconds(history: list[dict[str, float]], timings: list[dict[str, fl
     return sum((step - before) * batch_size / rate[step] for before, step in zip([0, *steps], steps, strict=False))
 
 
-def speed() -> float | None:
+def speed() -> float:
     """Images per second of this model on this machine, one at a time, at the size of the first validation image."""
     import torch
 
     from detr.checkpoint import load_model
     from detr.coco import load_annotations
-    from detr.transforms import EvalTransform
+    from detr.speed import images_per_second
+    from detr.transforms import fit_size
 
-    try:
-        from detr.speed import images_per_second  # type: ignore[import-not-found]
-    except ImportError:
-        return None
     model, _, size = load_model(TRAINED)
     height, width = load_annotations(DATA / "instances_val.json").sizes_hw[0].tolist()
-    image, _, _ = EvalTransform(size.short, size.max_size)(
-        torch.zeros(3, height, width, dtype=torch.uint8), torch.zeros(0, 4), torch.zeros(0, dtype=torch.int64)
-    )
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    return float(images_per_second(model, (image.shape[1], image.shape[2]), device))
+    return images_per_second(model, fit_size((height, width), size.short, size.max_size), device)
 
 
 def example_image() -> str:

@@ -47,8 +47,10 @@ def read(project, path):
 
 def test_dvc_repro_makes_every_output(project):
     metrics = read(project, "artifacts/evaluate/metrics.json")
-    assert tuple(metrics) == (*METRICS, "AP_low", "AP_high")
-    assert all(-1 <= value <= 1 for value in metrics.values())
+    assert tuple(metrics) == (*METRICS, "AP_low", "AP_high", "parameters_millions", "gflops")
+    assert all(-1 <= metrics[name] <= 1 for name in METRICS)
+    assert 0 < metrics["parameters_millions"] < 1
+    assert 0 < metrics["gflops"] < 1
     assert metrics["AP_low"] <= metrics["AP"] <= metrics["AP_high"]
     version = read(project, "artifacts/register/version.json")
     assert (version["name"], version["version"]) == ("detr", 1)
