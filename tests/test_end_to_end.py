@@ -134,9 +134,12 @@ def test_mlflow_shows_what_the_files_hold(project, monkeypatch):
         logged = [(m.step, m.value) for m in client.get_metric_history(run.info.run_id, f"train/{name}")]
         assert logged == [(row["step"], row[name]) for row in rows]
     assert len(client.get_metric_history(run.info.run_id, "train/images_per_second")) == len(rows)
-    assert {name: run.data.metrics[name] for name in (*METRICS, "AP_low", "AP_high")} == read(
-        project, "artifacts/evaluate/metrics.json"
-    )
+    metrics = read(project, "artifacts/evaluate/metrics.json")
+    assert {name: run.data.metrics[name] for name in metrics} == metrics
+    with (project / "artifacts/evaluate/per_class.csv").open() as file:
+        per_class = {row["name"]: float(row["AP"]) for row in csv.DictReader(file)}
+    assert {f"class_AP/{name}": ap for name, ap in per_class.items() if ap >= 0}.items() <= run.data.metrics.items()
+    assert run.data.metrics["images_per_second"] > 0
     assert run.data.metrics["val/AP"] == pytest.approx(run.data.metrics["AP"], abs=1e-6)
     assert run.data.params["train.epochs"] == "2"
     stored = {artifact.path for artifact in client.list_artifacts(run.info.run_id)}
