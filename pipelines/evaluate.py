@@ -30,13 +30,15 @@ from detr.judge import (
     precision_of,
     to_results,
 )
-from detr.transforms import EvalTransform
+from detr.speed import count_parameters, gflops
+from detr.transforms import EvalTransform, fit_size
 from detr.visualize import beside_truth, draw_slots
 from pipelines import figures, params
 from pipelines.stage import DATA, Progress, command, write_json
 
 MODEL_FOLDER = Path("artifacts/train")
 OUTPUT = Path("artifacts/evaluate")
+NUM_SIZES = 100  # of images whose multiply-adds are counted, as in the paper's table 1
 NUM_SLOTS = 20  # of the queries whose boxes are shown, as in the paper's figure 7
 
 
@@ -75,6 +77,10 @@ def evaluate(config: EvaluateParams, data: Path, model_folder: Path, output: Pat
     metrics = metrics_of(judges[-1])
     resampled = bootstrap_ap([match(truth, layers[-1])], config.num_resamples, config.seed)[0]
     metrics["AP_low"], metrics["AP_high"] = interval(resampled, config.confidence)
+    metrics["parameters_millions"] = count_parameters(model) / 1e6
+    if len(dataset):
+        first = annotations.sizes_hw[:NUM_SIZES].tolist()
+        metrics["gflops"] = gflops(model, [fit_size((h, w), size.short, size.max_size) for h, w in first])
     output.mkdir(parents=True, exist_ok=True)
     write_json(output / "detections.json", to_results(layers[-1]))
     write_json(output / "metrics.json", {name: round(value, 6) for name, value in metrics.items()})

@@ -47,8 +47,10 @@ def read(project, path):
 
 def test_dvc_repro_makes_every_output(project):
     metrics = read(project, "artifacts/evaluate/metrics.json")
-    assert tuple(metrics) == (*METRICS, "AP_low", "AP_high")
-    assert all(-1 <= value <= 1 for value in metrics.values())
+    assert tuple(metrics) == (*METRICS, "AP_low", "AP_high", "parameters_millions", "gflops")
+    assert all(-1 <= metrics[name] <= 1 for name in METRICS)
+    assert 0 < metrics["parameters_millions"] < 1
+    assert 0 < metrics["gflops"] < 1
     assert metrics["AP_low"] <= metrics["AP"] <= metrics["AP_high"]
     version = read(project, "artifacts/register/version.json")
     assert (version["name"], version["version"]) == ("detr", 1)
@@ -81,24 +83,6 @@ def test_the_tables_fit_the_metrics(project):
     mean = sum(float(row[f"{0.5 + 0.05 * k:.2f}"]) for row in curve for k in range(10)) / 1010
     assert mean == pytest.approx(metrics["AP"], abs=1e-5)
     assert len(table("errors")) == 6
-
-
-def test_dvc_shows_plots_and_differences_of_metrics(project, tmp_path):
-    call(project, "dvc", "plots", "show", "--out", str(tmp_path / "plots"))
-    page = (tmp_path / "plots/index.html").read_text()
-    for title in ("AP per class", "Precision and recall", "What limits AP50", "AP per decoder layer", "Confusion"):
-        assert title in page
-    assert "slots.png" in page
-    call(project, "git", "add", "dvc.lock")
-    call(project, "git", "-c", "user.name=t", "-c", "user.email=t@localhost", "commit", "--quiet", "-m", "lock")
-    metrics = project / "artifacts/evaluate/metrics.json"
-    before = metrics.read_bytes()
-    call(project, "dvc", "unprotect", "artifacts/evaluate/metrics.json")
-    metrics.write_text(json.dumps(json.loads(before) | {"AP": 0.9}))
-    changed = json.loads(call(project, "dvc", "metrics", "diff", "--json"))
-    assert changed["artifacts/evaluate/metrics.json"]["AP"]["new"] == 0.9
-    call(project, "dvc", "checkout", "--force", "artifacts/evaluate/metrics.json")
-    assert metrics.read_bytes() == before
 
 
 def test_two_processes_evaluate_to_the_same_bytes(project, tmp_path):
@@ -150,9 +134,12 @@ def test_mlflow_shows_what_the_files_hold(project, monkeypatch):
         logged = [(m.step, m.value) for m in client.get_metric_history(run.info.run_id, f"train/{name}")]
         assert logged == [(row["step"], row[name]) for row in rows]
     assert len(client.get_metric_history(run.info.run_id, "train/images_per_second")) == len(rows)
-    assert {name: run.data.metrics[name] for name in (*METRICS, "AP_low", "AP_high")} == read(
-        project, "artifacts/evaluate/metrics.json"
-    )
+    metrics = read(project, "artifacts/evaluate/metrics.json")
+    assert {name: run.data.metrics[name] for name in metrics} == metrics
+    with (project / "artifacts/evaluate/per_class.csv").open() as file:
+        per_class = {row["name"]: float(row["AP"]) for row in csv.DictReader(file)}
+    assert {f"class_AP/{name}": ap for name, ap in per_class.items() if ap >= 0}.items() <= run.data.metrics.items()
+    assert run.data.metrics["images_per_second"] > 0
     assert run.data.metrics["val/AP"] == pytest.approx(run.data.metrics["AP"], abs=1e-6)
     assert run.data.params["train.epochs"] == "2"
     stored = {artifact.path for artifact in client.list_artifacts(run.info.run_id)}
@@ -234,6 +221,22 @@ def test_an_override_runs_in_a_worktree_and_is_a_commit(project, tmp_path):
     assert "num_queries: 9" in (other / "params.yaml").read_text()
     assert len(read(other, "artifacts/evaluate/detections.json")) == 9 * 16
     call(project, "git", "worktree", "remove", "--force", str(other))
+
+
+def test_dvc_shows_plots_and_differences_of_metrics(project, tmp_path):
+    call(project, "dvc", "plots", "show", "--out", str(tmp_path / "plots"))
+    page = (tmp_path / "plots/index.html").read_text()
+    for title in ("AP per class", "Precision and recall", "What limits AP50", "AP per decoder layer", "Confusion"):
+        assert title in page
+    assert "slots.png" in page
+    metrics = project / "artifacts/evaluate/metrics.json"
+    before = metrics.read_bytes()
+    call(project, "dvc", "unprotect", "artifacts/evaluate/metrics.json")
+    metrics.write_text(json.dumps(json.loads(before) | {"AP": 0.9}))
+    changed = json.loads(call(project, "dvc", "metrics", "diff", "--json"))
+    assert changed["artifacts/evaluate/metrics.json"]["AP"]["new"] == 0.9
+    call(project, "dvc", "checkout", "--force", "artifacts/evaluate/metrics.json")
+    assert metrics.read_bytes() == before
 
 
 def test_the_demos_benchmark_runs(project):
