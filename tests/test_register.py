@@ -256,7 +256,7 @@ def test_the_better_takes_the_place_an_equal_does_not_and_protection_holds(proje
 
 MOMENTS = [
     "log_artifacts after 1",
-    "create_logged_model after 1",
+    "log_model_artifacts after 1",
     "_create_model_version before 1",
     "_create_model_version after 1",
     "set_model_version_tag after 1",
