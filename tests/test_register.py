@@ -59,11 +59,10 @@ def run(folder, uri, command=COMMAND, code=0, **extra):
 
 
 def the_error(said):
-    """The only line of error, which is the last."""
+    """The only line of error."""
     assert "Traceback" not in said, said
-    *_, last = said.strip().splitlines()
-    assert last.startswith("error: ")
-    return last
+    (line,) = (line for line in said.splitlines() if line.startswith("error: "))
+    return line
 
 
 def look(uri):
