@@ -59,11 +59,10 @@ def run(folder, uri, command=COMMAND, code=0, **extra):
 
 
 def the_error(said):
-    """The only line of error, which is the last."""
+    """The only line of error."""
     assert "Traceback" not in said, said
-    *_, last = said.strip().splitlines()
-    assert last.startswith("error: ")
-    return last
+    (line,) = (line for line in said.splitlines() if line.startswith("error: "))
+    return line
 
 
 def look(uri):
@@ -256,7 +255,7 @@ def test_the_better_takes_the_place_an_equal_does_not_and_protection_holds(proje
 
 MOMENTS = [
     "log_artifacts after 1",
-    "create_logged_model after 1",
+    "log_model_artifacts after 1",
     "_create_model_version before 1",
     "_create_model_version after 1",
     "set_model_version_tag after 1",
