@@ -75,8 +75,10 @@ def _dvc(root: Path, arguments: list[str], log: Callable[[str], None], env: Mapp
                 log(line.rstrip())
     if not process.returncode:
         return ""
-    said = [line for line in lines if line.startswith("error: ")] or [line for line in lines if line.strip()][-1:]
-    return said[-1].removeprefix("error: ") if said else f"exit code {process.returncode}"
+    for prefix in ("error: ", "ERROR: ", ""):  # of a stage, of DVC, of neither
+        if said := [line.removeprefix(prefix) for line in lines if line.startswith(prefix)]:
+            return said[-1]
+    return f"exit code {process.returncode}"
 
 
 @contextmanager
