@@ -13,12 +13,13 @@ import queue
 import sys
 import threading
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
+    from mlflow.entities.model_registry import ModelVersion
 
 EXPERIMENT = "detr"
 MODEL = "detr"
@@ -344,3 +345,48 @@ def read_rows(path: Path) -> list[dict[str, float]]:
     with contextlib.suppress(ValueError):
         rows.append(json.loads(torn))
     return rows
+
+
+@contextlib.contextmanager
+def answers() -> Iterator[None]:
+    """Raises ValueError in one line for what MLflow refuses, or does not answer, in the block."""
+    from mlflow.exceptions import MlflowException
+
+    try:
+        yield
+    except MlflowException as error:
+        raise ValueError(f"MLflow at {tracking_uri()}: {' '.join(str(error).split())[:300]}") from error
+
+
+def versions(client: "MlflowClient") -> list["ModelVersion"]:
+    """Every version of the registered model, newest first."""
+    found = client.search_model_versions(f"name = '{MODEL}'")
+    return sorted(found, key=lambda version: -int(version.version))
+
+
+def find_version(client: "MlflowClient", name: str) -> "ModelVersion":
+    """The version with this number or alias. Raises ValueError that names those that there are."""
+    there = versions(client)
+    if not there:
+        raise ValueError(f"MLflow at {tracking_uri()} has no version of {MODEL}; register one: dvc repro")
+    aliases = client.get_registered_model(MODEL).aliases
+    number = str(aliases.get(name, name))
+    if number not in {str(version.version) for version in there}:
+        numbers = ", ".join(str(version.version) for version in there[::-1])
+        raise ValueError(f"{MODEL} has no version {name!r}; there are {', '.join([numbers, *sorted(aliases)])}")
+    return client.get_model_version(MODEL, number)
+
+
+def fetch_artifact(client: "MlflowClient", run_id: str, path: str, folder: Path) -> Path | None:
+    """The local file or folder of an artifact, fetched into `folder`; None where the run has none of that path.
+
+    Raises ValueError where the run lists it but its content cannot be had.
+    """
+    try:
+        parent = path.rpartition("/")[0] or None
+        if path not in {entry.path for entry in client.list_artifacts(run_id, parent)}:
+            return None
+        return Path(client.download_artifacts(run_id, path, str(folder)))
+    except Exception as error:
+        reason = " ".join(str(error).split())[:300]
+        raise ValueError(f"{path} of MLflow's run {run_id} cannot be read: {reason}") from error
