@@ -14,7 +14,7 @@ from detr.batch import Batch, normalize
 from detr.loss import batch_totals, set_loss
 from detr.matcher import match
 from detr.model import DETR
-from detr.train import TrainConfig, build_optimizer, flat_gradient
+from detr.train import TrainConfig, build_optimizer, compiled, flat_gradient
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 TheirBatch = tuple[torch.Tensor, torch.Tensor, list[dict[str, torch.Tensor]]]  # images, padding, targets
@@ -56,12 +56,12 @@ class Clock:
 CLOCK = Clock()
 
 
-def our_step(model: DETR, config: TrainConfig, precision: str, compiled: bool) -> Callable[[Batch], None]:
+def our_step(model: DETR, config: TrainConfig, precision: str, compiling: bool) -> Callable[[Batch], None]:
     """The step of detr.train.fit."""
     detr.loss.match = CLOCK.apart(match)
     model.to(DEVICE).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     optimizer, gradient = build_optimizer(model, config), flat_gradient(model)
-    runner = torch.compile(model, dynamic=True) if compiled else model
+    runner = compiled(model) if compiling else model
     autocast = partial(torch.autocast, DEVICE.type, torch.bfloat16, enabled=precision == "bfloat16")
     pixels = torch.empty(0, device=DEVICE)
 

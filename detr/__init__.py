@@ -20,7 +20,7 @@ _HOMES = {
     "TrainTransform": "transforms",
     "TransformConfig": "transforms",
     "build_model": "model",
-    "coco_metrics": "evaluate",
+    "coco_metrics": "judge",
     "collate": "batch",
     "detect": "evaluate",
     "export_onnx": "export",

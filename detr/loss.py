@@ -75,7 +75,7 @@ def set_loss(
 
     with torch.no_grad():
         guess = logits.argmax(dim=-1)  # [L, B, Q]
-        counts = torch.bincount(targets.owners, minlength=num_images)
+        counts = (targets.owners == torch.arange(num_images, device=logits.device)[:, None]).sum(dim=1)
         cardinality_error = ((guess != no_object).sum(dim=2) - counts).abs().sum(dim=1) / all_images
         wrong = (guess[-1, targets.owners, matched[-1]] != targets.labels) & found[-1]
         class_error = 100 * wrong.sum() / all_matched.clamp(min=1)

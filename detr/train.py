@@ -149,6 +149,12 @@ def flat_gradient(model: nn.Module) -> Tensor:
     return flat
 
 
+def compiled(model: DETR) -> Callable[..., tuple[Tensor, Tensor]]:
+    """The model compiled, once for batches of all padded sizes."""
+    torch.fx.experimental._config.use_duck_shape = False  # sizes that are equal at first need not stay so
+    return torch.compile(model, dynamic=True)
+
+
 def fit(
     model: DETR,
     dataset: CocoDataset,
@@ -182,7 +188,7 @@ def fit(
             average.load_state_dict(given["average"])
     del given, state
     gradient = flat_gradient(model)
-    runner = torch.compile(model, dynamic=True) if config.compile else model
+    runner = compiled(model) if config.compile else model
     pixels = torch.empty(0, device=process.device)
     steps_per_epoch = sampler.steps_per_epoch
     total_steps = config.epochs * steps_per_epoch
@@ -240,9 +246,7 @@ def fit(
             upcoming = [] if last else list(islice(source, sampler.share))  # while the device computes
             waited += time.perf_counter() - asked
 
-            *values, stopping, failures, grad_norm = torch.cat(
-                [numbers, norm[None]]
-            ).tolist()  # the host waits here only
+            *values, stopping, failures, grad_norm = torch.cat([numbers, norm[None]]).tolist()
             measured = dict(zip(_names(model, config), values, strict=True)) | {"grad_norm": grad_norm}
             if failures or not math.isfinite(grad_norm) or not math.isfinite(measured["loss"]):
                 if skipped >= config.max_skipped:

@@ -5,7 +5,6 @@ h w image size; H W padded size; S output stride; Q queries. Pictures are uint8 
 
 import math
 from collections.abc import Sequence
-from typing import Any
 
 import numpy as np
 import torch
@@ -41,11 +40,11 @@ def side_by_side(left: Tensor, right: Tensor, gap: int = 6) -> Tensor:
     return torch.cat([left, torch.full((3, left.shape[1], gap), 255, dtype=torch.uint8), right], dim=2)
 
 
-def beside_truth(dataset: CocoDataset, detections: list[dict[str, Any]], index: int, threshold: float) -> Tensor:
+def beside_truth(dataset: CocoDataset, detections: np.ndarray, index: int, threshold: float) -> Tensor:
     """Image `index` twice beside each other: with its true boxes, and with its detections of a score from `threshold`.
 
-    Detections are in COCO's form, of any images. Images smaller than 288 pixels are enlarged. ValueError names an image
-    that does not decode.
+    Detections [n, 7] are as in `detr.evaluate`, of any images. Images smaller than 288 pixels are enlarged. ValueError
+    names an image that does not decode.
     """
     record = dataset.annotations
     name = str(record.file_names[index])
@@ -55,12 +54,11 @@ def beside_truth(dataset: CocoDataset, detections: list[dict[str, Any]], index: 
     boxes = torch.from_numpy(record.boxes_xyxy[owned])
     labels = record.labels[owned].tolist()
     truth = draw(image, boxes, labels, [record.category_names[k] for k in labels], scale)
-    image_id = int(record.image_ids[index])
-    shown = [d for d in detections if d["image_id"] == image_id and d["score"] >= threshold]
-    boxes = torch.tensor([d["bbox"] for d in shown]).reshape(-1, 4)
+    shown = detections[(detections[:, 0] == record.image_ids[index]) & (detections[:, 5] >= threshold)]
+    boxes = torch.from_numpy(shown[:, 1:5]).float()
     boxes[:, 2:] += boxes[:, :2]
-    labels = np.searchsorted(record.category_ids, [d["category_id"] for d in shown]).tolist()
-    captions = [f"{record.category_names[k]} {d['score']:.2f}" for k, d in zip(labels, shown, strict=True)]
+    labels = np.searchsorted(record.category_ids, shown[:, 6]).tolist()
+    captions = [f"{record.category_names[k]} {score:.2f}" for k, score in zip(labels, shown[:, 5], strict=True)]
     return side_by_side(truth, draw(image, boxes, labels, captions, scale))
 
 

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from detr.bootstrap import Matches, bootstrap_ap, interval, match
-from pipelines import params, tracking
+from pipelines import params, registry, tracking
 from pipelines.evaluate import EvaluateParams
 from pipelines.figures import save_figure
 from pipelines.stage import DATA, write_json
@@ -25,7 +25,10 @@ FOLDER = Path("scratch/comparisons")
 METRICS = ("AP50", "AP75", "AP_small", "AP_medium", "AP_large", "AR_100")
 COST = re.compile(r"(train/)?(parameters_millions|gflops|images_per_second|\w+_(seconds|minutes|hours|gb))")
 COUNTS = re.compile(r"(train|val)\.(images|annotations|crowds|images_without_objects|(class|area)\..*)")
-OF_ITSELF = {"data_digest", "decision", "decision_reason", "dvc_lock_sha256", "fingerprint", "weights_sha256"}
+OF_ITSELF = {  # tags that are another's for every version, or shown elsewhere
+    "data_digest", "decision", "decision_reason", "detections_sha256", "dvc_lock_sha256", "fingerprint",
+    "params_sha256", "run_id", "val_digest", "weights_sha256",
+}  # fmt: skip
 ABSENT = -1.0  # COCO's number where there is no such object
 NUM_CLASSES = 5  # of the largest gains and losses that are printed
 NUM_BARS = 20  # of those that are drawn
@@ -54,7 +57,7 @@ class Version:
     def held_out(self) -> tuple[str, ...]:
         """What versions judged on the same images and annotations have in common."""
         if self.data is None:
-            return (self.tags.get("data_digest", f"of version {self.number}"),)
+            return (self.tags.get("val_digest", f"of version {self.number}"),)
         return tuple(self.data.files[name].md5 for name in ("instances_val.json", "val.zip"))
 
 
@@ -70,7 +73,7 @@ def compare(root: Path, versions: list[str]) -> str:
     config = params.from_document(params.read_yaml(root / "params.yaml"), "evaluate", EvaluateParams)
     client = tracking.connect()
     names = versions if len(versions) > 1 else ["champion", *(versions or ["challenger"])]
-    with tracking.answers(), tempfile.TemporaryDirectory() as temporary:
+    with registry.plainly("the comparison"), tempfile.TemporaryDirectory() as temporary:
         found = [read(client, name, Path(temporary)) for name in names]
         if len({version.number for version in found}) < len(found):
             listed = " and ".join(f"{name} is version {v.number}" for name, v in zip(names, found, strict=True))
@@ -87,7 +90,7 @@ def compare(root: Path, versions: list[str]) -> str:
 
 def read(client: Any, name: str, folder: Path) -> Version:
     """A version by number or alias, its artifacts fetched into `folder`."""
-    version = tracking.find_version(client, name)
+    version = client.get_model_version(tracking.MODEL, str(tracking.named_version(client, name).version))
     run = client.get_run(version.run_id).data
     place = folder / version.run_id
     place.mkdir(exist_ok=True)

@@ -1,102 +1,174 @@
-"""Stage 4: COCO's judgement of the trained model. `python -m pipelines.evaluate`"""
+"""Stage 4: COCO's judgement of the trained model, and what limits it. `python -m pipelines.evaluate`"""
 
 import csv
 import io
 import shutil
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+import torch
 from torchvision.io import write_png
 
+from detr.bootstrap import IOU_THRESHOLDS, bootstrap_ap, interval, match
 from detr.checkpoint import Category, load_model, write_atomically
-from detr.coco import CocoDataset, load_annotations
+from detr.coco import Annotations, CocoDataset, load_annotations
 from detr.distributed import process_group
-from detr.evaluate import ap_per_class, coco_metrics, detect_all
+from detr.evaluate import detect_all
 from detr.images import open_images
-from detr.transforms import EvalTransform
-from detr.visualize import beside_truth
-from pipelines import params
+from detr.judge import (
+    METRICS,
+    PER_CLASS,
+    ap_per_class,
+    by_quality,
+    coco_eval,
+    confusion,
+    limits,
+    metrics_of,
+    precision_of,
+    to_results,
+)
+from detr.speed import count_parameters, gflops
+from detr.transforms import EvalTransform, fit_size
+from detr.visualize import beside_truth, draw_slots
+from pipelines import figures, params
 from pipelines.stage import DATA, Progress, command, write_json
 
 MODEL_FOLDER = Path("artifacts/train")
 OUTPUT = Path("artifacts/evaluate")
+NUM_SIZES = 100  # of images whose multiply-adds are counted, as in the paper's table 1
+NUM_SLOTS = 20  # of the queries whose boxes are shown, as in the paper's figure 7
 
 
 @dataclass(frozen=True)
 class EvaluateParams:
     """The `evaluate` section of params.yaml."""
 
-    batch_size: int
-    num_pictures: int  # of predictions beside the ground truth
-    picture_threshold: float  # score from which a detection is drawn
+    num_pictures: int  # of the worst and as many of the best images, ground truth beside detections
+    picture_threshold: float  # score from which a detection is drawn, and counts for that choice and for confusions
+    confidence: float  # of the interval of AP
+    num_resamples: int  # of the images, for it
+    seed: int
 
     def __post_init__(self) -> None:
-        if self.batch_size < 1 or self.num_pictures < 0 or not 0 <= self.picture_threshold <= 1:
-            raise ValueError(
-                "evaluate: batch_size must be at least 1, num_pictures 0 or more, picture_threshold in 0..1"
-            )
+        if self.num_pictures < 0 or not 0 <= self.picture_threshold <= 1:
+            raise ValueError("evaluate: num_pictures must be 0 or more, picture_threshold in 0..1")
+        if self.num_resamples < 1 or not 0 < self.confidence < 1:
+            raise ValueError("evaluate: num_resamples must be at least 1, confidence between 0 and 1")
 
 
 def evaluate(config: EvaluateParams, data: Path, model_folder: Path, output: Path) -> None:
-    """Writes `metrics.json`, `per_class.csv`, `detections.json` and `plots/` into `output`.
+    """Writes `metrics.json`, `detections.json`, tables and `plots/` into `output`.
 
     Raises ValueError when the model's categories are not those of the validation images.
     """
     model, categories, size = load_model(model_folder)
-    annotations = load_annotations(data / "instances_val.json")
-    held = [
-        Category(int(key), name) for key, name in zip(annotations.category_ids, annotations.category_names, strict=True)
-    ]
-    if held != categories:
-        different = sorted({c.name for c in held} ^ {c.name for c in categories}) or ["their ids"]
-        raise ValueError(
-            f"{model_folder} was trained on {len(categories)} categories, {data}/instances_val.json has {len(held)}; "
-            f"they differ in {', '.join(different[:5])}: train again on this data"
-        )
+    truth = data / "instances_val.json"
+    annotations = load_annotations(truth)
+    require_same(categories, annotations, model_folder, truth)
     dataset = CocoDataset(annotations, open_images(data / "val.zip"), EvalTransform(size.short, size.max_size))
     with process_group() as process, Progress(None, "evaluate", len(dataset), "image") as bar:
-        detections = detect_all(model, dataset, config.batch_size, size.size_multiple, process, bar.update)
-    metrics, precision = coco_metrics(data / "instances_val.json", detections)
+        layers = detect_all(model, dataset, size.size_multiple, process, bar.update, every_layer=True)
+    if not process.is_main:
+        return
+    judges = [coco_eval(truth, detections) for detections in layers]
+    metrics = metrics_of(judges[-1])
+    resampled = bootstrap_ap([match(truth, layers[-1])], config.num_resamples, config.seed)[0]
+    metrics["AP_low"], metrics["AP_high"] = interval(resampled, config.confidence)
+    metrics["parameters_millions"] = count_parameters(model) / 1e6
+    if len(dataset):
+        first = annotations.sizes_hw[:NUM_SIZES].tolist()
+        metrics["gflops"] = gflops(model, [fit_size((h, w), size.short, size.max_size) for h, w in first])
     output.mkdir(parents=True, exist_ok=True)
-    write_json(output / "detections.json", detections)
+    write_json(output / "detections.json", to_results(layers[-1]))
     write_json(output / "metrics.json", {name: round(value, 6) for name, value in metrics.items()})
-    table = io.StringIO(newline="")
-    writer = csv.writer(table)
-    writer.writerow(["category_id", "name", "AP", "AP50"])
-    for category, (ap, ap50) in zip(categories, ap_per_class(precision), strict=True):
-        writer.writerow([category.id, category.name, f"{ap:.6f}", f"{ap50:.6f}"])
-    write_atomically(output / "per_class.csv", lambda file: file.write(table.getvalue().encode()))
-    plots = output / "plots"
-    shutil.rmtree(plots, ignore_errors=True)
-    plots.mkdir()
-    _plot_precision_recall(precision, [category.name for category in categories], plots / "precision_recall.png")
-    for index in range(min(config.num_pictures, len(dataset))):
-        picture = beside_truth(dataset, detections, index, config.picture_threshold)
-        write_png(picture, str(plots / f"detections_{index:02d}.png"))
+    write_tables(judges, annotations, config.picture_threshold, output)
+    write_plots(judges[-1], dataset, layers[-1], config, output / "plots")
     print(", ".join(f"{name} {value:.3f}" for name, value in metrics.items()), flush=True)
 
 
-def _plot_precision_recall(precision: np.ndarray, names: list[str], path: Path) -> None:
-    """Precision over recall at IoU 0.50 for every category, at most 20 of them, and their mean."""
-    import matplotlib
+def require_same(categories: list[Category], annotations: Annotations, model_folder: Path, truth: Path) -> None:
+    """Raises ValueError that names differences when the model's categories are not those of the data."""
+    pairs = zip(annotations.category_ids, annotations.category_names, strict=True)
+    held = [Category(int(key), name) for key, name in pairs]
+    if held != categories:
+        different = sorted({c.name for c in held} ^ {c.name for c in categories}) or ["their ids"]
+        raise ValueError(
+            f"{model_folder} was trained on {len(categories)} categories, {truth} has {len(held)}; "
+            f"they differ in {', '.join(different[:5])}: train again on this data"
+        )
 
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
 
-    recall = np.linspace(0, 1, precision.shape[1])
-    curves = precision[0, :, :, 0, 2]  # [101, C]
-    present = curves[0] > -1
-    figure, axes = plt.subplots(figsize=(6, 4.5), dpi=120)
-    for k in np.flatnonzero(present)[:20]:
-        axes.plot(recall, curves[:, k], linewidth=1, label=names[k])
-    if present.any():
-        axes.plot(recall, curves[:, present].mean(axis=1), linewidth=2.5, color="black", label="mean")
-    axes.set(xlabel="recall", ylabel="precision", title="IoU 0.50", xlim=(0, 1), ylim=(0, 1.02))
-    axes.legend(fontsize=7, ncols=2)
-    figure.tight_layout()
-    figure.savefig(path, metadata={"Software": None})
-    plt.close(figure)
+def write_tables(judges: list[Any], annotations: Annotations, threshold: float, output: Path) -> None:
+    """Writes what `dvc plots` draws, of the judgements of every decoder layer; the last one is the model's."""
+    precision, names = precision_of(judges[-1]), list(annotations.category_names)
+    counts = np.bincount(annotations.labels, minlength=len(names)).tolist()
+    per_class = zip(annotations.category_ids.tolist(), names, counts, ap_per_class(precision), strict=True)
+    write_table(
+        output / "per_class.csv",
+        ["category_id", "name", "num_objects", *PER_CLASS],
+        ([category_id, name, count, *values] for category_id, name, count, values in per_class),
+    )
+    write_table(
+        output / "per_layer.csv",
+        ["layer", *METRICS],
+        ([number, *metrics_of(judge).values()] for number, judge in enumerate(judges, start=1)),
+    )
+    present = precision[0, 0, :, 0, 2] > -1
+    curves: Any = precision[:, :, present, 0, 2].mean(axis=2) if present.any() else np.zeros(precision.shape[:2])
+    write_table(
+        output / "precision_recall.csv",
+        ["recall", *(f"{iou:.2f}" for iou in IOU_THRESHOLDS)],
+        ([recall / 100, *curves[:, recall].tolist()] for recall in range(curves.shape[1])),
+    )
+    errors = limits(judges[-1])
+    write_table(
+        output / "errors.csv",
+        ["error", "AP50_to_gain", "count"],
+        ([name, gain, count] for name, (gain, count) in errors.items()),
+    )
+    counted, labels = confusion(judges[-1], threshold), [*names, "background"]
+    pairs = ([labels[k], labels[j]] for k, j in np.ndindex(*counted.shape) for _ in range(counted[k, j]))
+    write_table(output / "confusion.csv", ["actual", "detected"], pairs)
+
+
+def write_plots(judge: Any, dataset: CocoDataset, detections: np.ndarray, config: EvaluateParams, folder: Path) -> None:
+    """Writes the PNG files of an evaluation into `folder`, and nothing else stays there."""
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir()
+    record, threshold = dataset.annotations, config.picture_threshold
+    names = list(record.category_names)
+    figures.precision_recall(precision_of(judge), names, folder / "precision_recall.png")
+    figures.limits(limits(judge), folder / "errors.png")
+    figures.confusion(confusion(judge, threshold), names, folder / "confusion.png")
+    if len(dataset):
+        boxes = slot_boxes(detections, record.sizes_hw)
+        write_png(draw_slots(boxes, range(min(NUM_SLOTS, boxes.shape[1]))), str(folder / "slots.png"))
+    place = {image_id: index for index, image_id in enumerate(record.image_ids.tolist())}
+    ranked = by_quality(judge, threshold)
+    for kind, image_ids in (("worst", ranked), ("best", ranked[::-1])):
+        for number, image_id in enumerate(image_ids[: config.num_pictures]):
+            picture = beside_truth(dataset, detections, place[image_id], threshold)
+            write_png(picture, str(folder / f"{kind}_{number:02d}.png"))
+
+
+def slot_boxes(detections: np.ndarray, sizes_hw: np.ndarray) -> torch.Tensor:
+    """boxes_cxcywh [N, Q, 4] in fractions of each image, of detections [N Q, 7] in the order of images and queries."""
+    boxes = torch.from_numpy(detections[:, 1:5].reshape(len(sizes_hw), -1, 4)).clone()
+    boxes[..., :2] += boxes[..., 2:] / 2
+    return boxes / torch.from_numpy(sizes_hw[:, [1, 0, 1, 0]])[:, None]
+
+
+def write_table(path: Path, header: list[str], rows: Iterable[list[Any]]) -> None:
+    """Writes a CSV file, whole or not at all; fractions with six digits."""
+    table = io.StringIO(newline="")
+    writer = csv.writer(table)
+    writer.writerow(header)
+    for row in rows:
+        writer.writerow([f"{value:.6f}" if isinstance(value, float) else value for value in row])
+    write_atomically(path, lambda file: file.write(table.getvalue().encode()))
 
 
 def main() -> None:

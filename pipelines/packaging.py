@@ -1,17 +1,29 @@
-"""A model version as MLflow keeps it: made from a trained folder, and loaded again."""
+"""A model version as MLflow keeps it: made from a trained folder, and loaded again.
 
+A version answers by the code that is packed in it, so a process that loads one never imports this checkout's `detr`.
+`python -m pipelines.packaging VERSION DATA_FOLDER FILE` writes what `detections_of` returns.
+"""
+
+import base64
+import json
+import os
 import shutil
+import subprocess
+import sys
 import tempfile
 from importlib.metadata import version as installed
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
+from pipelines import pictures, tracking
+from pipelines.stage import Progress, command, write_json
 from pipelines.tracking import MODEL
 
 if TYPE_CHECKING:
     from mlflow.entities.model_registry import ModelVersion
+    from mlflow.pyfunc import PyFuncModel
 
-REQUIREMENTS = ("mlflow", "torch", "torchvision", "numpy", "pandas", "pillow", "safetensors")
+REQUIREMENTS = ("mlflow", "torch", "torchvision", "numpy", "pandas", "pillow", "safetensors")  # what serving imports
 
 
 def log_version(run_id: str, model_folder: Path, example: str, tags: dict[str, str]) -> "ModelVersion":
@@ -48,6 +60,139 @@ def log_version(run_id: str, model_folder: Path, example: str, tags: dict[str, s
             code_paths=[str(Path(__file__).parent.parent / "detr")],
             signature=signature,
             input_example=pd.DataFrame({"image": [example]}),
-            pip_requirements=[f"{name}=={installed(name)}" for name in REQUIREMENTS],
+            # without the label of a build, as in 2.14.1+cpu: an index of packages may lack that one
+            pip_requirements=[f"{name}=={installed(name).partition('+')[0]}" for name in REQUIREMENTS],
         )
     return mlflow.register_model(info.model_uri, MODEL, tags=tags)
+
+
+def find_version(model: str) -> "ModelVersion":
+    """The registered version of an alias (champion) or a number (3).
+
+    Raises ValueError that says what to do when MLflow does not answer or there is no such version.
+    """
+    missing = f"there is no {MODEL} {'version' if model.isdecimal() else 'model of alias'} {model!r}"
+    if not tracking.is_there():
+        raise ValueError(f"{missing}: nothing is registered at {tracking.tracking_uri()} yet; python -m pipelines run")
+    client = tracking.connect()
+    from mlflow.exceptions import MlflowException
+
+    try:
+        if model.isdecimal():
+            return client.get_model_version(MODEL, model)
+        return client.get_model_version_by_alias(MODEL, model)
+    except MlflowException as error:
+        if error.error_code not in ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE"):
+            raise ValueError(f"{MODEL} {model} cannot be looked up in MLflow: {_reason(error)}") from error
+    numbers = sorted(int(v.version) for v in client.search_model_versions(f"name = '{MODEL}'"))
+    if not numbers:
+        raise ValueError(f"{missing}: nothing is registered at {tracking.tracking_uri()} yet; python -m pipelines run")
+    raise ValueError(f"{missing}; expected an alias such as champion, or one of the numbers {numbers}")
+
+
+def load(model: str) -> "PyFuncModel":
+    """The registered version of an alias (champion) or a number (3), which answers by its own packed code.
+
+    Raises ValueError that says what to do when it cannot be had, and RuntimeError in a process that has imported a
+    `detr` before: that would answer instead.
+    """
+    if "detr" in sys.modules:
+        raise RuntimeError(f"detr was imported from {sys.modules['detr'].__file__}; load a model in a fresh process")
+    version = find_version(model)
+    import mlflow
+
+    try:
+        return mlflow.pyfunc.load_model(f"models:/{MODEL}/{version.version}")
+    except Exception as error:
+        raise ValueError(
+            f"the files of {MODEL} version {version.version}, which MLflow keeps at {version.source}, cannot be loaded "
+            f"({_reason(error)}); bring them back from a copy, or name another version: --model NUMBER"
+        ) from error
+
+
+def detect(model: "PyFuncModel", image: bytes, threshold: float) -> dict[str, list]:
+    """{boxes, scores, labels} as a loaded version answers a JPEG or PNG. Raises ValueError for one that it refuses."""
+    import pandas as pd
+    from mlflow.exceptions import MlflowException
+
+    asked = pd.DataFrame({"image": [base64.b64encode(image).decode()]})
+    try:
+        (answer,) = model.predict(asked, params={"threshold": threshold}).to_dict("records")
+    except MlflowException as error:
+        raise ValueError(error.message.removeprefix("image 0: ")) from error
+    return dict(answer)
+
+
+def detections_of(version: str, data_folder: Path) -> list[dict]:
+    """COCO's detections {image_id, category_id, bbox, score} of a registered version on the validation images.
+
+    `data_folder` has `instances_val.json` and `val.zip` or `val/`. A fresh process runs the version's own packed code,
+    with no threshold: one detection per query. They are in the order of the images, by falling score. Raises ValueError
+    when the version cannot be had, its categories are not those of the data, or an image is missing or damaged.
+    """
+    root = str(Path(__file__).parent.parent)
+    env = os.environ | {"MLFLOW_TRACKING_URI": tracking.tracking_uri()}
+    env.setdefault("OMP_NUM_THREADS", "1")  # as the evaluation: the number of threads shows in the last digits
+    env["PYTHONPATH"] = os.pathsep.join([root, *filter(None, [env.get("PYTHONPATH")])])
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder) / "detections.json"
+        asked = [sys.executable, "-m", "pipelines.packaging", version, str(data_folder), str(file)]
+        said = ""
+        with subprocess.Popen(asked, env=env, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT) as process:
+            for line in process.stdout or ():
+                said = line.strip() or said
+                if not said.startswith("error: "):
+                    print(line, end="", file=sys.stderr, flush=True)
+        if process.returncode:
+            raise ValueError(f"{MODEL} version {version} gives no detections: {said.removeprefix('error: ')}")
+        found: list[dict] = json.loads(file.read_text())
+    return found
+
+
+def _detections_here(version: str, data: Path) -> list[dict]:
+    """What `detections_of` returns, by this process."""
+    truth = json.loads((data / "instances_val.json").read_text())
+    ids = {category["name"]: category["id"] for category in truth["categories"]}
+    model = load(version)
+    known = {category["name"] for category in _config(version)["categories"]}
+    if known != set(ids):
+        different = ", ".join(sorted(known ^ set(ids))[:5])
+        raise ValueError(f"it knows {len(known)} categories, {data} has {len(ids)}; they differ in {different}")
+    path = data / "val.zip" if (data / "val.zip").exists() else data / "val"
+    names = [image["file_name"] for image in truth["images"]]
+    found: list[dict] = []
+    with pictures.open_archive(path) as archive, Progress(None, "detect", len(names), "image") as bar:
+        for image, members in zip(truth["images"], pictures.find(names, pictures.members(path)), strict=True):
+            if len(members) != 1:
+                raise ValueError(f"{image['file_name']} is {len(members)} times in {path}, expected once")
+            try:
+                answer = detect(model, pictures.read(path, archive, members[0]), 0.0)
+            except ValueError as error:
+                raise ValueError(f"{image['file_name']} in {path}: {error}") from error
+            for (left, top, right, bottom), score, label in zip(*answer.values(), strict=True):
+                box = [left, top, round(right - left, 2), round(bottom - top, 2)]
+                found.append({"image_id": image["id"], "category_id": ids[label], "bbox": box, "score": score})
+            bar.update()
+    return found
+
+
+def _config(version: str) -> dict[str, Any]:
+    """The config.json of a version: architecture, categories, input size."""
+    import mlflow
+
+    number = find_version(version).version
+    config: dict[str, Any] = mlflow.artifacts.load_dict(f"models:/{MODEL}/{number}/artifacts/config.json")
+    return config
+
+
+def _reason(error: Exception) -> str:
+    return " ".join(str(error).split())[:300]
+
+
+def main() -> None:
+    version, data, file = sys.argv[1:]
+    write_json(Path(file), _detections_here(version, Path(data)))
+
+
+if __name__ == "__main__":
+    command(main)

@@ -1,19 +1,24 @@
 """Stage 5: the model in the registry, with its lineage. `python -m pipelines.register`"""
 
 import base64
+import csv
 import hashlib
 import json
 import os
 import platform
+import re
 import subprocess
-from dataclasses import dataclass
+import tempfile
+from importlib.metadata import PackageNotFoundError
 from importlib.metadata import version as installed
 from pathlib import Path
 from typing import Any
 
-from pipelines import params, tracking
+import psutil
+
+from pipelines import gate, params, registry, tracking
+from pipelines.gate import RegisterParams
 from pipelines.packaging import log_version
-from pipelines.registry import champion, current_alias, decide, version_with
 from pipelines.stage import DATA, DOCS_DIGEST, command, write_json
 
 VALIDATED = Path("artifacts/validate")
@@ -21,37 +26,37 @@ TRAINED = Path("artifacts/train")
 EVALUATED = Path("artifacts/evaluate")
 OUTPUT = Path("artifacts/register")
 SCRATCH = Path("scratch")
-
-
-@dataclass(frozen=True)
-class RegisterParams:
-    """The `register` section of params.yaml."""
-
-    min_ap_gain: float  # over the champion's AP, to take its place
+LIBRARIES = (
+    "torch", "torchvision", "numpy", "hotcoco", "pycocotools", "mlflow", "dvc", "prefect", "great-expectations",
+)  # fmt: skip
+CODE = ("detr", "pipelines", "presets", "*.py")  # whose files that git does not know yet are part of a run
+NOT_CODE = (":!dvc.lock", ":!.dvc")  # an artifact of its own; may hold the credentials of a remote
 
 
 def register(config: RegisterParams, output: Path) -> None:
-    """Publishes the run's files to MLflow, registers the model once, and writes `version.json`.
+    """Publishes the run's files to MLflow, registers the model once, decides its alias, and writes `version.json`.
 
-    Weights that are registered already give the version that has them. The training's resume state, kept until its
-    results are safe, is removed. Raises ValueError when lineage is incomplete or MLflow does not answer.
+    Weights that are registered already give the version that has them. One process at a time does so; killed anywhere
+    and repeated it ends the same. The training's resume state, kept until its results are safe, is removed. Raises
+    ValueError when lineage is incomplete, a protected category is unknown, or MLflow does not answer.
     """
-    lineage = collect_lineage()
+    diff = git_diff()
+    lineage = collect_lineage(diff)
+    gate.check_protected(config, DATA / "instances_val.json")
     client = tracking.connect()
     mark = json.loads((TRAINED / "config.json").read_text())["fingerprint"]
-    run_id = tracking.find_run(client, mark, f"train {mark}")
     metrics = json.loads((EVALUATED / "metrics.json").read_text())
-    publish(client, run_id, mark, metrics, lineage)
-    version = version_with(client, lineage["weights_sha256"])
-    if version is None:
-        best = champion(client)
-        alias, reason = decide(metrics["AP"], float(best.tags["AP"]) if best else None, config.min_ap_gain)
-        tags = lineage | {name: str(value) for name, value in metrics.items()}
-        tags |= {"fingerprint": mark, "decision": alias, "decision_reason": reason}
-        version = log_version(run_id, TRAINED, example_image(), tags)
-        client.set_registered_model_alias(tracking.MODEL, alias, version.version)
-    else:
-        alias, reason = current_alias(client, version), "these weights were registered before"
+    with registry.plainly("the registration"), registry.turn(client) as check:
+        registry.finish_rollback(client, check)
+        run_id = tracking.find_run(client, mark, f"train {mark}")
+        publish(client, run_id, mark, metrics, lineage, diff)
+        version = registry.version_with(client, lineage["weights_sha256"])
+        if version is None:
+            client.log_metric(run_id, "images_per_second", speed())
+            tags = lineage | {name: str(value) for name, value in metrics.items()}
+            check()
+            version = log_version(run_id, TRAINED, example_image(), tags | {"fingerprint": mark, "run_id": run_id})
+        alias, reason = settle(client, version, config, check)
     output.mkdir(parents=True, exist_ok=True)
     write_json(output / "version.json", {"name": tracking.MODEL, "version": int(version.version), "fingerprint": mark})
     for path in (SCRATCH / mark).glob("*state*"):
@@ -59,7 +64,44 @@ def register(config: RegisterParams, output: Path) -> None:
     print(f"registered {tracking.MODEL} version {version.version} as {alias}: {reason}", flush=True)
 
 
-def collect_lineage() -> dict[str, str]:
+def settle(client: Any, version: Any, config: RegisterParams, check: Any) -> tuple[str, str]:
+    """The alias of a version, and why: judged if it was not yet. Its tag `decision` is written last of all."""
+    number = str(version.version)
+    version = client.get_model_version(tracking.MODEL, number)
+    if "decision" in version.tags:
+        return ", ".join(version.aliases) or "no alias", "these weights were registered before"
+    if "champion" in version.aliases:  # a kill came between the alias and the tag
+        alias, reason = "champion", version.tags.get("decision_reason", "")
+    else:
+        detections = json.loads((EVALUATED / "detections.json").read_text())
+        decision = gate.judge(client, version, detections, DATA, config)
+        alias, reason = decision.alias, decision.sentence
+        with tempfile.TemporaryDirectory() as folder:
+            Path(folder, "decision.md").write_text(gate.as_markdown(decision, config))
+            Path(folder, "decision.json").write_text(json.dumps(gate.as_json(decision), indent=1) + "\n")
+            client.log_artifacts(version.run_id, folder, "register")
+        client.set_model_version_tag(tracking.MODEL, number, "decision_reason", reason)
+        registry.place(client, version, alias, check)
+    client.set_model_version_tag(tracking.MODEL, number, "decision", alias)
+    return alias, reason
+
+
+def git(*arguments: str, **env: str) -> str:
+    answer = subprocess.run(["git", *arguments], capture_output=True, check=False, env=os.environ | env)
+    return answer.stdout.decode(errors="surrogateescape") if answer.returncode == 0 else ""
+
+
+def git_diff() -> str:
+    """What `git apply` makes of HEAD the code that runs here: changes, and files of code that git does not know yet."""
+    with tempfile.TemporaryDirectory() as folder:
+        index = {"GIT_INDEX_FILE": f"{folder}/index"}  # so that the person's own stays as it is
+        git("read-tree", "HEAD", **index)
+        for place in CODE:  # one that matches nothing must not keep the others out
+            git("add", "--intent-to-add", "--", place, **index)
+        return git("diff", "--binary", "HEAD", "--", ".", *NOT_CODE, **index)
+
+
+def collect_lineage(diff: str) -> dict[str, str]:
     """What leads from a model version back to data, code, parameters and machine, as tags."""
     for path in (
         VALIDATED / "passed.json",
@@ -69,47 +111,95 @@ def collect_lineage() -> dict[str, str]:
     ):
         if not path.exists():
             raise ValueError(f"lineage is incomplete: {path} does not exist; run dvc repro")
-
-    def git(*arguments: str) -> str:
-        answer = subprocess.run(["git", *arguments], capture_output=True, text=True, check=False)
-        return answer.stdout.strip() if answer.returncode == 0 else ""
-
-    return {
-        "git_commit": git("rev-parse", "HEAD") or "none",
-        "git_branch": git("branch", "--show-current") or "none",
-        "git_dirty": str(bool(git("status", "--porcelain", "--", ".", ":!dvc.lock"))).lower(),
+    lineage = {
+        "git_commit": git("rev-parse", "HEAD").strip() or "none",
+        "git_branch": git("branch", "--show-current").strip() or "none",
+        "git_dirty": str(bool(git("status", "--porcelain", "--", ".", ":!dvc.lock").strip())).lower(),
         "data_digest": json.loads((VALIDATED / "passed.json").read_text())["data"],
+        "val_digest": val_digest(DATA),
+        "validation": validation(json.loads((VALIDATED / "report.json").read_text())),
         "weights_sha256": tracking.sha256(TRAINED / "model.safetensors"),
+        "detections_sha256": tracking.sha256(EVALUATED / "detections.json"),
         "dvc_lock_sha256": tracking.sha256(Path("dvc.lock")),
+        "params_sha256": tracking.sha256(Path("params.yaml")),
         "python": platform.python_version(),
+    }
+    if diff:
+        lineage["git_diff_sha256"] = hashlib.sha256(diff.encode(errors="surrogateescape")).hexdigest()
+    return lineage | hardware() | {name: library(name) for name in LIBRARIES}
+
+
+def val_digest(data: Path) -> str:
+    """The SHA-256 of the validation annotations and pictures, which may be an archive or a folder."""
+    total = hashlib.sha256(tracking.sha256(data / "instances_val.json").encode())
+    place = data / "val" if (data / "val").is_dir() else data / "val.zip"
+    for path in sorted(place.rglob("*")) if place.is_dir() else [place]:
+        if path.is_file():
+            total.update(path.relative_to(data).as_posix().encode() + tracking.sha256(path).encode())
+    return total.hexdigest()
+
+
+def validation(report: list[dict[str, Any]]) -> str:
+    """The data's validation in words: "75 of 75 hold, 2 warnings"."""
+    outcomes = [row["outcome"] for row in report]
+    number = outcomes.count("warning")
+    return f"{outcomes.count('holds')} of {len(report)} hold, {number} warning{'' if number == 1 else 's'}"
+
+
+def hardware() -> dict[str, str]:
+    """Processor, cores, GPUs and memory of this machine."""
+    import torch
+
+    info = Path("/proc/cpuinfo")
+    names = re.findall(r"^model name\s*:\s*(.+)$", info.read_text(), re.MULTILINE) if info.exists() else []
+    gpus = [torch.cuda.get_device_name(k) for k in range(torch.cuda.device_count())]
+    return {
         "machine": f"{platform.machine()}, {os.cpu_count()} cores",
-        **{name: installed(name) for name in ("torch", "torchvision")},
+        "processor": names[0] if names else platform.processor() or platform.machine(),
+        "cores": str(os.cpu_count()),
+        "gpus": ", ".join(gpus) or "none",
+        "memory_gb": f"{psutil.virtual_memory().total / 1e9:.1f}",
     }
 
 
-def publish(client: Any, run_id: str, mark: str, metrics: dict[str, float], lineage: dict[str, str]) -> None:
-    """Fills the run in from the files: parameters, curves, metrics, pictures, Data Docs, dvc.lock, git commit."""
+def library(name: str) -> str:
+    try:
+        return installed(name)
+    except PackageNotFoundError:
+        return "not installed"
+
+
+def publish(client: Any, run_id: str, mark: str, metrics: dict[str, float], lineage: dict[str, str], diff: str) -> None:
+    """Fills the run in from the files: parameters, curves, metrics, pictures, Data Docs, dvc.lock, the state of git."""
     document = params.read_yaml(Path("params.yaml"))
     tracking.log_params(client, run_id, {name: document[name] for name in params.SECTIONS})
-    tracking.fill_in(client, run_id, tracking.read_rows(TRAINED / "history.jsonl"))
-    tracking.fill_in(client, run_id, tracking.read_rows(SCRATCH / mark / "timings.jsonl"))
+    history, timings = (
+        tracking.read_rows(path) for path in (TRAINED / "history.jsonl", SCRATCH / mark / "timings.jsonl")
+    )
+    tracking.fill_in(client, run_id, history)
+    tracking.fill_in(client, run_id, timings)
     tracking.fill_in_pictures(client, run_id, SCRATCH / mark / "pictures")
     results = hashlib.sha256(lineage["weights_sha256"].encode())
     for path in sorted(path for path in EVALUATED.rglob("*") if path.is_file()):
         results.update(tracking.sha256(path).encode())
     if client.get_run(run_id).data.tags.get("published") == results.hexdigest():
         return
-    for name, value in metrics.items():
+    numbers = metrics | class_metrics(EVALUATED / "per_class.csv")
+    seconds = training_seconds(history, timings, int(document["train"]["batch_size"]))
+    for name, value in (numbers | ({"training_seconds": seconds} if seconds else {})).items():
         client.log_metric(run_id, name, value)
     for key, tag in lineage.items():
         client.set_tag(run_id, key, tag)
     client.log_artifact(run_id, "dvc.lock")
     client.log_artifact(run_id, "params.yaml")
+    if diff:
+        with tempfile.TemporaryDirectory() as folder:
+            Path(folder, "git.diff").write_bytes(diff.encode(errors="surrogateescape"))
+            client.log_artifact(run_id, f"{folder}/git.diff")
     for name in ("report.json", "statistics.json", "dataset"):
         client.log_artifact(run_id, str(VALIDATED / name), "validate")
     client.log_artifact(run_id, str(TRAINED / "history.jsonl"), "train")
-    for name in ("metrics.json", "per_class.csv", "detections.json", "plots"):
-        client.log_artifact(run_id, str(EVALUATED / name), "evaluate")
+    client.log_artifacts(run_id, str(EVALUATED), "evaluate")
     docs_of = SCRATCH / "data_docs" / DOCS_DIGEST
     if docs_of.exists() and docs_of.read_text() == lineage["data_digest"]:
         client.log_artifacts(run_id, str(SCRATCH / "data_docs"), "data_docs")
@@ -117,12 +207,49 @@ def publish(client: Any, run_id: str, mark: str, metrics: dict[str, float], line
     client.set_terminated(run_id, "FINISHED")
 
 
+def class_metrics(path: Path) -> dict[str, float]:
+    """AP of the categories with objects, by names that MLflow allows; two that become one get their ids."""
+    with path.open(newline="") as file:
+        rows = [row for row in csv.DictReader(file) if float(row["AP"]) >= 0]
+    names = [re.sub(r"[^\w\-. :]", "_", row["name"])[:200].strip() for row in rows]
+    found = {}
+    for name, row in zip(names, rows, strict=True):
+        suffix = "" if names.count(name) == 1 and name.strip(".") else f"_{row['category_id']}"
+        found[f"{registry.CLASS_AP}{name}{suffix}"] = float(row["AP"])
+    return found
+
+
+def training_seconds(history: list[dict[str, float]], timings: list[dict[str, float]], batch_size: int) -> float | None:
+    """How long the steps of the training took together, None where a kill took some of their timings."""
+    rate = {int(row["step"]): row["images_per_second"] for row in timings if row.get("images_per_second")}
+    steps = [int(row["step"]) for row in history]
+    if not steps or not set(steps) <= set(rate):
+        return None
+    return sum((step - before) * batch_size / rate[step] for before, step in zip([0, *steps], steps, strict=False))
+
+
+def speed() -> float:
+    """Images per second of this model on this machine, one at a time, at the size of the first validation image."""
+    import torch
+
+    from detr.checkpoint import load_model
+    from detr.coco import load_annotations
+    from detr.speed import images_per_second
+    from detr.transforms import fit_size
+
+    model, _, size = load_model(TRAINED)
+    height, width = load_annotations(DATA / "instances_val.json").sizes_hw[0].tolist()
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    return images_per_second(model, fit_size((height, width), size.short, size.max_size), device)
+
+
 def example_image() -> str:
     """The first validation image as base64."""
-    from detr.coco import ImageArchive, load_annotations
+    from detr.coco import load_annotations
+    from detr.images import open_images
 
     name = load_annotations(DATA / "instances_val.json").file_names[0]
-    return base64.b64encode(ImageArchive(DATA / "val.zip").read(str(name))).decode()
+    return base64.b64encode(open_images(DATA / "val.zip").read(str(name))).decode()
 
 
 def main() -> None:

@@ -1,5 +1,6 @@
 """The only module that calls DVC and git: runs stages, and keeps other people's working directories untouched."""
 
+import errno
 import fcntl
 import os
 import pty
@@ -12,8 +13,8 @@ import termios
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Collection, Iterator, Mapping
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -22,6 +23,7 @@ from pipelines.stage import QUIET
 from pipelines.versions import DataVersion, locked
 
 STOP_SECONDS = 60  # enough for a training to finish its step and save its state
+WORKTREE = "DETR_WORKTREE"  # in the environment of what we start: the directory that it works in
 
 
 class StageFailed(RuntimeError):
@@ -33,37 +35,57 @@ def stages(root: Path) -> list[str]:
     return list(read_yaml(root / "dvc.yaml")["stages"])
 
 
-def reproduce(stage: str, root: Path, log: Callable[[str], None], force: bool = False) -> str:
+def reproduce(
+    stage: str,
+    root: Path,
+    log: Callable[[str], None],
+    force: bool = False,
+    options: Collection[str] = (),
+    env: Mapping[str, str] | None = None,
+) -> str:
     """Runs one stage by `dvc repro --single-item`: `ran`, `restored` from the run cache, or `unchanged`.
 
     Every line that DVC and the stage print goes to `log` as it comes; on a terminal their progress bars are
     drawn there. An interruption ends every process of the stage. Raises StageFailed.
     """
-    command = [sys.executable, "-m", "dvc", "--wait-for-lock", "repro", "--single-item", stage]
-    lines: deque[str] = deque(maxlen=50)
     outcome = "unchanged"
-    with _process(command + ["--force"] * force, root, lines) as process:
+
+    def notice(line: str) -> None:
+        nonlocal outcome
+        log(line)
+        if line.startswith("Running stage"):
+            outcome = "ran"
+        elif "is cached - skipping run" in line:
+            outcome = "restored"
+
+    failure = _dvc(root, ["repro", "--single-item", stage, *["--force"] * force, *options], notice, env or {})
+    if failure:
+        raise StageFailed(f"{stage}: {failure}")
+    return outcome
+
+
+def _dvc(root: Path, arguments: list[str], log: Callable[[str], None], env: Mapping[str, str]) -> str:
+    """Runs a command of DVC; why it failed, or nothing."""
+    lines: deque[str] = deque(maxlen=50)
+    with _process([sys.executable, "-m", "dvc", "--wait-for-lock", *arguments], root, lines, env) as process:
         assert process.stdout is not None
         for line in process.stdout:
             if line.strip():
                 lines.append(line.rstrip())
                 log(line.rstrip())
-            if line.startswith("Running stage"):
-                outcome = "ran"
-            elif "is cached - skipping run" in line:
-                outcome = "restored"
-    if process.returncode:
-        said = [line for line in lines if line.startswith("error: ")] or [line for line in lines if line.strip()][-1:]
-        reason = said[-1].removeprefix("error: ") if said else f"exit code {process.returncode}"
-        raise StageFailed(f"{stage}: {reason}")
-    return outcome
+    if not process.returncode:
+        return ""
+    said = [line for line in lines if line.startswith("error: ")] or [line for line in lines if line.strip()][-1:]
+    return said[-1].removeprefix("error: ") if said else f"exit code {process.returncode}"
 
 
 @contextmanager
-def _process(command: list[str], root: Path, lines: deque[str]) -> Iterator[subprocess.Popen[str]]:
+def _process(
+    command: list[str], root: Path, lines: deque[str], extra: Mapping[str, str]
+) -> Iterator[subprocess.Popen[str]]:
     """The command in a process group of its own, which does not outlive the block."""
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}"
-    env = os.environ | QUIET | {"PATH": path, "PYTHONUNBUFFERED": "1"}
+    env = {**os.environ, **QUIET, "PATH": path, "PYTHONUNBUFFERED": "1", WORKTREE: str(root), **extra}
     errors, follower = subprocess.STDOUT, None
     if sys.stderr.isatty():
         master, errors = pty.openpty()
@@ -149,12 +171,16 @@ def only_one(root: Path, log: Callable[[str], None]) -> Iterator[None]:
         yield
 
 
-def absolute_paths(document: Any, root: Path) -> None:
-    """Makes the local files that params name independent of the directory that a run works in."""
+def absolute_paths(document: Any, root: Path, worktree: Path | None = None) -> None:
+    """Makes the local files that params name independent of the directory that a run works in.
+
+    Those that lie in `worktree`, where one is given, stay as they are.
+    """
 
     def absolute(place: str) -> str:
         name = place.partition("#")[0]
         local = "://" not in name and name not in ("shapes", "none", "imagenet")
+        local = local and not (worktree and (worktree / name).exists())
         return str((root / place).resolve()) if local else place
 
     source = document["download"]["source"]
@@ -177,25 +203,12 @@ def worktree(root: Path, name: str, document: Any) -> Iterator[Path]:
     made it; when the block ends well, dvc.lock follows, and the evaluation is kept in `scratch/runs/NAME`. The
     worktree is removed in any case, the branch when nothing was registered.
     """
-    place = root / "scratch" / "worktrees" / name
-    cache = subprocess.run(
-        [sys.executable, "-m", "dvc", "cache", "dir"],
-        cwd=root,
-        env=os.environ | QUIET,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    if cache.returncode:
-        raise ValueError(f"dvc cache dir failed in {root}: {cache.stderr.strip()}")
-    for left in place.parent.glob("*"):  # of a run that was killed: the run lock is ours
-        shutil.rmtree(left, ignore_errors=True)
-    _git(root, "worktree", "prune")
+    place = _cleared(root) / name
     _git(root, "worktree", "add", "-b", f"runs/{name}", str(place), "HEAD")
     try:
         absolute_paths(document, root)
         (place / "params.yaml").write_text(to_yaml(document))
-        (place / ".dvc" / "config.local").write_text(f"[cache]\n    dir = {root / cache.stdout.strip()}\n")
+        _share_settings(root, place)
         (place / "scratch").symlink_to(root / "scratch")
         _commit(place, "params.yaml", f"Parameters of run {name}")
         yield place
@@ -203,9 +216,96 @@ def worktree(root: Path, name: str, document: Any) -> Iterator[Path]:
         shutil.copytree(place / "artifacts" / "evaluate", root / "scratch" / "runs" / name)
     finally:
         registered = (place / "artifacts" / "register" / "version.json").exists()
-        _git(root, "worktree", "remove", "--force", str(place))
+        _remove(root, place)
         if not registered:
             _git(root, "branch", "-D", f"runs/{name}")
+
+
+@contextmanager
+def worktree_at(root: Path, name: str, commit: str) -> Iterator[Path]:
+    """A git worktree at a commit, on no branch and with a scratch/ of its own; it is removed in any case.
+
+    It has the DVC cache and the remotes of `root`, as they are today.
+    """
+    place = _cleared(root) / name
+    try:
+        try:
+            _git(root, "-c", f"core.hooksPath={os.devnull}", "worktree", "add", "--detach", str(place), commit)
+        except ValueError as error:
+            if "unable to write" in str(error):
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(place)) from error
+            raise
+        _share_settings(root, place)
+        yield place
+    finally:
+        _remove(root, place)
+
+
+def _cleared(root: Path) -> Path:
+    """The folder of our worktrees, without those of runs that were killed, and their processes: the lock is ours."""
+    import psutil
+
+    folder = root.resolve() / "scratch" / "worktrees"
+    listed = _git(root, "worktree", "list", "--porcelain").splitlines()
+    known = {Path(line.removeprefix("worktree ")) for line in listed if line.startswith("worktree ")}
+    left = {path for path in known if path.parent == folder} | {*folder.glob("*")}
+    orphans = []
+    for process in psutil.process_iter() if left else ():
+        with suppress(psutil.Error):
+            if Path(process.environ().get(WORKTREE, "/")) in left:
+                process.kill()
+                orphans.append(process)
+    psutil.wait_procs(orphans, timeout=10)
+    for path in left:
+        _remove(root, path)
+    return folder
+
+
+def _remove(root: Path, place: Path) -> None:
+    """Removes a worktree, whatever is left of it."""
+    shutil.rmtree(place, ignore_errors=True)
+    with suppress(ValueError):  # where git does not know it
+        _git(root, "worktree", "remove", "--force", str(place))
+
+
+def _share_settings(root: Path, place: Path) -> None:
+    """Gives a worktree the DVC cache and the remotes of `root`, with what may be needed to enter them."""
+    from dvc.config import Config, ConfigError, merge  # type: ignore[import-untyped]
+
+    try:
+        ours = Config(str(root / ".dvc"))
+        with Config(str(place / ".dvc"), validate=False).edit("local") as settings:
+            for level in ("repo", "local"):
+                merge(settings, ours.load_one(level))
+            settings["cache"].setdefault("dir", str(root / ".dvc" / "cache"))
+    except ConfigError as error:
+        raise ValueError(f"the settings of DVC in {root}/.dvc cannot be read: {error}") from error
+
+
+def apply(place: Path, diff: Path, but: Collection[str]) -> None:
+    """Applies a file of `git diff` to a worktree, without the files `but`. Raises ValueError where it does not fit."""
+    if diff.read_bytes().strip():
+        exclude = (f"--exclude={name}" for name in but)
+        _git(place, "apply", "--whitespace=nowarn", *exclude, str(diff.resolve()))
+
+
+def full_commit(root: Path, commit: str) -> str:
+    """The full name of a commit. Raises ValueError where this clone has no such commit."""
+    return _git(root, "rev-parse", "--verify", "--quiet", "--end-of-options", f"{commit}^{{commit}}")
+
+
+def obtain(stage: str, outs: Collection[str], place: Path, log: Callable[[str], None]) -> str:
+    """Puts what dvc.lock names as outputs of a stage in place: from the `cache`, or from the `remote` and the cache.
+
+    Nothing, said, where neither has all of it.
+    """
+    for where, verb in (("cache", "checkout"), ("remote", "pull")):
+        failure = _dvc(place, [verb, stage], lambda _: None, {})
+        missing = [out for out in outs if not (place / out).exists()]
+        if not failure and not missing:
+            return where
+        log(f"{stage}: not whole in the DVC {where}: {failure or ', '.join(missing)}")
+    return ""
 
 
 def _commit(place: Path, file: str, message: str) -> None:

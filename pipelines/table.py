@@ -24,7 +24,7 @@ from detr.model import ModelConfig, build_model, for_inference
 from detr.official import COCO_CATEGORIES, URLS, load_official
 from detr.speed import count_parameters, gflops, multiply_adds, seconds
 from detr.transforms import EvalTransform
-from pipelines import params, tracking
+from pipelines import params, registry, tracking
 from pipelines.figures import save_figure
 from pipelines.stage import DATA, Progress, write_json
 
@@ -113,21 +113,17 @@ def measure(
     They take turns, so that the machine's moods meet all alike; a first round warms up and says how many fit.
     """
     image = torch.zeros(3, *size_hw, device=device)
-    found: dict[str, Figures] = {}
-    runs: dict[str, Callable[[], object]] = {}
     with Progress(None, "table", (1 + ROUNDS[0]) * len(PAPER), "image") as bar:
-        for name in PAPER:
-            if name in OFFICIAL:
-                config = params.from_document(preset(root, OFFICIAL[name]), "model", ModelConfig)
-                model = build_model(replace(config, backbone_weights="none"), len(COCO_CATEGORIES))
-                ready = for_inference(model).to(device)
-                runs[name] = lambda ready=ready: ready(image[None])  # type: ignore[misc]
-                operations = gflops(model, [size_hw])
-            else:
-                model = faster_rcnn(size_hw).to(device)
-                runs[name] = lambda model=model: model([image])  # type: ignore[misc]
-                operations = multiply_adds(runs[name]) / 1e9
-            found[name] = Figures(count_parameters(model) / 1e6, operations, 0.0, None)
+        (rival,) = PAPER.keys() - OFFICIAL
+        other = faster_rcnn(size_hw).to(device)
+        runs: dict[str, Callable[[], object]] = {rival: lambda: other([image])}
+        found = {rival: Figures(count_parameters(other) / 1e6, multiply_adds(runs[rival]) / 1e9, 0.0, None)}
+        for name, official in OFFICIAL.items():
+            config = params.from_document(preset(root, official), "model", ModelConfig)
+            model = build_model(replace(config, backbone_weights="none"), len(COCO_CATEGORIES))
+            ready = for_inference(model).to(device)
+            runs[name] = lambda ready=ready: ready(image[None])  # type: ignore[misc]
+            found[name] = Figures(count_parameters(model) / 1e6, gflops(model, [size_hw]), 0.0, None)
 
         def turn() -> dict[str, float]:
             times = {}
@@ -180,7 +176,7 @@ def registered(root: Path, official: str) -> tuple[float | None, str]:
     wanted = {key: str(value) for key, value in tracking.flatten({"model": preset(root, official)["model"]}).items()}
     best: tuple[float, str] | None = None
     try:
-        with tracking.answers():
+        with registry.plainly("the search for an AP"):
             client = tracking.connect()
             for version in tracking.versions(client):
                 logged = client.get_run(version.run_id).data.params
@@ -197,7 +193,7 @@ def of_val2017(client: Any, run_id: str) -> bool:
     """Whether a run's validation images were those of COCO val2017, by their number and classes."""
     with tempfile.TemporaryDirectory() as folder:
         path = tracking.fetch_artifact(client, run_id, "validate/statistics.json", Path(folder))
-        held = json.loads(path.read_text())["val"] if path else {"images": 0, "class": {}}
+        held: dict[str, Any] = json.loads(path.read_text())["val"] if path else {"images": 0, "class": {}}
     return held["images"] == NUM_VAL and set(held["class"]) == {category.name for category in COCO_CATEGORIES}
 
 
@@ -258,7 +254,8 @@ def draw(ours: dict[str, Figures], path: Path, where: str) -> None:
         ):
             side.scatter([getattr(p, key) for p in PAPER.values()], [p.ap for p in PAPER.values()], c="#999999")
             for name, paper in PAPER.items():
-                side.annotate(name, (getattr(paper, key), paper.ap), (4, 4), textcoords="offset points", fontsize=7)
+                place = (getattr(paper, key), paper.ap)
+                side.annotate(name, place, (-4, 5), textcoords="offset points", ha="right", fontsize=7)
                 own = ours[name]
                 face = "none" if own.ap is None else "#4363d8"
                 height = paper.ap if own.ap is None else own.ap

@@ -13,7 +13,7 @@ import queue
 import sys
 import threading
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -50,7 +50,7 @@ def connect() -> "MlflowClient":
     import mlflow
 
     for name in ("alembic", "mlflow.store.db.utils"):
-        logging.getLogger(name).setLevel(logging.WARNING)
+        logging.getLogger(name).setLevel(logging.CRITICAL)  # errors are raised too, and told in one line
     uri = tracking_uri()
     mlflow.set_tracking_uri(uri)
     mlflow.set_registry_uri(uri)
@@ -347,34 +347,46 @@ def read_rows(path: Path) -> list[dict[str, float]]:
     return rows
 
 
-@contextlib.contextmanager
-def answers() -> Iterator[None]:
-    """Raises ValueError in one line for what MLflow refuses, or does not answer, in the block."""
+def named_version(client: "MlflowClient", model: str) -> Any:
+    """The version that `models:/detr/3`, `models:/detr@champion`, `3` or `champion` names.
+
+    Raises ValueError that lists those there are.
+    """
     from mlflow.exceptions import MlflowException
 
+    name, separator, which = model.removeprefix("models:/").replace("@", "/").rpartition("/")
+    if separator and name != MODEL:
+        raise ValueError(
+            f"{model} is of the model {name!r}; expected models:/{MODEL}/VERSION, or a version, or an alias"
+        )
     try:
-        yield
+        if which.isdecimal():
+            return client.get_model_version(MODEL, which)
+        return client.get_model_version_by_alias(MODEL, which)
     except MlflowException as error:
-        raise ValueError(f"MLflow at {tracking_uri()}: {' '.join(str(error).split())[:300]}") from error
+        if error.error_code not in ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE"):
+            raise ValueError(f"{model} cannot be had from {tracking_uri()}: {' '.join(str(error).split())}") from error
+    found = client.search_model_versions(f"name = '{MODEL}'")
+    versions = ", ".join(map(str, sorted(int(version.version) for version in found))) or "none"
+    aliases = client.get_registered_model(MODEL).aliases if found else {}
+    named = ", ".join(f"{alias} ({number})" for alias, number in sorted(aliases.items())) or "none"
+    raise ValueError(f"{tracking_uri()} has no {model}; versions of {MODEL}: {versions}; aliases: {named}")
+
+
+def download_artifact(uri: str, folder: Path) -> Path:
+    """The file that `runs:/ID/PATH` or `models:/NAME/VERSION/PATH` names, in `folder`. Raises ValueError."""
+    import mlflow
+
+    try:
+        return Path(mlflow.artifacts.download_artifacts(artifact_uri=uri, dst_path=str(folder)))
+    except Exception as error:  # of the artifact store's own library too
+        raise ValueError(f"{uri} cannot be had: {' '.join(str(error).split())[:300]}") from error
 
 
 def versions(client: "MlflowClient") -> list["ModelVersion"]:
     """Every version of the registered model, newest first."""
     found = client.search_model_versions(f"name = '{MODEL}'")
     return sorted(found, key=lambda version: -int(version.version))
-
-
-def find_version(client: "MlflowClient", name: str) -> "ModelVersion":
-    """The version with this number or alias. Raises ValueError that names those that there are."""
-    there = versions(client)
-    if not there:
-        raise ValueError(f"MLflow at {tracking_uri()} has no version of {MODEL}; register one: dvc repro")
-    aliases = client.get_registered_model(MODEL).aliases
-    number = str(aliases.get(name, name))
-    if number not in {str(version.version) for version in there}:
-        numbers = ", ".join(str(version.version) for version in there[::-1])
-        raise ValueError(f"{MODEL} has no version {name!r}; there are {', '.join([numbers, *sorted(aliases)])}")
-    return client.get_model_version(MODEL, number)
 
 
 def fetch_artifact(client: "MlflowClient", run_id: str, path: str, folder: Path) -> Path | None:

@@ -114,7 +114,7 @@ def train(
                 if report.epoch_done and config.evaluate_epochs and (report.epoch + 1) % config.evaluate_epochs == 0:
                     request.at_once = True  # the state is safe
                     if process.share(log and not log.is_judged()):
-                        detections = detect_all(report.model, held_out, config.micro_batch, size.size_multiple, process)
+                        detections = detect_all(report.model, held_out, size.size_multiple, process)[-1]
                         if log:
                             log.judge(report, detections)
                     if process.share(log and log.has_stalled()):

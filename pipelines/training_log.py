@@ -9,13 +9,14 @@ import time
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from torchvision.io import write_png
 
 from detr.checkpoint import save_state
 from detr.coco import CocoDataset
-from detr.evaluate import coco_metrics
+from detr.judge import coco_metrics
 from detr.train import Report, TrainConfig
 from detr.visualize import beside_truth
 from pipelines.stage import Progress, explain
@@ -105,11 +106,11 @@ class Log:
         every = self.config.evaluate_epochs
         return "AP" in row or not every or (int(row["epoch"]) + 1) % every != 0
 
-    def judge(self, report: Report, detections: list[dict]) -> None:
+    def judge(self, report: Report, detections: np.ndarray) -> None:
         """Adds COCO's numbers to the last row of the history, and keeps pictures and the best weights."""
         highest = max((row["AP"] for row in self.history if "AP" in row), default=-math.inf)
         row = self.history[-1]
-        row.update(coco_metrics(self.truth, detections)[0])
+        row.update(coco_metrics(self.truth, detections))
         if self.config.keep == "best" and row["AP"] > highest:
             self.best = {name: value.detach().cpu().clone() for name, value in report.model.state_dict().items()}
         for index in range(min(NUM_PICTURES, len(self.held_out))):

@@ -1,5 +1,7 @@
 """What several tests need: quiet tools, a small drawn dataset, and a small clone of the project to run in."""
 
+import hashlib
+import json
 import os
 import shutil
 import subprocess
@@ -7,14 +9,18 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
+import torch
 
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 
+from detr.checkpoint import Category, InputSize, save_model  # noqa: E402
+from detr.judge import coco_metrics, from_results  # noqa: E402
 from detr.loss import LossConfig  # noqa: E402
 from detr.matcher import MatcherConfig  # noqa: E402
-from detr.model import ModelConfig  # noqa: E402
+from detr.model import DETR, ModelConfig  # noqa: E402
 from detr.train import TrainConfig  # noqa: E402
 from detr.transforms import TransformConfig  # noqa: E402
 from pipelines.params import from_document, merged, to_yaml  # noqa: E402
@@ -156,4 +162,54 @@ def small_project(folder: Path, *overrides: str) -> Path:
     call(folder, "git", "init", "--quiet", "--initial-branch=main")
     call(folder, "git", "add", "--all")
     call(folder, "git", "-c", "user.name=test", "-c", "user.email=test@localhost", "commit", "--quiet", "-m", "start")
+    return folder
+
+
+def detections_like(annotations: Path, shift: float, seed: int = 0, lost: str | None = None) -> list[dict]:
+    """COCO detections made from the truth: boxes shifted by normal `shift` pixels, none of the category `lost`."""
+    rng = np.random.default_rng(seed)
+    document = json.loads(annotations.read_text())
+    names = {category["id"]: category["name"] for category in document["categories"]}
+    return [
+        {
+            "image_id": a["image_id"],
+            "category_id": a["category_id"],
+            "bbox": [round(value + float(rng.normal(0, shift)), 2) for value in a["bbox"]],
+            "score": round(float(rng.uniform(0.5, 1)), 6),
+        }
+        for a in document["annotations"]
+        if not a["iscrowd"] and names[a["category_id"]] != lost
+    ]
+
+
+def trained_project(folder: Path, data: Path, mark: str, detections: list[dict], **register: object) -> Path:
+    """What the register stage reads, of a small untrained model with its own weights and the given detections."""
+    document = merged(ROOT, None, TINY)
+    document["register"] |= register
+    for name in ("validate/dataset", "evaluate/plots", "train"):
+        (folder / "artifacts" / name).mkdir(parents=True)
+    (folder / "params.yaml").write_text(to_yaml(document))
+    (folder / "dvc.lock").write_text("stages: {}\n")
+    shutil.copytree(data, folder / "data/coco")
+    report = [{"outcome": outcome} for outcome in ("holds", "holds", "warning")]
+    categories = json.loads((data / "instances_val.json").read_text())["categories"]
+    metrics = coco_metrics(data / "instances_val.json", from_results(detections))
+    rows = {
+        "validate/passed.json": {"data": "0123"},
+        "validate/report.json": report,
+        "validate/statistics.json": {},
+        "evaluate/detections.json": detections,
+        "evaluate/metrics.json": metrics | {"AP_low": 0.0, "AP_high": 1.0},
+    }
+    for name, content in rows.items():
+        (folder / "artifacts" / name).write_text(json.dumps(content))
+    table = [f"{c['id']},{c['name']},0.25" for c in categories]
+    (folder / "artifacts/evaluate/per_class.csv").write_text("\n".join(["category_id,name,AP", *table, ""]))
+    torch.manual_seed(int(hashlib.sha256(mark.encode()).hexdigest()[:8], 16))
+    labels = [Category(c["id"], c["name"]) for c in categories]
+    save_model(DETR(TINY_MODEL, len(labels)), labels, InputSize(96, 96, 1), mark, folder / "artifacts/train")
+    (folder / "artifacts/train/history.jsonl").write_text('{"step": 2, "loss": 1.5}\n{"step": 4, "loss": 1.25}\n')
+    (folder / "scratch" / mark).mkdir(parents=True)
+    timings = [json.dumps({"step": step, "images_per_second": 4.0}) for step in (2, 4)]
+    (folder / "scratch" / mark / "timings.jsonl").write_text("\n".join([*timings, ""]))
     return folder

@@ -111,3 +111,11 @@ def test_kills_change_no_bit():
     result = json.loads(call(ROOT, sys.executable, "benchmarks/kill_resume.py", "--quick").splitlines()[-1])
     assert result["benchmark"] == "kill_resume"
     assert (result["figures"]["kills"], result["figures"]["identical"]) == (2, True)
+
+
+def test_coco_numbers_are_measured_and_equal():
+    result = json.loads(call(ROOT, sys.executable, "benchmarks/coco_eval.py", "--quick").splitlines()[-1])
+    assert result["benchmark"] == "coco_eval"
+    assert result["ratios"]["pycocotools"] > 0
+    assert result["figures"]["max_difference"] == 0
+    assert result["figures"]["bootstrap_seconds"] > 0

@@ -1,6 +1,7 @@
 """The main job with every real part: DVC, torchrun, MLflow, Prefect, git, on a small drawn dataset."""
 
 import base64
+import csv
 import json
 import os
 import shutil
@@ -17,7 +18,7 @@ from pathlib import Path
 
 import pytest
 
-from detr.evaluate import METRICS
+from detr.judge import METRICS
 from pipelines.repro import is_dirty, only_one, reproduce
 from tests.conftest import call, environment, small_project
 
@@ -46,18 +47,53 @@ def read(project, path):
 
 def test_dvc_repro_makes_every_output(project):
     metrics = read(project, "artifacts/evaluate/metrics.json")
-    assert tuple(metrics) == METRICS
-    assert all(-1 <= value <= 1 for value in metrics.values())
+    assert tuple(metrics) == (*METRICS, "AP_low", "AP_high", "parameters_millions", "gflops")
+    assert all(-1 <= metrics[name] <= 1 for name in METRICS)
+    assert 0 < metrics["parameters_millions"] < 1
+    assert 0 < metrics["gflops"] < 1
+    assert metrics["AP_low"] <= metrics["AP"] <= metrics["AP_high"]
     version = read(project, "artifacts/register/version.json")
     assert (version["name"], version["version"]) == ("detr", 1)
-    assert sorted(p.name for p in (project / "artifacts/evaluate/plots").iterdir()) == [
-        "detections_00.png",
-        "detections_01.png",
-        "precision_recall.png",
-    ]
+    pictures = {p.stem for p in (project / "artifacts/evaluate/plots").iterdir()}
+    assert pictures == {
+        "best_00", "best_01", "confusion", "errors", "precision_recall", "slots", "worst_00", "worst_01",
+    }  # fmt: skip
     assert (project / "scratch/data_docs/index.html").exists()
     assert not list(project.glob("scratch/*/state*")), "registration removes the resume state"
     assert "train: 100%" not in (project / "artifacts/train/history.jsonl").read_text()
+
+
+def test_the_tables_fit_the_metrics(project):
+    def table(name):
+        with (project / f"artifacts/evaluate/{name}.csv").open() as file:
+            return list(csv.DictReader(file))
+
+    metrics = read(project, "artifacts/evaluate/metrics.json")
+    *_, last = layers = table("per_layer")
+    assert [row["layer"] for row in layers] == ["1", "2"]
+    assert {name: float(last[name]) for name in METRICS} == {name: metrics[name] for name in METRICS}
+    truth = read(project, "data/coco/instances_val.json")
+    per_class = table("per_class")
+    assert [row["name"] for row in per_class] == [c["name"] for c in sorted(truth["categories"], key=lambda c: c["id"])]
+    assert sum(int(row["num_objects"]) for row in per_class) == sum(not a["iscrowd"] for a in truth["annotations"])
+    present = [float(row["AP"]) for row in per_class if float(row["AP"]) >= 0]
+    assert sum(present) / len(present) == pytest.approx(metrics["AP"], abs=1e-6)
+    curve = table("precision_recall")
+    assert [row["recall"] for row in curve] == [f"{k / 100:.6f}" for k in range(101)]
+    mean = sum(float(row[f"{0.5 + 0.05 * k:.2f}"]) for row in curve for k in range(10)) / 1010
+    assert mean == pytest.approx(metrics["AP"], abs=1e-5)
+    assert len(table("errors")) == 6
+
+
+def test_two_processes_evaluate_to_the_same_bytes(project, tmp_path):
+    for item in ("pipelines", "detr", "data", "artifacts/train", "params.yaml"):
+        copy = shutil.copytree if (project / item).is_dir() else shutil.copy
+        copy(project / item, tmp_path / item)
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    call(tmp_path, *torchrun, "-m", "pipelines.evaluate")
+    made = {path.relative_to(tmp_path) for path in (tmp_path / "artifacts/evaluate").rglob("*") if path.is_file()}
+    assert made == {path.relative_to(project) for path in (project / "artifacts/evaluate").rglob("*") if path.is_file()}
+    assert all((tmp_path / path).read_bytes() == (project / path).read_bytes() for path in made)
 
 
 def test_history_is_the_training_without_times(project):
@@ -98,7 +134,9 @@ def test_mlflow_shows_what_the_files_hold(project, monkeypatch):
         logged = [(m.step, m.value) for m in client.get_metric_history(run.info.run_id, f"train/{name}")]
         assert logged == [(row["step"], row[name]) for row in rows]
     assert len(client.get_metric_history(run.info.run_id, "train/images_per_second")) == len(rows)
-    assert {name: run.data.metrics[name] for name in METRICS} == read(project, "artifacts/evaluate/metrics.json")
+    assert {name: run.data.metrics[name] for name in (*METRICS, "AP_low", "AP_high")} == read(
+        project, "artifacts/evaluate/metrics.json"
+    )
     assert run.data.metrics["val/AP"] == pytest.approx(run.data.metrics["AP"], abs=1e-6)
     assert run.data.params["train.epochs"] == "2"
     stored = {artifact.path for artifact in client.list_artifacts(run.info.run_id)}
@@ -167,7 +205,7 @@ def test_an_override_runs_in_a_worktree_and_is_a_commit(project, tmp_path):
     (branch,) = call(project, "git", "branch", "--list", "runs/*", "--format=%(refname:short)").split()
     assert f"branch    {branch}" in said
     kept = project / "scratch" / branch / "metrics.json"
-    assert tuple(json.loads(kept.read_text())) == METRICS
+    assert tuple(json.loads(kept.read_text()))[:12] == METRICS
     assert call(project, "git", "worktree", "list").count("\n") == 1
 
     other = tmp_path / "there"
@@ -180,6 +218,22 @@ def test_an_override_runs_in_a_worktree_and_is_a_commit(project, tmp_path):
     assert "num_queries: 9" in (other / "params.yaml").read_text()
     assert len(read(other, "artifacts/evaluate/detections.json")) == 9 * 16
     call(project, "git", "worktree", "remove", "--force", str(other))
+
+
+def test_dvc_shows_plots_and_differences_of_metrics(project, tmp_path):
+    call(project, "dvc", "plots", "show", "--out", str(tmp_path / "plots"))
+    page = (tmp_path / "plots/index.html").read_text()
+    for title in ("AP per class", "Precision and recall", "What limits AP50", "AP per decoder layer", "Confusion"):
+        assert title in page
+    assert "slots.png" in page
+    metrics = project / "artifacts/evaluate/metrics.json"
+    before = metrics.read_bytes()
+    call(project, "dvc", "unprotect", "artifacts/evaluate/metrics.json")
+    metrics.write_text(json.dumps(json.loads(before) | {"AP": 0.9}))
+    changed = json.loads(call(project, "dvc", "metrics", "diff", "--json"))
+    assert changed["artifacts/evaluate/metrics.json"]["AP"]["new"] == 0.9
+    call(project, "dvc", "checkout", "--force", "artifacts/evaluate/metrics.json")
+    assert metrics.read_bytes() == before
 
 
 def test_the_demos_benchmark_runs(project):

@@ -15,7 +15,7 @@ from detr.coco import CocoDataset, ImageArchive, load_annotations
 from detr.diagnosis import NotFiniteError, first_non_finite
 from detr.distributed import Process
 from detr.model import build_model
-from detr.train import _sampler, build_optimizer, fit, learning_rate_factor
+from detr.train import _sampler, build_optimizer, compiled, fit, learning_rate_factor
 from detr.transforms import TrainTransform, TransformConfig
 from tests.conftest import TINY_MODEL, TINY_TRAIN
 
@@ -319,6 +319,16 @@ def test_a_loader_process_that_dies_is_named_with_its_image(dataset, monkeypatch
         RuntimeError, match=rf"a loader process died at image {image_id} \(.*\); if memory ran out, lower DETR"
     ):
         list(fit(new_model(), deadly, CONFIG, CPU))
+
+
+def test_one_compiled_graph_serves_all_shapes_though_the_first_is_square(monkeypatch):
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="aot_eager"))
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    runner = compiled(new_model(config=TINY_MODEL))
+    for batch, height, width in ((3, 96, 96), (4, 64, 96), (2, 96, 64), (3, 96, 96)):
+        runner(torch.rand(batch, 3, height, width), torch.zeros(batch, height, width, dtype=torch.bool))
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
 
 
 def test_one_compiled_graph_serves_all_shapes(dataset, monkeypatch):

@@ -9,6 +9,7 @@ from torch import nn
 from detr.batch import Sample, collate, normalize
 from detr.coco import CocoDataset, load_annotations
 from detr.images import open_images
+from detr.judge import from_results
 from detr.model import build_model
 from detr.visualize import (
     COLOURS,
@@ -119,7 +120,7 @@ def test_detections_from_the_threshold_on_stand_beside_the_truth(drawn):
     dataset = CocoDataset(annotations, open_images(drawn / "val.zip"), lambda *sample: sample[:3])
     index = int(np.diff(annotations.starts).argmax())
     image = draw(dataset[0, index].image, torch.zeros(0, 4), [], [], scale=3)
-    empty = beside_truth(dataset, [], index, 0.5)
+    empty = beside_truth(dataset, from_results([]), index, 0.5)
     width = image.shape[2]
     assert max(image.shape) == 288
     assert (empty.dtype, empty.shape) == (torch.uint8, (3, image.shape[1], 2 * width + 6))
@@ -127,13 +128,13 @@ def test_detections_from_the_threshold_on_stand_beside_the_truth(drawn):
     assert not torch.equal(empty[..., :width], image)
     found = {"image_id": int(annotations.image_ids[index]), "category_id": int(annotations.category_ids[-1])}
     found |= {"bbox": [20.0, 30.0, 40.0, 50.0], "score": 0.5}
-    picture = beside_truth(dataset, [found], index, 0.5)
+    picture = beside_truth(dataset, from_results([found]), index, 0.5)
     label = len(annotations.category_ids) - 1
     caption = [f"{annotations.category_names[label]} 0.50"]
     expected = draw(dataset[0, index].image, torch.tensor([[20.0, 30.0, 60.0, 80.0]]), [label], caption, scale=3)
     assert torch.equal(picture, side_by_side(empty[..., :width], expected))
     for other in (found | {"score": 0.49}, found | {"image_id": int(annotations.image_ids[index - 1])}):
-        assert torch.equal(beside_truth(dataset, [other], index, 0.5), empty)
+        assert torch.equal(beside_truth(dataset, from_results([other]), index, 0.5), empty)
 
 
 @pytest.mark.parametrize(("size_hw", "multiple"), [((70, 130), 1), ((64, 96), 1), ((70, 90), 128)])

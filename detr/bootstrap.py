@@ -1,0 +1,178 @@
+"""How sure an AP is: resampling the images. N images, C categories, R resamples, T = 10 IoU thresholds.
+
+Detections are matched with the objects once, as COCO does; a resample then only weighs each image by the number of
+times that it was drawn. A weighted AP equals that of a dataset in which each image stands as often as it weighs.
+"""
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from pathlib import Path
+
+import numpy as np
+from scipy.sparse import csr_array
+
+from detr.judge import from_results
+
+IOU_THRESHOLDS = np.linspace(0.5, 0.95, 10)
+RECALL_THRESHOLDS = np.linspace(0, 1, 101)
+MAX_DETECTIONS = 100  # per image and category
+CHUNK = 100  # resamples at a time, which bounds memory
+
+
+@dataclass(frozen=True)
+class Matches:
+    """Detections as matched with the objects of N images, by category and falling score.
+
+    category, image [D] are indices; hit, ignored [D, T]: matched with an object, or with a crowd;
+    objects [N, C] counts those to be found, crowds left out.
+    """
+
+    category: np.ndarray
+    image: np.ndarray
+    hit: np.ndarray
+    ignored: np.ndarray
+    objects: np.ndarray
+
+
+def match(annotations: Path, detections: np.ndarray | list[dict]) -> Matches:
+    """The matches of detections [n, 7], or in the form of COCO's results, with a COCO JSON file."""
+    rows = from_results(detections) if isinstance(detections, list) else detections
+    document = json.loads(annotations.read_text())
+    image_ids = np.sort([image["id"] for image in document["images"]])
+    category_ids = np.sort([category["id"] for category in document["categories"]])
+    num_images, num_categories = len(image_ids), len(category_ids)
+    truth = np.array(
+        [[a["image_id"], *a["bbox"], a.get("iscrowd", 0), a["category_id"]] for a in document["annotations"]],
+        dtype=np.float64,
+    ).reshape(-1, 7)
+    known = np.isin(rows[:, 0], image_ids) & np.isin(rows[:, 6], category_ids)
+    if not known.all():
+        raise ValueError(f"detections {rows[~known][:3].tolist()} are of images or categories not in {annotations}")
+
+    def keys(table: np.ndarray) -> np.ndarray:
+        """Category and image as one number."""
+        return np.searchsorted(category_ids, table[:, 6]) * num_images + np.searchsorted(image_ids, table[:, 0])
+
+    crowd = truth[:, 5] > 0
+    truth = truth[np.lexsort([crowd, keys(truth)])]  # within a key, crowds last
+    rows = rows[np.lexsort([-rows[:, 5], keys(rows)])]
+    owner = keys(rows)
+    rank = np.arange(len(rows)) - np.searchsorted(owner, owner)
+    rows, owner, rank = (x[rank < MAX_DETECTIONS] for x in (rows, owner, rank))
+    hit, ignored = _assign(rows[:, 1:5], owner, rank, truth[:, 1:5], keys(truth), truth[:, 5] > 0)
+    category, image = np.divmod(owner, max(num_images, 1))
+    order = np.lexsort([-rows[:, 5], category])  # stable: among equal scores by image, as pycocotools
+    objects = np.bincount(keys(truth)[truth[:, 5] == 0], minlength=num_images * num_categories)
+    per_image = objects.reshape(num_categories, num_images).T
+    return Matches(category[order], image[order], hit[order], ignored[order], per_image)
+
+
+def _assign(
+    boxes: np.ndarray, owner: np.ndarray, rank: np.ndarray, truth: np.ndarray, holder: np.ndarray, crowd: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
+    """hit, ignored [D, T]: each detection, best first, takes the free object of its key with the highest IoU.
+
+    A crowd is taken when no object is, by any number. Of equal overlaps the later object counts, as in pycocotools.
+    """
+    first = np.searchsorted(holder, owner)
+    number = np.searchsorted(holder, owner, side="right") - first
+    detection = np.repeat(np.arange(len(boxes)), number)
+    target = np.repeat(first, number) + np.arange(len(detection)) - np.repeat(np.cumsum(number) - number, number)
+    a, b = boxes[detection], truth[target]
+    sides = np.minimum(a[:, :2] + a[:, 2:], b[:, :2] + b[:, 2:]) - np.maximum(a[:, :2], b[:, :2])
+    shared = sides.clip(min=0).prod(axis=1)
+    area = a[:, 2:].prod(axis=1)
+    whole = np.where(crowd[target], area, area + b[:, 2:].prod(axis=1) - shared)
+    iou = np.divide(shared, whole, out=np.zeros_like(shared), where=whole > 0)
+    near = iou >= IOU_THRESHOLDS[0]
+    detection, target, iou = detection[near], target[near], iou[near]
+    hit = np.zeros((len(boxes), len(IOU_THRESHOLDS)), dtype=bool)
+    ignored, taken = hit.copy(), np.zeros((len(truth), len(IOU_THRESHOLDS)), dtype=bool)
+    order = np.lexsort([target, detection, rank[detection]])
+    turns = np.searchsorted(rank[detection[order]], np.arange(MAX_DETECTIONS + 1))
+    for start, stop in pairwise(turns.tolist()):
+        pairs = order[start:stop]
+        if not len(pairs):
+            continue
+        d, g = detection[pairs], target[pairs]
+        value = np.where(crowd[g], iou[pairs], iou[pairs] + 2)[:, None]  # any object before any crowd
+        open_ = (iou[pairs, None] >= IOU_THRESHOLDS) & ~(taken[g] & ~crowd[g, None])
+        value = np.where(open_, value, -1.0)  # [P, T]
+        firsts = np.flatnonzero(np.r_[True, d[1:] != d[:-1]])
+        group = np.cumsum(np.r_[True, d[1:] != d[:-1]]) - 1
+        best = np.maximum.reduceat(value, firsts)
+        last = np.maximum.reduceat(np.where(value == best[group], np.arange(len(d))[:, None], -1), firsts)
+        which, threshold = np.nonzero(best >= 0)
+        chosen = g[last[which, threshold]]
+        taken[chosen, threshold] = True
+        hit[d[firsts[which]], threshold] = ~crowd[chosen]
+        ignored[d[firsts[which]], threshold] = crowd[chosen]
+    return hit, ignored
+
+
+def weighted_ap(matches: Matches, weights: np.ndarray) -> np.ndarray:
+    """AP (0..1) [R] when image i counts weights[i, r] times, -1 where nothing is to be found; weights are [N, R]."""
+    weights = np.ascontiguousarray(weights, dtype=np.float64)
+    total, present = np.zeros(weights.shape[1]), np.zeros(weights.shape[1])
+    bounds = np.searchsorted(matches.category, np.arange(matches.objects.shape[1] + 1))
+    found = csr_array(matches.objects.T.astype(np.float64)) @ weights  # [C, R]
+    for wanted, (start, stop) in zip(found, pairwise(bounds.tolist()), strict=True):
+        mean = np.zeros(weights.shape[1])
+        for t in range(len(IOU_THRESHOLDS)):
+            seen = ~matches.ignored[start:stop, t]
+            mean += _area(matches.image[start:stop][seen], matches.hit[start:stop, t][seen], wanted, weights)
+        total += np.where(wanted > 0, mean / len(IOU_THRESHOLDS), 0)
+        present += wanted > 0
+    return np.where(present > 0, total / np.maximum(present, 1), -1.0)
+
+
+def _area(image: np.ndarray, hit: np.ndarray, wanted: np.ndarray, weights: np.ndarray) -> np.ndarray:
+    """Mean of the precision envelope over the recall thresholds [R], of detections [d] by falling score.
+
+    Precision matters at hits alone: the envelope has its steps there, and what comes after the last hit has no recall.
+    """
+    at = np.flatnonzero(hit)
+    if not len(at):
+        return np.zeros(weights.shape[1])
+    errors = np.flatnonzero(~hit[: at[-1]])
+    before = csr_array(  # which images' errors lie between a hit and the one before
+        (np.ones(len(errors)), (np.searchsorted(at, errors), image[errors])), shape=(len(at), len(weights))
+    )
+    true = np.cumsum(weights[image[at]], axis=0)  # [hits, R]
+    false = np.cumsum(before @ weights, axis=0)
+    precision = true / (true + false + np.spacing(1))
+    envelope = np.maximum.accumulate(precision[::-1], axis=0)[::-1]
+    recall = true / np.maximum(wanted, 1)
+    reached = (recall * 100).astype(np.int64)  # the last threshold that it reaches, but for rounding
+    reached -= RECALL_THRESHOLDS[reached] > recall
+    reached += RECALL_THRESHOLDS[np.minimum(reached + 1, 100)] <= recall * (reached < 100)
+    steps = np.diff(reached, axis=0, prepend=-1)
+    return (steps * envelope).sum(axis=0) / len(RECALL_THRESHOLDS)
+
+
+def bootstrap_ap(matches: Sequence[Matches], num_resamples: int, seed: int) -> np.ndarray:
+    """APs (0..1) [len(matches), num_resamples] of models over the same resamples of the images, drawn with replacement.
+
+    Differences between rows are paired. A resample repeats images, which raises the AP of rare categories; so each row
+    is shifted to have the AP of the images themselves as its mean. Raises ValueError for matches with different images
+    or objects.
+    """
+    objects = [m.objects for m in matches]
+    if any(not np.array_equal(o, objects[0]) for o in objects[1:]):
+        raise ValueError("the models were matched with different objects, expected the same annotations for all")
+    num_images = len(objects[0])
+    drawn = np.random.default_rng(seed).multinomial(num_images, np.full(num_images, 1 / num_images), num_resamples).T
+    chunks = [slice(start, start + CHUNK) for start in range(0, num_resamples, CHUNK)]
+    rows = []
+    for m in matches:
+        found = np.concatenate([weighted_ap(m, drawn[:, chunk]) for chunk in chunks])
+        rows.append(found - found.mean() + weighted_ap(m, np.ones((num_images, 1)))[0])
+    return np.array(rows)
+
+
+def interval(values: np.ndarray, confidence: float) -> tuple[float, float]:
+    """The percentile interval that holds the share `confidence` of the values."""
+    low, high = np.quantile(values, [(1 - confidence) / 2, (1 + confidence) / 2])
+    return float(low), float(high)

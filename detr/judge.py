@@ -1,0 +1,122 @@
+"""COCO's judgement of detections, and what limits it. C categories by ascending id, n detections.
+
+In arrays a detection is a row (image id, left, top, width, height, score, category id): boxes in pixels of the original
+image, scores in 0..1, float64.
+The numbers come from hotcoco, which gives those of pycocotools bit for bit in a fiftieth of its time; the tests and
+benchmarks/coco_eval.py hold the two equal.
+"""
+
+import contextlib
+import io
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+METRICS = (
+    "AP", "AP50", "AP75", "AP_small", "AP_medium", "AP_large",
+    "AR_1", "AR_10", "AR_100", "AR_small", "AR_medium", "AR_large",
+)  # fmt: skip
+PER_CLASS = ("AP50", "AP", "AP_small", "AP_medium", "AP_large")
+COLUMNS = 7
+LIMITS = {
+    "Cls": "classification",
+    "Loc": "localisation",
+    "Both": "classification and localisation",
+    "Dupe": "duplicates",
+    "Bkg": "background",
+    "Miss": "missed",
+}
+
+
+def to_results(detections: np.ndarray) -> list[dict]:
+    """Rows [n, 7] in the form of COCO's results files: {image_id, category_id, bbox, score}."""
+    return [
+        {"image_id": int(row[0]), "category_id": int(row[6]), "bbox": row[1:5], "score": row[5]}
+        for row in detections.tolist()
+    ]
+
+
+def from_results(results: list[dict]) -> np.ndarray:
+    """Rows [n, 7] of what a COCO results file holds."""
+    rows = [[row["image_id"], *row["bbox"], row["score"], row["category_id"]] for row in results]
+    return np.array(rows, dtype=np.float64).reshape(-1, COLUMNS)
+
+
+def coco_eval(annotations: Path, detections: np.ndarray) -> Any:
+    """hotcoco's COCOeval of detections [n, 7], summarised. ValueError names images that the annotations lack."""
+    from hotcoco import COCO, COCOeval
+
+    truth = COCO(str(annotations))
+    unknown = np.setdiff1d(detections[:, 0], truth.get_img_ids())
+    if unknown.size:
+        raise ValueError(f"detections are of image ids {unknown[:10].astype(int).tolist()}, not in {annotations}")
+    judge = COCOeval(truth, truth.load_res(np.ascontiguousarray(detections, dtype=np.float64)), "bbox")
+    judge.evaluate()
+    judge.accumulate()
+    with contextlib.redirect_stdout(io.StringIO()):
+        judge.summarize()
+    return judge
+
+
+def coco_metrics(annotations: Path, detections: np.ndarray) -> dict[str, float]:
+    """COCO's 12 bbox numbers (0..1, -1 where the data has no such object) of detections [n, 7]."""
+    return metrics_of(coco_eval(annotations, detections))
+
+
+def metrics_of(judge: Any) -> dict[str, float]:
+    return dict(zip(METRICS, map(float, judge.stats), strict=True))
+
+
+def precision_of(judge: Any) -> np.ndarray:
+    """The precision array [10, 101, C, 4, 3], -1 where a category is absent.
+
+    Over IoU thresholds 0.50:0.05:0.95, recall thresholds 0:0.01:1, categories, areas all/small/medium/large, and
+    1/10/100 detections per image.
+    """
+    return np.asarray(judge.eval["precision"])
+
+
+def ap_per_class(precision: np.ndarray) -> list[tuple[float, ...]]:
+    """PER_CLASS of each category, -1 where it has no such object, from the precision array."""
+
+    def mean(values: np.ndarray) -> float:
+        present = values[values > -1]
+        return float(present.mean()) if present.size else -1.0
+
+    return [
+        (mean(precision[0, :, k, 0, 2]), *(mean(precision[:, :, k, area, 2]) for area in range(4)))
+        for k in range(precision.shape[2])
+    ]
+
+
+def limits(judge: Any) -> dict[str, tuple[float, int]]:
+    """By what limits the AP: AP50 that would be gained (0..1) if all errors of the kind were mended, and their number.
+
+    Source: Bolya et al., TIDE: A General Toolbox for Identifying Object Detection Errors, ECCV 2020; an error is a
+    false positive, or an object that no detection explains.
+    """
+    found = judge.tide_errors()
+    return {name: (float(found["delta_ap"][key]), int(found["counts"][key])) for key, name in LIMITS.items()}
+
+
+def confusion(judge: Any, threshold: float) -> np.ndarray:
+    """Counts [C+1, C+1] of true and, along columns, detected categories at IoU 0.50; the last is background.
+
+    Of detections with a score of at least `threshold`.
+    """
+    return np.asarray(judge.confusion_matrix(iou_thr=0.5, min_score=threshold)["matrix"]).astype(np.int64)
+
+
+def by_quality(judge: Any, threshold: float) -> list[int]:
+    """Ids of the images with objects or detections of a score from `threshold`, worst first.
+
+    By F1 at IoU 0.50; among equals those with more errors are worse and those with more hits better.
+    """
+    summary = judge.image_diagnostics(iou_thr=0.5, score_thr=threshold)["img_summary"]
+    ranked = [
+        (row["f1"], row["tp"] - row["fp"] - row["fn"], image_id)
+        for image_id, row in summary.items()
+        if row["tp"] + row["fp"] + row["fn"]
+    ]
+    return [image_id for *_, image_id in sorted(ranked)]

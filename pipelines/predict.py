@@ -1,0 +1,117 @@
+"""Pictures and folders of them through a registered model. `python -m pipelines predict IMAGE_OR_FOLDER...`"""
+
+import io
+import json
+import os
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from PIL import Image, ImageDraw, ImageFont
+
+from pipelines.packaging import detect, load
+from pipelines.stage import Progress
+
+SUFFIXES = (".jpg", ".jpeg", ".png")
+RESULTS = "detections.json"
+COLOURS = ("#e6194b", "#3cb44b", "#ffe119", "#4363d8", "#f58231", "#46f0f0", "#f032e6", "#bcf60c")
+
+
+def predict(paths: list[Path], model: str, threshold: float, output: Path) -> None:
+    """Writes each picture with its boxes into `output`, and detections.json: a list of {file, boxes, scores, labels}.
+
+    `model` is an alias or a version's number. Folders are searched for JPEG and PNG files, at any depth; below `output`
+    a picture keeps its path within the folder given. Files that cannot be read are named and left out. Any number of
+    them will do: one is in memory at a time. Raises ValueError when there are none, or none can be read.
+    """
+    if not 0 <= threshold <= 1:
+        raise ValueError(f"--threshold is {threshold}, expected a score in 0..1")
+    files = list(find_pictures(paths, output))
+    if not files:
+        raise ValueError(f"there are no {', '.join(SUFFIXES)} files in {', '.join(map(str, paths))}")
+    loaded = load(model)
+    used, colours, count = {RESULTS}, dict[str, str](), 0
+    with whole_list(output / RESULTS) as add, Progress(None, "predict", len(files), "picture") as bar:
+        for path, name in files:
+            try:
+                data = path.read_bytes()
+                answer = detect(loaded, data, threshold)
+                drawn = draw(data, answer, colours)
+            except (OSError, ValueError) as error:
+                reason = error.strerror if isinstance(error, OSError) and error.strerror else error
+                bar.say(f"warning: {path} is left out: {reason}")
+            else:
+                target = output / unused(name, used)
+                target.parent.mkdir(parents=True, exist_ok=True)
+                target.write_bytes(drawn)
+                add({"file": path.as_posix(), **answer})
+                count += 1
+            bar.update()
+        if not count:
+            raise ValueError(f"none of {len(files)} files could be read; expected JPEG or PNG pictures")
+    print(f"{count} of {len(files)} pictures, with their boxes, and {RESULTS} are in {output}")
+
+
+def find_pictures(paths: Iterable[Path], output: Path) -> Iterator[tuple[Path, Path]]:
+    """(file, its path below the folder given) of every file given and every picture in the folders, but for `output`.
+
+    What does not exist counts as a file, whose reading says so.
+    """
+    for path in paths:
+        if not path.is_dir():
+            yield path, Path(path.name)
+            continue
+        for found in sorted(path.rglob("*")):
+            if found.suffix.lower() in SUFFIXES and found.is_file() and output.resolve() not in found.resolve().parents:
+                yield found, found.relative_to(path)
+
+
+def unused(name: Path, used: set[str]) -> Path:
+    """The name, with a number behind it if it was used before; letters that differ in case alone are the same."""
+    free, number = name, 1
+    while free.as_posix().lower() in used:
+        number += 1
+        free = name.with_name(f"{name.stem}_{number}{name.suffix}")
+    used.add(free.as_posix().lower())
+    return free
+
+
+def draw(data: bytes, answer: dict[str, list], colours: dict[str, str]) -> bytes:
+    """The picture, in the format that it has, with boxes and names in a colour per name, which `colours` remembers."""
+    with Image.open(io.BytesIO(data)) as opened:
+        image, format = opened.convert("RGB"), "PNG" if opened.format == "PNG" else "JPEG"
+    pen = ImageDraw.Draw(image)
+    width = max(2, round(max(image.size) / 400))
+    font = ImageFont.load_default(max(10, round(max(image.size) / 50)))
+    for box, score, label in reversed(list(zip(*answer.values(), strict=True))):  # the surest on top
+        colour = colours.setdefault(label, COLOURS[len(colours) % len(COLOURS)])
+        left, top, right, bottom = (min(max(v, 0), side - 1) for v, side in zip(box, image.size * 2, strict=True))
+        pen.rectangle((left, top, max(left, right), max(top, bottom)), outline=colour, width=width)
+        text, at = f"{label} {score:.2f}", (left + width, top + width)
+        pen.rectangle(pen.textbbox(at, text, font), fill=colour)
+        pen.text(at, text, "black", font)
+    drawn = io.BytesIO()
+    image.save(drawn, format, quality=92)
+    return drawn.getvalue()
+
+
+@contextmanager
+def whole_list(path: Path) -> Iterator[Any]:
+    """A function that adds an item to the JSON list `path`, which then is whole, or absent where the block fails."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    try:
+        with partial.open("w") as file:
+            separator = "["
+
+            def add(item: Any) -> None:
+                nonlocal separator
+                file.write(f"{separator}\n{json.dumps(item)}")
+                separator = ","
+
+            yield add
+            file.write("\n]\n")
+        os.replace(partial, path)
+    finally:
+        partial.unlink(missing_ok=True)
