@@ -82,8 +82,8 @@ def table(root: Path, quick: bool) -> str:
     here = f"{device_name(device)}, PyTorch {torch.__version__}, torchvision {torchvision.__version__}"
     facts = (
         f"- Here: {here}; FPS of one {size} image at a time, the median of {rounds}, with random weights.",
-        f"- GFLOPs: multiply-adds of one {size} image; the paper's are the mean of the first 100 images of val2017, 6% "
-        "more than at 800 x 1066. The paper's FPS are of a V100.",
+        f"- GFLOPs: multiply-adds of one {size} image; the paper's are the mean of the first 100 images of val2017, "
+        "6 to 8% more than at 800 x 1066. The paper's FPS are of a V100.",
     )
     return "\n".join([markdown(rows), "", *facts, *notes, f"- Picture: {PICTURE}"])
 
