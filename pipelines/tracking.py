@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
+    from mlflow.entities.model_registry import ModelVersion
 
 EXPERIMENT = "detr"
 MODEL = "detr"
@@ -380,3 +381,24 @@ def download_artifact(uri: str, folder: Path) -> Path:
         return Path(mlflow.artifacts.download_artifacts(artifact_uri=uri, dst_path=str(folder)))
     except Exception as error:  # of the artifact store's own library too
         raise ValueError(f"{uri} cannot be had: {' '.join(str(error).split())[:300]}") from error
+
+
+def versions(client: "MlflowClient") -> list["ModelVersion"]:
+    """Every version of the registered model, newest first."""
+    found = client.search_model_versions(f"name = '{MODEL}'")
+    return sorted(found, key=lambda version: -int(version.version))
+
+
+def fetch_artifact(client: "MlflowClient", run_id: str, path: str, folder: Path) -> Path | None:
+    """The local file or folder of an artifact, fetched into `folder`; None where the run has none of that path.
+
+    Raises ValueError where the run lists it but its content cannot be had.
+    """
+    try:
+        parent = path.rpartition("/")[0] or None
+        if path not in {entry.path for entry in client.list_artifacts(run_id, parent)}:
+            return None
+        return Path(client.download_artifacts(run_id, path, str(folder)))
+    except Exception as error:
+        reason = " ".join(str(error).split())[:300]
+        raise ValueError(f"{path} of MLflow's run {run_id} cannot be read: {reason}") from error
