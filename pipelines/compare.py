@@ -68,10 +68,8 @@ def compare(root: Path, versions: list[str]) -> str:
     comparison.png and comparison.json go to scratch/comparisons/A-B, and to the artifacts `comparison/A-B` of the run
     of the newest version. Raises ValueError for unknown versions, and where MLflow does not answer.
     """
-    if not tracking.is_there():
-        raise ValueError(f"{tracking.tracking_uri()} does not exist; register a model first: dvc repro")
     config = params.from_document(params.read_yaml(root / "params.yaml"), "evaluate", EvaluateParams)
-    client = tracking.connect()
+    client = tracking.connect_to_models()
     names = versions if len(versions) > 1 else ["champion", *(versions or ["challenger"])]
     with registry.plainly("the comparison"), tempfile.TemporaryDirectory() as temporary:
         found = [read(client, name, Path(temporary)) for name in names]

@@ -66,30 +66,6 @@ def log_version(run_id: str, model_folder: Path, example: str, tags: dict[str, s
     return mlflow.register_model(info.model_uri, MODEL, tags=tags)
 
 
-def find_version(model: str) -> "ModelVersion":
-    """The registered version of an alias (champion) or a number (3).
-
-    Raises ValueError that says what to do when MLflow does not answer or there is no such version.
-    """
-    missing = f"there is no {MODEL} {'version' if model.isdecimal() else 'model of alias'} {model!r}"
-    if not tracking.is_there():
-        raise ValueError(f"{missing}: nothing is registered at {tracking.tracking_uri()} yet; python -m pipelines run")
-    client = tracking.connect()
-    from mlflow.exceptions import MlflowException
-
-    try:
-        if model.isdecimal():
-            return client.get_model_version(MODEL, model)
-        return client.get_model_version_by_alias(MODEL, model)
-    except MlflowException as error:
-        if error.error_code not in ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE"):
-            raise ValueError(f"{MODEL} {model} cannot be looked up in MLflow: {_reason(error)}") from error
-    numbers = sorted(int(v.version) for v in client.search_model_versions(f"name = '{MODEL}'"))
-    if not numbers:
-        raise ValueError(f"{missing}: nothing is registered at {tracking.tracking_uri()} yet; python -m pipelines run")
-    raise ValueError(f"{missing}; expected an alias such as champion, or one of the numbers {numbers}")
-
-
 def load(model: str) -> "PyFuncModel":
     """The registered version of an alias (champion) or a number (3), which answers by its own packed code.
 
@@ -98,7 +74,7 @@ def load(model: str) -> "PyFuncModel":
     """
     if "detr" in sys.modules:
         raise RuntimeError(f"detr was imported from {sys.modules['detr'].__file__}; load a model in a fresh process")
-    version = find_version(model)
+    version = tracking.named_version(tracking.connect_to_models(), model)
     import mlflow
 
     try:
@@ -180,7 +156,7 @@ def _config(version: str) -> dict[str, Any]:
     """The config.json of a version: architecture, categories, input size."""
     import mlflow
 
-    number = find_version(version).version
+    number = tracking.named_version(tracking.connect_to_models(), version).version
     config: dict[str, Any] = mlflow.artifacts.load_dict(f"models:/{MODEL}/{number}/artifacts/config.json")
     return config
 

@@ -118,9 +118,7 @@ def rollback() -> str:
 
     One that was killed is completed by the next registration or rollback. Raises ValueError without a previous one.
     """
-    if not tracking.is_there():
-        raise ValueError("there is no registry yet, so nothing to go back to; run the pipeline first")
-    client = tracking.connect()
+    client = tracking.connect_to_models()
     with plainly("the rollback"), turn(client) as check:
         if finished := finish_rollback(client, check):
             return finished

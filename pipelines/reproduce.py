@@ -55,9 +55,7 @@ def reproduce(root: Path, model: str) -> str:
     for number in (signal.SIGTERM, signal.SIGHUP):
         if signal.getsignal(number) is not signal.SIG_IGN:
             signal.signal(number, lambda number, _: sys.exit(128 + number))
-    if not tracking.is_there():
-        raise ValueError(f"nothing is registered: {tracking.tracking_uri()} does not exist; set MLFLOW_TRACKING_URI")
-    client = tracking.connect()
+    client = tracking.connect_to_models()
     version = tracking.named_version(client, model)
     name = f"models:/{tracking.MODEL}/{version.version}"
     registered = Registered(name, version.run_id, dict(version.tags), {}, differences_here(version.tags))

@@ -347,7 +347,14 @@ def read_rows(path: Path) -> list[dict[str, float]]:
     return rows
 
 
-def named_version(client: "MlflowClient", model: str) -> Any:
+def connect_to_models() -> "MlflowClient":
+    """`connect`, for those who need a model. Raises ValueError where none can have been registered yet."""
+    if not is_there():
+        raise ValueError(f"nothing is registered yet: {tracking_uri()} does not exist; python -m pipelines run")
+    return connect()
+
+
+def named_version(client: "MlflowClient", model: str) -> "ModelVersion":
     """The version that `models:/detr/3`, `models:/detr@champion`, `3` or `champion` names.
 
     Raises ValueError that lists those there are.

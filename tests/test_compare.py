@@ -196,7 +196,10 @@ def test_mlflow_that_is_dead_or_empty_is_one_line(project, client, tmp_path):
     said = call(
         project, "python", "-m", "pipelines", "compare", code=1, MLFLOW_TRACKING_URI=f"sqlite:///{tmp_path}/no.db"
     )
-    assert said == f"error: sqlite:///{tmp_path}/no.db does not exist; register a model first: dvc repro\n"
+    assert (
+        said
+        == f"error: nothing is registered yet: sqlite:///{tmp_path}/no.db does not exist; python -m pipelines run\n"
+    )
 
 
 def test_an_artifact_that_is_absent_or_damaged(project, client, tmp_path):

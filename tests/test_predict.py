@@ -217,11 +217,11 @@ def test_memory_does_not_grow_with_the_number_of_pictures(project, tmp_path):
         (["words.txt", "gone"], "error: none of 2 files could be read; expected JPEG or PNG pictures\n"),
         (
             ["images", "--model", "9"],
-            "error: there is no detr version '9'; expected an alias such as champion, or one of the numbers [1, 2]\n",
+            " has no 9; versions of detr: 1, 2; aliases: champion (1)\n",
         ),
         (
             ["images", "--model", "best"],
-            "error: there is no detr model of alias 'best'; expected an alias such as champion, or one of the numbers [1, 2]\n",
+            " has no best; versions of detr: 1, 2; aliases: champion (1)\n",
         ),
     ],
     ids=str,
@@ -241,10 +241,7 @@ def test_without_a_registry_a_server_or_its_files(project, tmp_path):
     picture = project / "images/00.jpg"
     nothing = f"sqlite:///{tmp_path}/mlflow.db"
     said = predict(tmp_path, nothing, picture, code=1)
-    assert said == (
-        f"error: there is no detr model of alias 'champion': nothing is registered at {nothing} yet; "
-        "python -m pipelines run\n"
-    )
+    assert said == f"error: nothing is registered yet: {nothing} does not exist; python -m pipelines run\n"
     assert not (tmp_path / "mlflow.db").exists()
     said = predict(tmp_path, "http://127.0.0.1:9", picture, code=1)
     assert said.startswith("error: MLflow at http://127.0.0.1:9 is unreachable (")

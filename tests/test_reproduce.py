@@ -245,7 +245,7 @@ def test_what_is_not_there_is_said(project, client, tmp_path):
         assert expected in made_again(project, "1", 1)
     client.set_model_version_tag("detr", "1", "git_commit", commit)
     said = made_again(project, "1", 1, MLFLOW_TRACKING_URI=f"sqlite:///{tmp_path}/none.db")
-    assert said.startswith("error: nothing is registered: ")
+    assert said.startswith("error: nothing is registered yet: ")
     assert not (tmp_path / "none.db").exists()
     assert named_version(client, "models:/detr@champion").version == named_version(client, "champion").version
 
