@@ -2,9 +2,7 @@
 
 import hashlib
 import json
-import os
 import platform
-import re
 import signal
 import sys
 import time
@@ -17,6 +15,7 @@ from typing import Any
 
 from pipelines import repro, tracking, verdict
 from pipelines.params import read_yaml, to_yaml
+from pipelines.register import hardware
 from pipelines.stage import write_json
 
 HISTORY, WEIGHTS = "artifacts/train/history.jsonl", "artifacts/train/model.safetensors"
@@ -102,13 +101,7 @@ def commit_of(root: Path, registered: Registered) -> str:
 
 def differences_here(tags: dict[str, str]) -> list[str]:
     """What of libraries and hardware is not as it was when the version was made."""
-    import torch
-
-    here = {"python": platform.python_version(), "machine": f"{platform.machine()}, {os.cpu_count()} cores"}
-    here["gpus"] = ", ".join(torch.cuda.get_device_name(k) for k in range(torch.cuda.device_count())) or "none"
-    info = Path("/proc/cpuinfo")
-    names = re.findall(r"^model name\s*:\s*(.+)$", info.read_text(), re.MULTILINE) if info.exists() else []
-    here["processor"] = names[0] if names else platform.processor() or platform.machine()
+    here = {"python": platform.python_version()} | hardware()
     for name in LIBRARIES:
         with suppress(PackageNotFoundError):
             here[name] = installed(name)

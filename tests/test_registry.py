@@ -193,10 +193,9 @@ def test_a_rollback_that_was_killed_is_completed(client, steps):
 
 
 def test_without_a_registry_there_is_nothing_to_go_back_to(tmp_path):
-    said = call(
-        ROOT, sys.executable, "-m", "pipelines", "rollback", MLFLOW_TRACKING_URI=f"sqlite:///{tmp_path}/none.db", code=1
-    )
-    assert said == "error: there is no registry yet, so nothing to go back to; run the pipeline first\n"
+    uri = f"sqlite:///{tmp_path}/none.db"
+    said = call(ROOT, sys.executable, "-m", "pipelines", "rollback", MLFLOW_TRACKING_URI=uri, code=1)
+    assert said == f"error: nothing is registered yet: {uri} does not exist; python -m pipelines run\n"
     assert not list(tmp_path.iterdir())
 
 
