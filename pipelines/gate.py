@@ -221,7 +221,7 @@ def champions_matches(
         except Exception as error:
             reason = f"the detections of its run cannot be used: {brief(error)}"
     try:
-        from pipelines.packaging import detections_of  # type: ignore[attr-defined]
+        from pipelines.packaging import detections_of
 
         return match(annotations, detections_of(str(best.version), data)), f"evaluated again by its code: {reason}"
     except Exception as error:

@@ -403,6 +403,14 @@ def test_a_champion_without_any_files_gives_up_its_place(projects, uri, tmp_path
     )
 
 
+def test_a_champion_whose_detections_are_damaged_detects_again_by_its_own_code(projects, uri, tmp_path):
+    spoil(tmp_path, "detections.json")
+    decision = judged(uri, projects)
+    assert decision.alias == "champion"
+    assert decision.champion.source.startswith("evaluated again by its code: the detections of its run cannot be used")
+    assert decision.champion.low is not None
+
+
 def test_a_champion_that_cannot_be_judged_again_is_judged_by_its_tag(projects, uri, tmp_path):
     """Also one of an older release, whose run has no detections and whose tags know less."""
     client = connect()
