@@ -176,6 +176,7 @@ class CocoDataset(Dataset[Sample]):
 def decode(data: bytes, name: str) -> Tensor:
     """An RGB image [3, h, w] uint8 of JPEG or PNG bytes; ValueError names the picture that does not decode."""
     try:
-        return decode_image(torch.frombuffer(bytearray(data), dtype=torch.uint8), ImageReadMode.RGB)
+        image = decode_image(torch.frombuffer(bytearray(data), dtype=torch.uint8), ImageReadMode.RGB)
     except (RuntimeError, ValueError) as error:
         raise ValueError(f"{name} does not decode as an image: {str(error).splitlines()[0]}") from error
+    return image if image.dtype == torch.uint8 else (image.int() >> 8).to(torch.uint8)  # a PNG of 16 bits

@@ -47,9 +47,7 @@ def run(preset: str | None, overrides: list[str], refresh: bool) -> None:
     os.environ.setdefault("PREFECT_HOME", str(root / ".prefect"))
     os.environ.setdefault("PREFECT_SERVER_EPHEMERAL_STARTUP_TIMEOUT_SECONDS", "120")
     os.environ.setdefault("MLFLOW_TRACKING_URI", f"sqlite:///{root / 'mlflow.db'}")
-    for number in (signal.SIGTERM, signal.SIGHUP):
-        if signal.getsignal(number) is not signal.SIG_IGN:
-            signal.signal(number, lambda number, _: sys.exit(128 + number))
+    leave_on_signals()
     with repro.only_one(root, lambda line: print(line, flush=True)):
         from pipelines import flow
 
@@ -64,6 +62,13 @@ def run(preset: str | None, overrides: list[str], refresh: bool) -> None:
             flow.run(" ".join([preset or "params.yaml", *overrides]), place, refresh)
             summarize(place, root / "scratch" / "runs" / name)
         print(f"branch    runs/{name}: git checkout runs/{name} && dvc checkout")
+
+
+def leave_on_signals() -> None:
+    """Has SIGTERM and SIGHUP end this process as an exception would, so that what it started ends with it."""
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        if signal.getsignal(number) is not signal.SIG_IGN:
+            signal.signal(number, lambda number, _: sys.exit(128 + number))
 
 
 def summarize(root: Path, pictures: Path) -> None:
@@ -182,6 +187,7 @@ def main() -> None:
         elif arguments.verb == "reproduce":
             from pipelines.reproduce import reproduce
 
+            leave_on_signals()
             print(reproduce(Path.cwd(), arguments.model))
         elif arguments.verb == "table":
             from pipelines.table import table

@@ -3,8 +3,6 @@
 import hashlib
 import json
 import platform
-import signal
-import sys
 import time
 from contextlib import suppress
 from dataclasses import dataclass
@@ -51,9 +49,6 @@ def reproduce(root: Path, model: str) -> str:
     of `root` changes but that data which only the DVC remote had are then in the cache. Raises NotReproducedError
     when the result is another one, StageFailed with a stage's message, ValueError when a part of the version is gone.
     """
-    for number in (signal.SIGTERM, signal.SIGHUP):
-        if signal.getsignal(number) is not signal.SIG_IGN:
-            signal.signal(number, lambda number, _: sys.exit(128 + number))
     client = tracking.connect_to_models()
     version = tracking.named_version(client, model)
     name = f"models:/{tracking.MODEL}/{version.version}"

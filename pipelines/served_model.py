@@ -86,8 +86,6 @@ class Detector(PythonModel):
             image = decode(data, "it")
         except ValueError as error:
             raise MlflowException.invalid_parameter_value(f"image {index}: {error}") from error
-        if image.dtype != torch.uint8:  # a PNG of 16 bits
-            image = (image.to(torch.int32) >> 8).to(torch.uint8)
         size_hw = (image.shape[1], image.shape[2])
         image, boxes, labels = self.transform(image, torch.zeros(0, 4), torch.zeros(0, dtype=torch.int64))
         return Sample(image, boxes, labels, index, size_hw)

@@ -1,11 +1,17 @@
 """What several tests need: quiet tools, a small drawn dataset, and a small clone of the project to run in."""
 
+import contextlib
 import hashlib
 import json
 import os
 import shutil
+import signal
+import socket
 import subprocess
 import sys
+import time
+import urllib.request
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -213,3 +219,37 @@ def trained_project(folder: Path, data: Path, mark: str, detections: list[dict],
     timings = [json.dumps({"step": step, "images_per_second": 4.0}) for step in (2, 4)]
     (folder / "scratch" / mark / "timings.jsonl").write_text("\n".join([*timings, ""]))
     return folder
+
+
+def free_port() -> int:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return int(free.getsockname()[1])
+
+
+@contextlib.contextmanager
+def mlflow_server(folder: Path, port: int | None = None) -> Iterator[tuple[str, subprocess.Popen]]:
+    """A real tracking server on its own SQLite file and artifacts: its address and its process, once it is healthy."""
+    folder.mkdir(exist_ok=True)
+    port = port or free_port()
+    command = [sys.executable, "-m", "mlflow", "server", "--host", "127.0.0.1", "--port", str(port), "--workers", "1"]
+    command += ["--backend-store-uri", f"sqlite:///{folder}/server.db", "--artifacts-destination", f"{folder}/store"]
+    with (folder / "log").open("a") as log:
+        server = subprocess.Popen(
+            command, cwd=folder, env=environment(), stdout=log, stderr=log, start_new_session=True
+        )
+    try:
+        deadline = time.monotonic() + 180
+        while True:
+            try:
+                urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=5).close()
+                break
+            except OSError:
+                if server.poll() is not None or time.monotonic() > deadline:
+                    raise AssertionError((folder / "log").read_text()) from None
+                time.sleep(0.5)
+        yield f"http://127.0.0.1:{port}", server
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(server.pid, signal.SIGKILL)
+        server.wait()

@@ -315,3 +315,12 @@ def test_pictures_of_every_kind_decode_to_rgb(mode, kind):
 def test_a_picture_that_does_not_decode_is_named(data):
     with pytest.raises(ValueError, match=r"000000000009\.jpg does not decode as an image: \w+"):
         decode(data, "000000000009.jpg")
+
+
+def test_a_png_of_sixteen_bits_is_read_by_its_upper_eight():
+    values = np.arange(0, 65536, 257, dtype=np.uint16).reshape(16, 16)
+    buffer = io.BytesIO()
+    Image.fromarray(values).save(buffer, "PNG")
+    image = decode(buffer.getvalue(), "deep.png")
+    assert (image.dtype, image.shape) == (torch.uint8, (3, 16, 16))
+    assert np.array_equal(image[0], values >> 8)

@@ -11,16 +11,15 @@ import sqlite3
 import subprocess
 import sys
 import time
-import urllib.request
 import zipfile
-from contextlib import closing, contextmanager
+from contextlib import closing
 from pathlib import Path
 
 import pytest
 
 from detr.judge import METRICS
 from pipelines.repro import is_dirty, only_one, reproduce
-from tests.conftest import call, environment, small_project
+from tests.conftest import call, environment, mlflow_server, small_project
 
 ASK = """
 import json, sys
@@ -383,44 +382,10 @@ def test_an_interrupted_stage_ends_with_all_its_processes(project, tmp_path):
     wait_until_nobody_works_in(slow)
 
 
-@contextmanager
-def mlflow_server(folder):
-    """A real tracking server with its own SQLite file and artifact store; yields its address once it is healthy."""
-    folder.mkdir()
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    command = [sys.executable, "-m", "mlflow", "server", "--host", "127.0.0.1", "--port", str(port), "--workers", "1"]
-    command += [
-        "--backend-store-uri",
-        f"sqlite:///{folder}/server.db",
-        "--artifacts-destination",
-        str(folder / "store"),
-    ]
-    with (folder / "log").open("w") as log:
-        server = subprocess.Popen(
-            command, cwd=folder, env=environment(), stdout=log, stderr=log, start_new_session=True
-        )
-    try:
-        deadline = time.monotonic() + 120
-        while True:
-            try:
-                urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=5).close()
-                break
-            except OSError:
-                if server.poll() is not None or time.monotonic() > deadline:
-                    raise AssertionError((folder / "log").read_text()) from None
-                time.sleep(0.5)
-        yield f"http://127.0.0.1:{port}"
-    finally:
-        os.killpg(server.pid, signal.SIGTERM)
-        server.wait()
-
-
 def test_any_mlflow_server_will_do(project, tmp_path):
     with zipfile.ZipFile(project / "data/coco/val.zip") as archive:
         image = base64.b64encode(archive.read(archive.namelist()[0])).decode()
-    with mlflow_server(tmp_path / "server") as uri:
+    with mlflow_server(tmp_path / "server") as (uri, _):
         said = call(project, "python", "-m", "pipelines.register", MLFLOW_TRACKING_URI=uri)
         assert "registered detr version 1 as champion" in said
         env = environment(MLFLOW_TRACKING_URI=uri)

@@ -6,12 +6,9 @@ import json
 import os
 import shutil
 import signal
-import socket
 import sqlite3
 import subprocess
 import sys
-import time
-import urllib.request
 from pathlib import Path
 
 import pytest
@@ -19,7 +16,7 @@ import pytest
 from pipelines import gate, registry
 from pipelines.register import class_metrics, git_diff, training_seconds, val_digest, validation
 from pipelines.tracking import MODEL, connect, sha256
-from tests.conftest import ROOT, call, detections_like, environment, trained_project
+from tests.conftest import ROOT, call, detections_like, environment, free_port, mlflow_server, trained_project
 
 COMMAND = (sys.executable, "-m", "pipelines.register")
 # Does ACTION right before or after the N-th call of a method of MLflow's client.
@@ -115,44 +112,6 @@ MOVED = (
     ("logged_models", "artifact_location"),
     ("model_versions", "storage_location"),
 )
-
-
-@contextlib.contextmanager
-def mlflow_server(folder, port):
-    """A real tracking server on its own SQLite file and artifacts, in a process group of its own, once it is healthy."""
-    folder.mkdir(exist_ok=True)
-    command = [sys.executable, "-m", "mlflow", "server", "--host", "127.0.0.1", "--port", str(port), "--workers", "1"]
-    command += [
-        "--backend-store-uri",
-        f"sqlite:///{folder}/server.db",
-        "--artifacts-destination",
-        str(folder / "store"),
-    ]
-    with (folder / "log").open("a") as log:
-        server = subprocess.Popen(
-            command, cwd=folder, env=environment(), stdout=log, stderr=log, start_new_session=True
-        )
-    try:
-        deadline = time.monotonic() + 180
-        while True:
-            try:
-                urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=5).close()
-                break
-            except OSError:
-                assert server.poll() is None, (folder / "log").read_text()
-                assert time.monotonic() < deadline
-                time.sleep(0.5)
-        yield server
-    finally:
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(server.pid, signal.SIGKILL)
-        server.wait()
-
-
-def free_port():
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        return free.getsockname()[1]
 
 
 def test_a_version_carries_its_lineage_and_no_secret(projects, tmp_path):
@@ -321,7 +280,7 @@ def test_a_server_takes_three_at_once_and_may_die_at_any_moment(projects, tmp_pa
     with mlflow_server(place, port):
         assert_nothing_is_lost(uri, together(folders, uri))
     for moment in ("log_artifacts before 1", "_create_model_version before 1", "set_model_version_tag before 2"):
-        with mlflow_server(place, port) as server:
+        with mlflow_server(place, port) as (_, server):
             said = run(projects["equal"], uri, at(moment, f"kill -{server.pid}"), code=1)
         assert f"MLflow at {uri} failed: " in the_error(said)
     with mlflow_server(place, port):

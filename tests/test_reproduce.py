@@ -18,8 +18,7 @@ from pipelines import verdict
 from pipelines.params import read_yaml, to_yaml
 from pipelines.reproduce import chain
 from pipelines.tracking import connect, named_version, sha256
-from tests.conftest import ROOT, call, environment, small_project
-from tests.test_end_to_end import mlflow_server
+from tests.conftest import ROOT, call, environment, mlflow_server, small_project
 
 
 @pytest.fixture(scope="module")
@@ -123,7 +122,7 @@ def test_other_instructions_of_the_processor_are_within_the_tolerance(project):
 def test_a_run_with_overrides_from_another_clone_by_server_and_remote(project, tmp_path):
     """Registered from a branch runs/..., made again where only git, the DVC remote and MLflow's server lead."""
     call(project, "dvc", "remote", "add", "--local", "--default", "store", str(tmp_path / "store"))
-    with mlflow_server(tmp_path / "server") as uri:
+    with mlflow_server(tmp_path / "server") as (uri, _):
         said = call(
             project, "python", "-m", "pipelines", "run", "--set", "model.num_queries=9", MLFLOW_TRACKING_URI=uri
         )

@@ -28,8 +28,7 @@ from pipelines.tracking import (
     log_rows,
     read_rows,
 )
-from tests.conftest import ROOT, TINY_MODEL, call, environment
-from tests.test_end_to_end import mlflow_server
+from tests.conftest import ROOT, TINY_MODEL, call, environment, mlflow_server
 
 ROWS = [{"epoch": k // 4, "step": 2 * k, "loss": 9.0 - k, "lr": 0.1, "AP": 0.01 * k} for k in range(1, 9)]
 
@@ -233,7 +232,7 @@ def test_what_a_server_missed_that_hung_and_then_died_is_filled_in(tmp_path, pic
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_TIMEOUT", "600")
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
     before = {process.pid for process in psutil.Process().children(recursive=True)}
-    with mlflow_server(tmp_path / "server") as uri:
+    with mlflow_server(tmp_path / "server") as (uri, _):
         monkeypatch.setenv("MLFLOW_TRACKING_URI", uri)
         mirror = mirrored(ROWS[:3], pictures[:1])
         eventually(lambda: mirror._client and not mirror._rows and not mirror._pictures)
