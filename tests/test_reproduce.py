@@ -59,8 +59,8 @@ def everything_of(project, client):
 
 
 def started(project, model="champion"):
-    """The process of a reproduction whose training is under way."""
-    command = [sys.executable, "-m", "pipelines", "reproduce", model]
+    """The process of a reproduction whose training is under way; it heeds SIGINT, whether or not the tests do."""
+    command = ["env", "--default-signal=INT", sys.executable, "-m", "pipelines", "reproduce", model]
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
     process = subprocess.Popen(command, cwd=project, env=environment(), start_new_session=True, **pipes)
     said = ""
