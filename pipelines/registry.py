@@ -70,7 +70,9 @@ def run_file(run_id: str, path: str) -> bytes:
 
     with tempfile.TemporaryDirectory() as folder:
         return Path(
-            mlflow.artifacts.download_artifacts(run_id=run_id, artifact_path=path, dst_path=folder)
+            mlflow.artifacts.download_artifacts(
+                run_id=run_id, artifact_path=path, dst_path=folder, tracking_uri=tracking.tracking_uri()
+            )
         ).read_bytes()
 
 
