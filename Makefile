@@ -11,7 +11,7 @@ demo: .venv/installed
 	python -m pipelines run
 
 test: .venv/installed
-	python -m pytest
+	python -m pytest --numprocesses 2 --dist loadfile # much of a test's time is waiting for servers to start
 
 check: .venv/installed
 	ruff check .
