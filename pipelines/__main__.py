@@ -78,7 +78,7 @@ def summarize(root: Path, pictures: Path) -> None:
     python = os.path.relpath(sys.executable)
     print()
     for name, value in metrics.items():
-        print(f"{name:<10}{value:.3f}")
+        print(f"{name:<20}{value:.3f}")
     print(f"\nmodel     {version['name']} version {version['version']}: models:/{version['name']}/{version['version']}")
     print(f"pictures  {os.path.relpath(pictures / 'plots')}/")
     for title, verb in (
