@@ -217,11 +217,11 @@ def test_memory_does_not_grow_with_the_number_of_pictures(project, tmp_path):
         (["words.txt", "gone"], "error: none of 2 files could be read; expected JPEG or PNG pictures\n"),
         (
             ["images", "--model", "9"],
-            " has no 9; versions of detr: 1, 2; aliases: champion (1)\n",
+            " has no 9; versions of detr: 1, 2; aliases: champion (1), other (2)\n",
         ),
         (
             ["images", "--model", "best"],
-            " has no best; versions of detr: 1, 2; aliases: champion (1)\n",
+            " has no best; versions of detr: 1, 2; aliases: champion (1), other (2)\n",
         ),
     ],
     ids=str,
