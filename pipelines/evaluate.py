@@ -84,8 +84,16 @@ def evaluate(config: EvaluateParams, data: Path, model_folder: Path, output: Pat
     output.mkdir(parents=True, exist_ok=True)
     write_json(output / "detections.json", to_results(layers[-1]))
     write_json(output / "metrics.json", {name: round(value, 6) for name, value in metrics.items()})
-    write_tables(judges, annotations, config.picture_threshold, output)
-    write_plots(judges[-1], dataset, layers[-1], config, output / "plots")
+    errors, confusions = limits(judges[-1]), confusion(judges[-1], config.picture_threshold)
+    write_tables(judges, annotations, errors, confusions, output)
+    plots = output / "plots"
+    shutil.rmtree(plots, ignore_errors=True)
+    plots.mkdir()
+    names = list(annotations.category_names)
+    figures.precision_recall(precision_of(judges[-1]), names, plots / "precision_recall.png")
+    figures.limits(errors, plots / "errors.png")
+    figures.confusion(confusions, names, plots / "confusion.png")
+    draw_images(by_quality(judges[-1], config.picture_threshold), dataset, layers[-1], config, plots)
     print(", ".join(f"{name} {value:.3f}" for name, value in metrics.items()), flush=True)
 
 
@@ -101,7 +109,13 @@ def require_same(categories: list[Category], annotations: Annotations, model_fol
         )
 
 
-def write_tables(judges: list[Any], annotations: Annotations, threshold: float, output: Path) -> None:
+def write_tables(
+    judges: list[Any],
+    annotations: Annotations,
+    errors: dict[str, tuple[float, int]],
+    confusions: np.ndarray,
+    output: Path,
+) -> None:
     """Writes what `dvc plots` draws, of the judgements of every decoder layer; the last one is the model's."""
     precision, names = precision_of(judges[-1]), list(annotations.category_names)
     counts = np.bincount(annotations.labels, minlength=len(names)).tolist()
@@ -123,34 +137,28 @@ def write_tables(judges: list[Any], annotations: Annotations, threshold: float, 
         ["recall", *(f"{iou:.2f}" for iou in IOU_THRESHOLDS)],
         ([recall / 100, *curves[:, recall].tolist()] for recall in range(curves.shape[1])),
     )
-    errors = limits(judges[-1])
     write_table(
         output / "errors.csv",
         ["error", "AP50_to_gain", "count"],
         ([name, gain, count] for name, (gain, count) in errors.items()),
     )
-    counted, labels = confusion(judges[-1], threshold), [*names, "background"]
-    pairs = ([labels[k], labels[j]] for k, j in np.ndindex(*counted.shape) for _ in range(counted[k, j]))
+    labels = [*names, "background"]
+    pairs = ([labels[k], labels[j]] for k, j in np.ndindex(*confusions.shape) for _ in range(confusions[k, j]))
     write_table(output / "confusion.csv", ["actual", "detected"], pairs)
 
 
-def write_plots(judge: Any, dataset: CocoDataset, detections: np.ndarray, config: EvaluateParams, folder: Path) -> None:
-    """Writes the PNG files of an evaluation into `folder`, and nothing else stays there."""
-    shutil.rmtree(folder, ignore_errors=True)
-    folder.mkdir()
-    record, threshold = dataset.annotations, config.picture_threshold
-    names = list(record.category_names)
-    figures.precision_recall(precision_of(judge), names, folder / "precision_recall.png")
-    figures.limits(limits(judge), folder / "errors.png")
-    figures.confusion(confusion(judge, threshold), names, folder / "confusion.png")
+def draw_images(
+    ranked: list[int], dataset: CocoDataset, detections: np.ndarray, config: EvaluateParams, folder: Path
+) -> None:
+    """Writes the query slots' boxes and, of image ids ranked from the worst on, the worst and the best images."""
+    record = dataset.annotations
     if len(dataset):
         boxes = slot_boxes(detections, record.sizes_hw)
         write_png(draw_slots(boxes, range(min(NUM_SLOTS, boxes.shape[1]))), str(folder / "slots.png"))
     place = {image_id: index for index, image_id in enumerate(record.image_ids.tolist())}
-    ranked = by_quality(judge, threshold)
     for kind, image_ids in (("worst", ranked), ("best", ranked[::-1])):
         for number, image_id in enumerate(image_ids[: config.num_pictures]):
-            picture = beside_truth(dataset, detections, place[image_id], threshold)
+            picture = beside_truth(dataset, detections, place[image_id], config.picture_threshold)
             write_png(picture, str(folder / f"{kind}_{number:02d}.png"))
 
 
