@@ -6,12 +6,11 @@ import os
 import signal
 import socket
 import sys
-import time
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-from pipelines import params, repro
+from pipelines import params, repro, worktree
 from pipelines.stage import QUIET, command, write_json
 
 PORTS = {"prefect": 4200, "mlflow": 5000, "docs": 8000, "dataset": 8001}
@@ -42,26 +41,26 @@ def check(document: Any) -> None:
 def run(preset: str | None, overrides: list[str], refresh: bool) -> None:
     """Runs the pipeline as a Prefect flow: here, or in a worktree of its own with a preset or overrides."""
     root = Path.cwd()
-    document = params.merged(root, preset, overrides)
-    check(document)
+    check(params.merged(root, preset, overrides))
     os.environ.setdefault("PREFECT_HOME", str(root / ".prefect"))
     os.environ.setdefault("PREFECT_SERVER_EPHEMERAL_STARTUP_TIMEOUT_SECONDS", "120")
     os.environ.setdefault("MLFLOW_TRACKING_URI", f"sqlite:///{root / 'mlflow.db'}")
     leave_on_signals()
-    with repro.only_one(root, lambda line: print(line, flush=True)):
-        from pipelines import flow
+    if preset is None and not overrides:
+        with worktree.only_one(root, lambda line: print(line, flush=True)):
+            from pipelines import flow
 
-        if preset is None and not overrides:
-            flow.run("params.yaml", root, refresh)
-            summarize(root, root / "artifacts" / "evaluate")
-            return
-        if repro.is_dirty(root):
-            print("warning: uncommitted changes are not part of this run; it works at the last commit", file=sys.stderr)
-        name = f"{preset or 'overrides'}-{time.strftime('%Y%m%d-%H%M%S')}"
-        with repro.worktree(root, name, document) as place:
-            flow.run(" ".join([preset or "params.yaml", *overrides]), place, refresh)
-            summarize(place, root / "scratch" / "runs" / name)
-        print(f"branch    runs/{name}: git checkout runs/{name} && dvc checkout")
+            flow.run(flow.pipeline, "params.yaml", root, refresh)
+        summarize(root / "artifacts/evaluate", root / "artifacts/register/version.json")
+        return
+    if repro.is_dirty(root):
+        print("warning: uncommitted changes are not part of this run; it works at the last commit", file=sys.stderr)
+    from pipelines import flow
+
+    branch = flow.run(flow.retrain, preset or "none", overrides, refresh=refresh)
+    kept = root / "scratch" / branch
+    summarize(kept, kept / "version.json")
+    print(f"branch    {branch}: git checkout {branch} && dvc checkout")
 
 
 def leave_on_signals() -> None:
@@ -71,16 +70,15 @@ def leave_on_signals() -> None:
             signal.signal(number, lambda number, _: sys.exit(128 + number))
 
 
-def summarize(root: Path, pictures: Path) -> None:
-    """Prints the result of the run in `root` and where a person goes from here."""
-    metrics = json.loads((root / "artifacts/evaluate/metrics.json").read_text())
-    version = json.loads((root / "artifacts/register/version.json").read_text())
+def summarize(evaluated: Path, registered: Path) -> None:
+    """Prints the result of a run and where a person goes from here."""
+    metrics, version = (json.loads(path.read_text()) for path in (evaluated / "metrics.json", registered))
     python = os.path.relpath(sys.executable)
     print()
     for name, value in metrics.items():
         print(f"{name:<20}{value:.3f}")
     print(f"\nmodel     {version['name']} version {version['version']}: models:/{version['name']}/{version['version']}")
-    print(f"pictures  {os.path.relpath(pictures / 'plots')}/")
+    print(f"pictures  {os.path.relpath(evaluated / 'plots')}/")
     for title, verb in (
         ("Prefect UI", "prefect"),
         ("MLflow UI", "mlflow"),
@@ -115,6 +113,17 @@ def ui(which: str, port: int | None) -> None:
     os.execve(sys.executable, [sys.executable, *arguments], env)
 
 
+def up(prefect_port: int, mlflow_port: int) -> None:
+    """Starts everything for this machine in the background, and says where it is and how to use it from here."""
+    from pipelines import services
+
+    urls = services.up(Path.cwd(), prefect_port, mlflow_port)
+    for name, url in urls.items():
+        print(f"{name:<10}{url}")
+    print(f"logs      {services.log_of(Path(), 'NAME')}")
+    print(f"\nexport PREFECT_API_URL={urls['Prefect']}/api MLFLOW_TRACKING_URI={urls['MLflow']}")
+
+
 def data(old: str | None, new: str | None, as_json: bool) -> None:
     """Prints the versions of the data in the history, or what changed from the one of `old` to that of `new`."""
     from pipelines import changes, versions
@@ -145,6 +154,11 @@ def main() -> None:
     one = verbs.add_parser("ui", help="serve a user interface on 127.0.0.1")
     one.add_argument("which", choices=list(PORTS))
     one.add_argument("--port", type=int)
+    one = verbs.add_parser("up", help="start the servers, the deployments and a worker in the background")
+    for name in ("prefect", "mlflow"):
+        one.add_argument(f"--{name}-port", type=int, default=PORTS[name])
+    verbs.add_parser("down", help="stop all that `up` has started")
+    verbs.add_parser("automate", help="make work pool, queue and automations on the server of PREFECT_API_URL")
     one = verbs.add_parser("data", help="print the versions of the data, or what changed between two")
     one.add_argument("old", nargs="?", metavar="OLD", help="a commit")
     one.add_argument("new", nargs="?", metavar="NEW", help="a commit; without it, the working tree")
@@ -170,6 +184,16 @@ def main() -> None:
             document = params.merged(Path.cwd(), arguments.preset, arguments.overrides)
             check(document)
             print(params.to_yaml(document), end="")
+        elif arguments.verb == "up":
+            up(arguments.prefect_port, arguments.mlflow_port)
+        elif arguments.verb == "down":
+            from pipelines import services
+
+            print(f"{services.down(Path.cwd())} processes stopped")
+        elif arguments.verb == "automate":
+            from pipelines import automations
+
+            automations.prepare()
         elif arguments.verb == "data":
             data(arguments.old, arguments.new, arguments.json)
         elif arguments.verb == "predict":

@@ -1,57 +1,203 @@
-"""The Prefect flow: one task run per DVC stage. The only module that imports prefect."""
+"""The Prefect flows, one task run per DVC stage: here (`pipeline`), and in a worktree of its own (`retrain`)."""
 
-import json
+import contextlib
+import os
+import re
+import time
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
-from prefect import flow, get_run_logger, task
-from prefect.artifacts import create_markdown_artifact
+from prefect import flow, get_run_logger, runtime, task
+from prefect.artifacts import (
+    create_image_artifact,
+    create_markdown_artifact,
+    create_progress_artifact,
+    create_table_artifact,
+    update_progress_artifact,
+)
 from prefect.client.schemas.objects import State
 from prefect.states import Completed, Failed
+from pydantic import Field
 
-from pipelines import repro
+from pipelines import params, report, repro, worktree
+
+RETRIES = {"register": 6}  # of a stage whose failure time may mend: MLflow is not there
+RETRY_SECONDS = 30
+UPDATE_SECONDS = 5.0  # between updates of the progress
+STEPS = re.compile(r"\btrain:.*?(\d+)/(\d+) \[")  # in the lines of a training
+PRESETS = sorted(path.stem for path in (Path(__file__).parent.parent / "presets").glob("*.yaml"))
+
+Preset = Annotated[
+    str,
+    Field(
+        title="Preset",
+        description="What is merged over params.yaml of the ref first; none for params.yaml as it is.",
+        json_schema_extra={"enum": ["none", *PRESETS]},
+    ),
+]
+Override = Annotated[str, Field(pattern=r"^[a-z_0-9]+(\.[^.=\s]+)+=[^\x00]*$", max_length=1000)]
+Overrides = Annotated[
+    list[Override],
+    Field(title="Overrides", description="One parameter each, as train.epochs=3; a misspelt one is refused."),
+]
+Ref = Annotated[
+    str,
+    Field(
+        title="Git ref",
+        description="Branch, tag or commit of the code and params.yaml; origin/main fetches first. HEAD: the clone's.",
+        pattern=r"^[A-Za-z0-9_][^\s\x00]*$",
+        max_length=200,
+    ),
+]
+Promote = Annotated[
+    bool,
+    Field(title="Promote", description="Whether a better model becomes the champion; off: it stays a challenger."),
+]
+Note = Annotated[
+    str,
+    Field(title="Note", description="Why; stands in the commit and in the report.", max_length=1000),
+]
+Refresh = Annotated[bool, Field(title="Refresh", description="Download again: the content of the source has changed.")]
 
 
 @task(task_run_name="{stage}")
 def run_stage(stage: str, root: Path, force: bool) -> Any:
     """Reproduces one stage; the state says `ran`, `restored` or `unchanged`, or why it failed."""
+    log, progress = get_run_logger().info, Progress()
+
+    def take(line: str) -> None:
+        log(line)
+        if stage == "train":
+            progress.take(line)
+
     try:
-        outcome = repro.reproduce(stage, root, get_run_logger().info, force)
+        outcome = repro.reproduce(stage, root, take, force)
     except repro.StageFailed as failure:
+        create_markdown_artifact(report.failure(stage, str(failure), failure.lines), key="failure")
         return Failed(message=str(failure))
     if stage == "validate":
-        create_markdown_artifact(dataset_summary(root / "artifacts" / "validate"), key="dataset")
+        create_markdown_artifact(report.dataset(root), key="dataset")
     return Completed(name=outcome.capitalize(), message=outcome, data=outcome)
 
 
-def dataset_summary(validated: Path) -> str:
-    """Markdown of what the validation of the data found: numbers, warnings, and where the dataset's page is."""
-    counts = json.loads((validated / "statistics.json").read_text())
-    report = json.loads((validated / "report.json").read_text())
-    lines = ["| | " + " | ".join(counts) + " |", "|---" * (1 + len(counts)) + "|"]
-    for name in ("images", "annotations", "crowds", "images_without_objects"):
-        lines.append(f"| {name.replace('_', ' ')} | " + " | ".join(str(of[name]) for of in counts.values()) + " |")
-    broken = [row for row in report if row["outcome"] != "holds"]
-    lines += ["", f"{len(report) - len(broken)} of {len(report)} expectations hold."]
-    for row in broken:
-        ids = ", ".join(map(str, row["ids"]))
-        lines.append(f"- {row['table']}: {row['meaning']}: {row['unexpected']} of {row['rows']} break it ({ids})")
-    lines += ["", "[The dataset's page](http://127.0.0.1:8001), served by `python -m pipelines ui dataset`, and in the"]
-    return "\n".join([*lines, "MLflow run of the training under `validate/dataset`."])
+class Progress:
+    """A progress artifact that the lines of a training move; what the server does not take is left out."""
+
+    def __init__(self) -> None:
+        self.artifact: Any = None
+        self.updated = 0.0
+
+    def take(self, line: str) -> None:
+        found = STEPS.search(line)
+        if found is None or (time.monotonic() - self.updated < UPDATE_SECONDS and found[1] != found[2]):
+            return
+        self.updated, done = time.monotonic(), 100 * int(found[1]) / int(found[2])
+        with contextlib.suppress(Exception):
+            if self.artifact is None:
+                self.artifact = create_progress_artifact(done, key="training", description="Steps of the training")
+            else:
+                update_progress_artifact(self.artifact, done)
+
+
+def needs_time(task: Any, run: Any, state: State) -> bool:
+    """Whether a stage failed because MLflow was not there."""
+    return "MLflow" in (state.message or "")
+
+
+def run_stages(root: Path, refresh: bool, before: Callable[[str], None] = lambda stage: None) -> None:
+    """Reproduces every stage of `root`/dvc.yaml in order. Raises StageFailed at the first that fails."""
+    for stage in repro.stages(root):
+        before(stage)
+        attempt = run_stage.with_options(
+            retries=RETRIES.get(stage, 0), retry_delay_seconds=RETRY_SECONDS, retry_condition_fn=needs_time
+        )
+        state: State = attempt(stage, root, refresh and stage == "download", return_state=True)
+        if not state.is_completed():
+            raise repro.StageFailed(state.message or f"{stage} did not complete")
 
 
 @flow(name="detr-pipeline", flow_run_name="{title}")
-def pipeline(title: str, root: Path, force_download: bool = False) -> Any:
+def pipeline(title: str, root: Path, refresh: bool = False) -> Any:
     """Reproduces every stage of `root`/dvc.yaml in order and stops at the first failure."""
-    for stage in repro.stages(root):
-        state: State = run_stage(stage, root, force_download and stage == "download", return_state=True)
-        if not state.is_completed():
-            return Failed(message=state.message)
-    return Completed(message="all stages are up to date")
+    try:
+        run_stages(root, refresh)
+    except repro.StageFailed as failure:
+        return Failed(message=str(failure))
+    return Completed(message="all stages are up to date", data="")
 
 
-def run(title: str, root: Path, force_download: bool = False) -> None:
-    """Runs the flow here, with Prefect's server or an embedded one. Raises StageFailed with the stage's message."""
-    state: State = pipeline(title, root, force_download, return_state=True)  # type: ignore[assignment]
+def title() -> str:
+    """What a run of `retrain` is called, from its parameters."""
+    chosen = runtime.flow_run.parameters
+    preset = [chosen["preset"]] if chosen["preset"] != "none" else []
+    return (
+        " ".join([*preset, *chosen["overrides"], *([] if chosen["ref"] == "HEAD" else [f"@{chosen['ref']}"])])
+        or "params.yaml"
+    )
+
+
+@flow(name="retrain", flow_run_name=title)
+def retrain(
+    preset: Preset = "none",
+    overrides: Overrides = [],  # noqa: B006
+    ref: Ref = "HEAD",
+    promote: Promote = True,
+    note: Note = "",
+    refresh: Refresh = False,
+) -> Any:
+    """Trains, evaluates and registers in a git worktree; the result is a commit on a branch `runs/...`."""
+    root, log = Path.cwd(), get_run_logger().info
+    os.environ.setdefault("MLFLOW_TRACKING_URI", f"sqlite:///{root / 'mlflow.db'}")
+    chosen = None if preset == "none" else preset
+    settings = [*overrides, *([] if promote else ["register.promote=false"])]
+    name = f"{chosen or 'overrides'}-{time.strftime('%Y%m%d-%H%M%S')}"
+
+    def parameters(place: Path) -> Any:
+        document = params.merged(place, chosen, settings)
+        if runtime.deployment.id:  # a form or a schedule, not a person in their own clone
+            worktree.confine(document, root)
+        return document
+
+    try:
+        repro.fetch(root, ref)
+        with (
+            worktree.only_one(root, log),
+            worktree.worktree(root, name, ref, parameters, note) as (place, branch),
+        ):
+            repro.check(place)
+            last = repro.stages(place)[-1]
+            run_stages(place, refresh, lambda stage: worktree.keep_results(place) if stage == last else None)
+            with contextlib.suppress(Exception):
+                publish(report.result(place, root, branch, note))
+    except (ValueError, OSError, repro.StageFailed) as error:
+        return Failed(message=repro.hidden(str(error)))
+    return Completed(message=f"branch {branch}", data=branch)
+
+
+def publish(found: report.Result) -> None:
+    """Makes Prefect's artifacts of the result of a run."""
+    create_markdown_artifact(found.markdown, key="result", description=found.headline)
+    create_table_artifact(found.metrics, key="metrics", description="COCO's numbers, on the validation images")
+    for key, (picture, description) in found.pictures.items():
+        create_image_artifact(picture, key=key, description=description)
+
+
+@flow(name="watch-data", flow_run_name="watch {ref}")
+def watch_data(ref: Ref = "HEAD") -> Any:
+    """Emits `detr.data.changed` when the source of the data is not what it was at the last look."""
+    return Completed(message="the data is as it was")
+
+
+@flow(name="collect")
+def collect(keep_days: int = 14) -> Any:
+    """Frees the disk of what no registered version needs and nobody has used for `keep_days`."""
+    return Completed(message="nothing to collect")
+
+
+def run(of: Any, *arguments: Any, **options: Any) -> Any:
+    """Runs a flow here, with Prefect's server or an embedded one; what it gives. Raises StageFailed."""
+    state: State = of(*arguments, **options, return_state=True)
     if not state.is_completed():
         raise repro.StageFailed(state.message or "the flow did not complete")
+    return state.result()

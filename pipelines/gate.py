@@ -24,6 +24,7 @@ class RegisterParams:
     num_resamples: int
     seed: int
     protected: dict[str, float]  # names of categories, and the AP that each may lose at most
+    promote: bool  # whether it may take the champion's place at all
 
     def __post_init__(self) -> None:
         if self.min_ap_gain < 0 or not 0 < self.confidence < 1 or self.num_resamples < 1:

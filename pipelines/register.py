@@ -9,6 +9,7 @@ import platform
 import re
 import subprocess
 import tempfile
+from dataclasses import replace
 from importlib.metadata import PackageNotFoundError
 from importlib.metadata import version as installed
 from pathlib import Path
@@ -30,6 +31,7 @@ LIBRARIES = (
     "torch", "torchvision", "numpy", "hotcoco", "pycocotools", "mlflow", "dvc", "prefect", "great-expectations",
 )  # fmt: skip
 CODE = ("detr", "pipelines", "presets", "*.py")  # whose files that git does not know yet are part of a run
+HELD = "held back"  # the decision on what may not be promoted
 NOT_CODE = (":!dvc.lock", ":!.dvc")  # an artifact of its own; may hold the credentials of a remote
 
 
@@ -65,16 +67,21 @@ def register(config: RegisterParams, output: Path) -> None:
 
 
 def settle(client: Any, version: Any, config: RegisterParams, check: Any) -> tuple[str, str]:
-    """The alias of a version, and why: judged if it was not yet. Its tag `decision` is written last of all."""
+    """The alias of a version, and why: judged if it was not yet, or was held back and may now be promoted.
+
+    Its tag `decision` is written last of all.
+    """
     number = str(version.version)
     version = client.get_model_version(tracking.MODEL, number)
-    if "decision" in version.tags:
+    if version.tags.get("decision", HELD) != HELD or (not config.promote and "decision" in version.tags):
         return ", ".join(version.aliases) or "no alias", "these weights were registered before"
     if "champion" in version.aliases:  # a kill came between the alias and the tag
         alias, reason = "champion", version.tags.get("decision_reason", "")
     else:
         detections = json.loads((EVALUATED / "detections.json").read_text())
         decision = gate.judge(client, version, detections, DATA, config)
+        if not config.promote:
+            decision = replace(decision, alias="challenger", sentence=f"{decision.sentence}; {HELD}")
         alias, reason = decision.alias, decision.sentence
         with tempfile.TemporaryDirectory() as folder:
             Path(folder, "decision.md").write_text(gate.as_markdown(decision, config))
@@ -82,7 +89,7 @@ def settle(client: Any, version: Any, config: RegisterParams, check: Any) -> tup
             client.log_artifacts(version.run_id, folder, "register")
         client.set_model_version_tag(tracking.MODEL, number, "decision_reason", reason)
         registry.place(client, version, alias, check)
-    client.set_model_version_tag(tracking.MODEL, number, "decision", alias)
+    client.set_model_version_tag(tracking.MODEL, number, "decision", alias if config.promote else HELD)
     return alias, reason
 
 

@@ -1,11 +1,8 @@
-"""The only module that calls DVC and git: runs stages, and keeps other people's working directories untouched."""
+"""The only module that calls DVC and git: runs stages, reads versions of the data."""
 
-import errno
-import fcntl
 import os
 import pty
 import re
-import shutil
 import signal
 import subprocess
 import sys
@@ -13,21 +10,27 @@ import termios
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Collection, Iterator, Mapping
-from contextlib import ExitStack, contextmanager, suppress
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import BinaryIO
 
-from pipelines.params import read_yaml, to_yaml
+from pipelines.params import read_yaml
 from pipelines.stage import QUIET
 from pipelines.versions import DataVersion, locked
 
-STOP_SECONDS = 60  # enough for a training to finish its step and save its state
+STOP_SECONDS = 20  # for a training to finish its step and save its state; Prefect kills a cancelled run after 30
+NUM_LINES = 50  # of a stage's output that are kept of a failure
+SECRET = re.compile(r"KEY|TOKEN|SECRET|PASSW|CREDENTIAL|AUTH|WEBHOOK", re.IGNORECASE)  # in a variable's name
 WORKTREE = "DETR_WORKTREE"  # in the environment of what we start: the directory that it works in
 
 
 class StageFailed(RuntimeError):
-    """A stage ended with a code that is not 0; the message is the stage's own."""
+    """A stage ended with a code that is not 0; the message is the stage's own, `lines` the last of its output."""
+
+    def __init__(self, message: str, lines: Sequence[str] = ()) -> None:
+        super().__init__(message)
+        self.lines = list(lines)
 
 
 def stages(root: Path) -> list[str]:
@@ -58,27 +61,48 @@ def reproduce(
         elif "is cached - skipping run" in line:
             outcome = "restored"
 
-    failure = _dvc(root, ["repro", "--single-item", stage, *["--force"] * force, *options], notice, env or {})
-    if failure:
-        raise StageFailed(f"{stage}: {failure}")
+    command = ["dvc", "--wait-for-lock", "repro", "--single-item", stage, *["--force"] * force, *options]
+    try:
+        _call(command, root, notice, env)
+    except StageFailed as failure:
+        raise StageFailed(f"{stage}: {failure}", failure.lines) from None
     return outcome
 
 
-def _dvc(root: Path, arguments: list[str], log: Callable[[str], None], env: Mapping[str, str]) -> str:
-    """Runs a command of DVC; why it failed, or nothing."""
-    lines: deque[str] = deque(maxlen=50)
-    with _process([sys.executable, "-m", "dvc", "--wait-for-lock", *arguments], root, lines, env) as process:
+def hidden(text: str) -> str:
+    """Text without users and passwords in URLs, and without what the environment holds under the name of a secret."""
+    text = re.sub(r"(?<=://)[^/\s'\"@]+@", "", text)
+    secrets = (value for name, value in os.environ.items() if SECRET.search(name) and len(value) >= 6)
+    for value in sorted(secrets, key=len, reverse=True):
+        text = text.replace(value, "***")
+    return text
+
+
+def check(root: Path) -> None:
+    """Has the code in `root` check its params.yaml. Raises StageFailed with the message that names the key."""
+    _call(["pipelines", "params"], root, lambda line: None)
+
+
+def collect_garbage(root: Path, projects: Sequence[Path], log: Callable[[str], None]) -> None:
+    """Removes from the DVC cache what neither the working tree, nor a commit, nor a dvc.lock in `projects` names."""
+    keep = ["--workspace", "--all-commits", *(["--projects", *map(str, projects)] if projects else [])]
+    _call(["dvc", "--wait-for-lock", "gc", "--force", *keep], root, log)
+
+
+def _call(module: list[str], root: Path, log: Callable[[str], None], env: Mapping[str, str] | None = None) -> None:
+    """Runs a Python module in `root`. Raises StageFailed."""
+    lines: deque[str] = deque(maxlen=NUM_LINES)
+    with _process([sys.executable, "-m", *module], root, lines, env or {}) as process:
         assert process.stdout is not None
         for line in process.stdout:
             if line.strip():
-                lines.append(line.rstrip())
-                log(line.rstrip())
-    if not process.returncode:
-        return ""
-    for prefix in ("error: ", "ERROR: ", ""):  # of a stage, of DVC, of neither
-        if said := [line.removeprefix(prefix) for line in lines if line.startswith(prefix)]:
-            return said[-1]
-    return f"exit code {process.returncode}"
+                lines.append(hidden(line.rstrip()))
+                log(lines[-1])
+    if process.returncode:
+        for prefix in ("error: ", "ERROR: ", ""):  # of a stage, of DVC, of neither
+            if said := [line.removeprefix(prefix) for line in lines if line.startswith(prefix)]:
+                raise StageFailed(said[-1], lines)
+        raise StageFailed(f"exit code {process.returncode}", lines)
 
 
 @contextmanager
@@ -149,151 +173,29 @@ def _signal_group(group: int, number: int) -> bool:
     return True
 
 
-def _git(root: Path, *arguments: str) -> str:
-    answer = subprocess.run(["git", *arguments], cwd=root, capture_output=True, text=True, check=False)
+def git(root: Path, *arguments: str) -> str:
+    env = os.environ | {"GIT_TERMINAL_PROMPT": "0"}
+    answer = subprocess.run(["git", *arguments], cwd=root, capture_output=True, text=True, check=False, env=env)
     if answer.returncode:
-        raise ValueError(f"git {' '.join(arguments)} failed in {root}: {answer.stderr.strip()}")
+        raise ValueError(hidden(f"git {' '.join(arguments)} failed in {root}: {answer.stderr.strip()}"))
     return answer.stdout.strip()
-
-
-@contextmanager
-def only_one(root: Path, log: Callable[[str], None]) -> Iterator[None]:
-    """Holds the project's run lock; a second run says so and waits. The lock dies with its process."""
-    (root / "scratch").mkdir(exist_ok=True)
-    with (root / "scratch" / "run.lock").open("a+") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            lock.seek(0)
-            log(f"another run (process {lock.read().strip()}) is under way in {root}; waiting for it to end")
-            fcntl.flock(lock, fcntl.LOCK_EX)
-        lock.truncate(0)
-        lock.write(str(os.getpid()))
-        lock.flush()
-        yield
-
-
-def absolute_paths(document: Any, root: Path, worktree: Path | None = None) -> None:
-    """Makes the local files that params name independent of the directory that a run works in.
-
-    Those that lie in `worktree`, where one is given, stay as they are.
-    """
-
-    def absolute(place: str) -> str:
-        name = place.partition("#")[0]
-        local = "://" not in name and name not in ("shapes", "none", "imagenet")
-        local = local and not (worktree and (worktree / name).exists())
-        return str((root / place).resolve()) if local else place
-
-    source = document["download"]["source"]
-    if isinstance(source, dict):
-        document["download"]["source"] = {key: absolute(place) for key, place in source.items()}
-    else:
-        document["download"]["source"] = absolute(source)
-    document["download"]["sha256"] = {absolute(place): sum_ for place, sum_ in document["download"]["sha256"].items()}
-    document["model"]["backbone_weights"] = absolute(document["model"]["backbone_weights"])
-    initial = document["train"]["initial_weights"]
-    if (root / initial).exists():
-        document["train"]["initial_weights"] = absolute(initial)
-
-
-@contextmanager
-def worktree(root: Path, name: str, document: Any) -> Iterator[Path]:
-    """A git worktree at HEAD with `document` as its params.yaml, the DVC cache and scratch/ shared.
-
-    params.yaml is committed first, on the branch `runs/NAME`, so that what is registered names the commit that
-    made it; when the block ends well, dvc.lock follows, and the evaluation is kept in `scratch/runs/NAME`. The
-    worktree is removed in any case, the branch when nothing was registered.
-    """
-    place = _cleared(root) / name
-    _git(root, "worktree", "add", "-b", f"runs/{name}", str(place), "HEAD")
-    try:
-        absolute_paths(document, root)
-        (place / "params.yaml").write_text(to_yaml(document))
-        _share_settings(root, place)
-        (place / "scratch").symlink_to(root / "scratch")
-        _commit(place, "params.yaml", f"Parameters of run {name}")
-        yield place
-        _commit(place, "dvc.lock", f"Results of run {name}")
-        shutil.copytree(place / "artifacts" / "evaluate", root / "scratch" / "runs" / name)
-    finally:
-        registered = (place / "artifacts" / "register" / "version.json").exists()
-        _remove(root, place)
-        if not registered:
-            _git(root, "branch", "-D", f"runs/{name}")
-
-
-@contextmanager
-def worktree_at(root: Path, name: str, commit: str) -> Iterator[Path]:
-    """A git worktree at a commit, on no branch and with a scratch/ of its own; it is removed in any case.
-
-    It has the DVC cache and the remotes of `root`, as they are today.
-    """
-    place = _cleared(root) / name
-    try:
-        try:
-            _git(root, "-c", f"core.hooksPath={os.devnull}", "worktree", "add", "--detach", str(place), commit)
-        except ValueError as error:
-            if "unable to write" in str(error):
-                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(place)) from error
-            raise
-        _share_settings(root, place)
-        yield place
-    finally:
-        _remove(root, place)
-
-
-def _cleared(root: Path) -> Path:
-    """The folder of our worktrees, without those of runs that were killed, and their processes: the lock is ours."""
-    import psutil
-
-    folder = root.resolve() / "scratch" / "worktrees"
-    listed = _git(root, "worktree", "list", "--porcelain").splitlines()
-    known = {Path(line.removeprefix("worktree ")) for line in listed if line.startswith("worktree ")}
-    left = {path for path in known if path.parent == folder} | {*folder.glob("*")}
-    orphans = []
-    for process in psutil.process_iter() if left else ():
-        with suppress(psutil.Error):
-            if Path(process.environ().get(WORKTREE, "/")) in left:
-                process.kill()
-                orphans.append(process)
-    psutil.wait_procs(orphans, timeout=10)
-    for path in left:
-        _remove(root, path)
-    return folder
-
-
-def _remove(root: Path, place: Path) -> None:
-    """Removes a worktree, whatever is left of it."""
-    shutil.rmtree(place, ignore_errors=True)
-    with suppress(ValueError):  # where git does not know it
-        _git(root, "worktree", "remove", "--force", str(place))
-
-
-def _share_settings(root: Path, place: Path) -> None:
-    """Gives a worktree the DVC cache and the remotes of `root`, with what may be needed to enter them."""
-    from dvc.config import Config, ConfigError, merge  # type: ignore[import-untyped]
-
-    try:
-        ours = Config(str(root / ".dvc"))
-        with Config(str(place / ".dvc"), validate=False).edit("local") as settings:
-            for level in ("repo", "local"):
-                merge(settings, ours.load_one(level))
-            settings["cache"].setdefault("dir", str(root / ".dvc" / "cache"))
-    except ConfigError as error:
-        raise ValueError(f"the settings of DVC in {root}/.dvc cannot be read: {error}") from error
-
-
-def apply(place: Path, diff: Path, but: Collection[str]) -> None:
-    """Applies a file of `git diff` to a worktree, without the files `but`. Raises ValueError where it does not fit."""
-    if diff.read_bytes().strip():
-        exclude = (f"--exclude={name}" for name in but)
-        _git(place, "apply", "--whitespace=nowarn", *exclude, str(diff.resolve()))
 
 
 def full_commit(root: Path, commit: str) -> str:
     """The full name of a commit. Raises ValueError where this clone has no such commit."""
-    return _git(root, "rev-parse", "--verify", "--quiet", "--end-of-options", f"{commit}^{{commit}}")
+    try:
+        if commit.startswith(("-", "^")):
+            raise ValueError
+        return git(root, "rev-parse", "--verify", "--quiet", "--end-of-options", f"{commit}^{{commit}}")
+    except ValueError:
+        raise ValueError(f"{commit!r} is no commit, branch or tag here; git log --oneline --all lists them") from None
+
+
+def fetch(root: Path, ref: str) -> None:
+    """Fetches the remote that a ref like `origin/main` begins with. Raises ValueError where it does not answer."""
+    remote = ref.partition("/")[0]
+    if "/" in ref and remote in git(root, "remote").splitlines():
+        git(root, "fetch", "--quiet", "--end-of-options", remote)
 
 
 def obtain(stage: str, outs: Collection[str], place: Path, log: Callable[[str], None]) -> str:
@@ -302,7 +204,11 @@ def obtain(stage: str, outs: Collection[str], place: Path, log: Callable[[str], 
     Nothing, said, where neither has all of it.
     """
     for where, verb in (("cache", "checkout"), ("remote", "pull")):
-        failure = _dvc(place, [verb, stage], lambda _: None, {})
+        failure = ""
+        try:
+            _call(["dvc", "--wait-for-lock", verb, stage], place, lambda line: None)
+        except StageFailed as error:
+            failure = str(error)
         missing = [out for out in outs if not (place / out).exists()]
         if not failure and not missing:
             return where
@@ -310,17 +216,9 @@ def obtain(stage: str, outs: Collection[str], place: Path, log: Callable[[str], 
     return ""
 
 
-def _commit(place: Path, file: str, message: str) -> None:
-    """Commits one file, under a name of ours where the person has not told git theirs."""
-    known = subprocess.run(["git", "config", "user.email"], cwd=place, capture_output=True, check=False).returncode == 0
-    identity = () if known else ("-c", "user.name=pipelines", "-c", "user.email=pipelines@localhost")
-    _git(place, "add", file)
-    _git(place, *identity, "commit", "--quiet", "--allow-empty", "--no-verify", "--no-gpg-sign", "-m", message)
-
-
 def is_dirty(root: Path) -> bool:
-    """Whether files differ from HEAD that a worktree would lack; parameters are merged in, dvc.lock is a result."""
-    return bool(_git(root, "status", "--porcelain", "--", ".", ":!dvc.lock", ":!params.yaml", ":!presets"))
+    """Whether files differ from HEAD that a worktree would lack; dvc.lock is a result."""
+    return bool(git(root, "status", "--porcelain", "--", ".", ":!dvc.lock"))
 
 
 def data_versions(root: Path) -> tuple[list[DataVersion], DataVersion | None]:
@@ -346,9 +244,7 @@ def data_version(root: Path, ref: str | None) -> DataVersion:
         version = _locked_at(root)
     else:
         try:
-            if ref.startswith(("-", "^")):
-                raise ValueError
-            commit = _git(root, "rev-parse", "--verify", "--quiet", "--end-of-options", f"{ref}^{{commit}}")
+            commit = full_commit(root, ref)
         except ValueError:
             raise ValueError(f"{ref!r} is no commit here; list those with data: python -m pipelines data") from None
         version = _locked_at(root, *_dated(root, "--max-count=1", commit)[0])
@@ -359,14 +255,14 @@ def data_version(root: Path, ref: str | None) -> DataVersion:
 
 def _dated(root: Path, *arguments: str) -> list[list[str]]:
     """Short name and date of the commits that `git log` lists."""
-    lines = _git(root, "log", "--no-show-signature", "--format=%h %cs", *arguments).splitlines()
+    lines = git(root, "log", "--no-show-signature", "--format=%h %cs", *arguments).splitlines()
     return [line.split() for line in lines]
 
 
 def _locked_at(root: Path, commit: str = "", date: str = "") -> DataVersion | None:
     """The data that the dvc.lock of a commit, or of the working tree, names; None where there is no such file."""
     try:
-        lock = _git(root, "show", f"{commit}:./dvc.lock") if commit else (root / "dvc.lock").read_text()
+        lock = git(root, "show", f"{commit}:./dvc.lock") if commit else (root / "dvc.lock").read_text()
     except (ValueError, FileNotFoundError):
         return None
     return locked(lock, commit, date)

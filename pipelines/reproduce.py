@@ -11,7 +11,7 @@ from importlib.metadata import version as installed
 from pathlib import Path
 from typing import Any
 
-from pipelines import repro, tracking, verdict
+from pipelines import repro, tracking, verdict, worktree
 from pipelines.params import read_yaml, to_yaml
 from pipelines.register import hardware
 from pipelines.stage import write_json
@@ -54,7 +54,7 @@ def reproduce(root: Path, model: str) -> str:
     name = f"models:/{tracking.MODEL}/{version.version}"
     registered = Registered(name, version.run_id, dict(version.tags), {}, differences_here(version.tags))
     commit = commit_of(root, registered)
-    with repro.only_one(root, say), repro.worktree_at(root, f"reproduce-{version.version}", commit) as place:
+    with worktree.only_one(root, say), worktree.worktree_at(root, f"reproduce-{version.version}", commit) as place:
         say(f"{name}: commit {commit[:12]}, in {place}")
         (place / "scratch").mkdir(exist_ok=True)
         fetch(client, registered, place / "scratch" / "registered")
@@ -142,7 +142,7 @@ def restore(root: Path, place: Path, registered: Registered) -> None:
     if diff:
         kept = ("params.yaml",) if "params.yaml" in files else ()
         try:
-            repro.apply(place, diff, ("dvc.lock", *kept))
+            worktree.apply(place, diff, ("dvc.lock", *kept))
         except ValueError as error:
             raise ValueError(f"the git.diff of {registered.name} does not fit its commit: {error}") from error
     for name in ("params.yaml", "dvc.lock"):
@@ -158,7 +158,7 @@ def restore(root: Path, place: Path, registered: Registered) -> None:
     document = read_yaml(params)
     before = to_yaml(document)
     with suppress(AttributeError, KeyError, TypeError):  # of code with other parameters
-        repro.absolute_paths(document, root, place)
+        worktree.absolute_paths(document, root, place)
     if to_yaml(document) != before:
         params.write_text(to_yaml(document))
 

@@ -1,0 +1,271 @@
+"""Git worktrees to run in, so that nobody's working directory is touched; on `runs/...` branches that stay."""
+
+import errno
+import fcntl
+import os
+import shutil
+from collections.abc import Callable, Collection, Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+from pipelines.params import read_yaml, to_yaml
+from pipelines.repro import WORKTREE, full_commit, git
+
+BRANCHES = "runs/"
+DATA_ROOTS = "DETR_DATA_ROOTS"  # in a worker's environment: folders outside the project that parameters may name
+BEGUN = "Parameters of run"
+NAMES = ("shapes", "none", "imagenet")  # of sources and weights that are no files
+
+
+@contextmanager
+def only_one(root: Path, log: Callable[[str], None]) -> Iterator[None]:
+    """Holds the project's run lock; a second run says so and waits. The lock dies with its process."""
+    (root / "scratch").mkdir(exist_ok=True)
+    with (root / "scratch" / "run.lock").open("a+") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            lock.seek(0)
+            log(f"another run (process {lock.read().strip()}) is under way in {root}; waiting for it to end")
+            fcntl.flock(lock, fcntl.LOCK_EX)
+        lock.truncate(0)
+        lock.write(str(os.getpid()))
+        lock.flush()
+        yield
+
+
+@contextmanager
+def worktree(
+    root: Path, name: str, ref: str, parameters: Callable[[Path], Any], note: str = ""
+) -> Iterator[tuple[Path, str]]:
+    """A git worktree at `ref` with `parameters(it)` as its params.yaml, the DVC cache and scratch/ shared; its branch.
+
+    params.yaml is committed first, on the branch `runs/NAME`, so that what is registered names the commit that made
+    it; when the block ends well, dvc.lock follows, and the evaluation is kept in `scratch/runs/NAME`. A run of the
+    same code and parameters that was killed is taken over, on its branch and with what it has made. The worktree is
+    removed in any case, the branch when it holds no results. The run lock must be held. Raises ValueError.
+    """
+    commit = full_commit(root, ref)
+    place, branch = _folder(root) / name, f"{BRANCHES}{name}"
+    left = _left_behind(root)
+    _add(root, place, commit)
+    try:
+        document = parameters(place)
+        absolute_paths(document, root)
+        (place / "params.yaml").write_text(to_yaml(document))
+        taken_over = False
+        for other in left:
+            if not taken_over and _is_same_run(other, place, commit):
+                _remove(root, place)
+                place, branch, taken_over = other, git(other, "branch", "--show-current"), True
+                _unlock(place)
+            else:
+                _settle(root, other)
+        _share_settings(root, place)
+        if not taken_over:
+            (place / "scratch").symlink_to(root / "scratch")
+            git(place, "switch", "--quiet", "--create", branch)
+            _commit(place, "params.yaml", f"{BEGUN} {name}\n\n{note}".rstrip())
+        yield place, branch
+        keep_results(place)
+        name = branch.removeprefix(BRANCHES)
+        kept = root / "scratch" / "runs" / name
+        shutil.copytree(place / "artifacts" / "evaluate", kept, dirs_exist_ok=True)
+        shutil.copy(place / "artifacts" / "register" / "version.json", kept)
+    finally:
+        _settle(root, place)
+
+
+def keep_results(place: Path) -> None:
+    """Commits dvc.lock of a worktree where it has changed."""
+    name = git(place, "branch", "--show-current").removeprefix(BRANCHES)
+    if git(place, "status", "--porcelain", "--", "dvc.lock"):
+        _commit(place, "dvc.lock", f"Results of run {name}")
+
+
+@contextmanager
+def worktree_at(root: Path, name: str, commit: str) -> Iterator[Path]:
+    """A git worktree at a commit, on no branch and with a scratch/ of its own; it is removed in any case.
+
+    It has the DVC cache and the remotes of `root`, as they are today. The run lock must be held.
+    """
+    place = _folder(root) / name
+    for other in _left_behind(root):
+        if not _branch(other):
+            _remove(root, other)
+    try:
+        _add(root, place, commit)
+        _share_settings(root, place)
+        yield place
+    finally:
+        _remove(root, place)
+
+
+def _add(root: Path, place: Path, commit: str) -> None:
+    try:
+        git(root, "-c", f"core.hooksPath={os.devnull}", "worktree", "add", "--detach", str(place), commit)
+    except ValueError as error:
+        _remove(root, place)
+        if "unable to write" in str(error):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(place)) from error
+        raise
+
+
+def _folder(root: Path) -> Path:
+    return root.resolve() / "scratch" / "worktrees"
+
+
+def _left_behind(root: Path) -> list[Path]:
+    """The worktrees of runs that were killed, whose processes are ended first: the run lock is ours."""
+    folder = _folder(root)
+    listed = git(root, "worktree", "list", "--porcelain").splitlines()
+    known = {Path(line.removeprefix("worktree ")) for line in listed if line.startswith("worktree ")}
+    left = {path for path in known if path.parent == folder} | {*folder.glob("*")}
+    orphans = []
+    for process in psutil.process_iter() if left else ():
+        with suppress(psutil.Error):
+            if Path(process.environ().get(WORKTREE, "/")) in left:
+                process.kill()
+                orphans.append(process)
+    psutil.wait_procs(orphans, timeout=10)
+    return sorted(left)
+
+
+def _branch(place: Path) -> str:
+    """The `runs/...` branch of a worktree, or nothing where it is on none or broken."""
+    try:
+        branch = git(place, "branch", "--show-current") if (place / ".git").is_file() else ""
+    except ValueError:
+        return ""
+    return branch if branch.startswith(BRANCHES) else ""
+
+
+def _is_same_run(other: Path, place: Path, commit: str) -> bool:
+    """Whether a worktree that was left behind has the code of `commit` and the parameters of `place`, all committed."""
+    branch = _branch(other)
+    if not branch:
+        return False
+    try:
+        changed = git(other, "status", "--porcelain", "--untracked-files=no", "--", ".", ":!dvc.lock")
+        changed += git(other, "diff", "--name-only", commit, branch, "--", ".", ":!dvc.lock", ":!params.yaml")
+        return not changed and (other / "params.yaml").read_text() == (place / "params.yaml").read_text()
+    except (ValueError, OSError):
+        return False
+
+
+def _unlock(place: Path) -> None:
+    """Removes what killed processes of git and DVC have left in a worktree that would stop the next ones."""
+    own = Path(git(place, "rev-parse", "--absolute-git-dir"))
+    branch = own.parent.parent / "refs" / "heads" / _branch(place)
+    for lock in (*own.glob("*.lock"), branch.with_name(f"{branch.name}.lock")):
+        lock.unlink(missing_ok=True)
+    shutil.rmtree(place / ".dvc" / "tmp", ignore_errors=True)
+    try:
+        read_yaml(place / "dvc.lock")
+    except ValueError:  # torn, or not there yet
+        (place / "dvc.lock").unlink(missing_ok=True)
+        with suppress(ValueError):
+            git(place, "checkout", "--", "dvc.lock")
+
+
+def _settle(root: Path, place: Path) -> None:
+    """Removes a worktree. Its branch stays where it holds results; those of a run that was killed are committed."""
+    branch = _branch(place)
+    if branch:
+        with suppress(ValueError):
+            _unlock(place)
+            keep_results(place)
+    _remove(root, place)
+    if branch and git(root, "log", "-1", "--format=%s", branch).startswith(BEGUN):
+        git(root, "branch", "-D", branch)
+
+
+def _remove(root: Path, place: Path) -> None:
+    """Removes a worktree, whatever is left of it."""
+    shutil.rmtree(place, ignore_errors=True)
+    with suppress(ValueError):  # where git does not know it
+        git(root, "worktree", "remove", "--force", "--force", str(place))
+
+
+def confine(document: Any, root: Path) -> None:
+    """Raises ValueError where params name a file outside of `root` and of the folders of DETR_DATA_ROOTS."""
+    allowed = [root.resolve(), *(Path(x).resolve() for x in os.environ.get(DATA_ROOTS, "").split(os.pathsep) if x)]
+
+    def check(key: str, place: str) -> None:
+        path = (root / place.partition("#")[0]).resolve()
+        if not any(path.is_relative_to(folder) for folder in allowed):
+            raise ValueError(
+                f"{key} is {place!r}, outside of the project; put it into the project, or have the worker's "
+                f"{DATA_ROOTS} name its folder"
+            )
+
+    _each_place(document, check)
+
+
+def absolute_paths(document: Any, root: Path, worktree: Path | None = None) -> None:
+    """Makes the local files that params name independent of the directory that a run works in.
+
+    Those that lie in `worktree`, where one is given, stay as they are.
+    """
+
+    def absolute(key: str, place: str) -> str:
+        if worktree and (worktree / place.partition("#")[0]).exists():
+            return place
+        return str((root / place).resolve())
+
+    _each_place(document, absolute)
+
+
+def _each_place(document: Any, visit: Callable[[str, str], str | None]) -> None:
+    """Calls `visit` with the key and the value of every file that params name, which becomes what it returns."""
+
+    def visited(key: str, place: Any) -> Any:
+        if not isinstance(place, str) or place in NAMES or place.lower().startswith(("http://", "https://")):
+            return place
+        return visit(key, place) or place
+
+    download, model, train = document["download"], document["model"], document["train"]
+    if isinstance(download["source"], dict):
+        download["source"] = {name: visited(f"download.source.{name}", x) for name, x in download["source"].items()}
+    else:
+        download["source"] = visited("download.source", download["source"])
+    if isinstance(download["sha256"], dict):
+        download["sha256"] = {visited("download.sha256", x): digest for x, digest in download["sha256"].items()}
+    model["backbone_weights"] = visited("model.backbone_weights", model["backbone_weights"])
+    if "/" in str(train["initial_weights"]) or Path(str(train["initial_weights"])).suffix:  # others are names
+        train["initial_weights"] = visited("train.initial_weights", train["initial_weights"])
+
+
+def _share_settings(root: Path, place: Path) -> None:
+    """Gives a worktree the DVC cache and the remotes of `root`, with what may be needed to enter them."""
+    from dvc.config import Config, ConfigError, merge  # type: ignore[import-untyped]
+
+    try:
+        ours = Config(str(root / ".dvc"))
+        with Config(str(place / ".dvc"), validate=False).edit("local") as settings:
+            for level in ("repo", "local"):
+                merge(settings, ours.load_one(level))
+            settings["cache"].setdefault("dir", str(root / ".dvc" / "cache"))
+    except ConfigError as error:
+        raise ValueError(f"the settings of DVC in {root}/.dvc cannot be read: {error}") from error
+
+
+def apply(place: Path, diff: Path, but: Collection[str]) -> None:
+    """Applies a file of `git diff` to a worktree, without the files `but`. Raises ValueError where it does not fit."""
+    if diff.read_bytes().strip():
+        exclude = (f"--exclude={name}" for name in but)
+        git(place, "apply", "--whitespace=nowarn", *exclude, str(diff.resolve()))
+
+
+def _commit(place: Path, file: str, message: str) -> None:
+    """Commits one file, under a name of ours where the person has not told git theirs."""
+    identity: tuple[str, ...] = ()
+    try:
+        git(place, "config", "user.email")
+    except ValueError:
+        identity = ("-c", "user.name=pipelines", "-c", "user.email=pipelines@localhost")
+    git(place, "add", file)
+    git(place, *identity, "commit", "--quiet", "--allow-empty", "--no-verify", "--no-gpg-sign", "-m", message)
