@@ -333,7 +333,7 @@ def candidate(uri, projects, name="strong"):
 def judged(uri, projects, **changes):
     client, version = candidate(uri, projects)
     folder = projects["strong"]
-    config = gate.RegisterParams(0.0, 0.95, 200, 0, {}, **changes)
+    config = gate.RegisterParams(0.0, 0.95, 200, 0, {}, True, **changes)
     found = json.loads((folder / "artifacts/evaluate/detections.json").read_text())
     return gate.judge(client, version, found, folder / "data/coco", config)
 

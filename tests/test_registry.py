@@ -30,7 +30,7 @@ from pipelines.registry import champion, place, rollback, turn, with_alias
 from pipelines.tracking import MODEL, connect
 from tests.conftest import ROOT, call, detections_like, environment
 
-CONFIG = RegisterParams(0.0, 0.95, 1000, 0, {})
+CONFIG = RegisterParams(0.0, 0.95, 1000, 0, {}, True)
 SURE, EVEN = np.full(1000, 0.01), np.linspace(-0.01, 0.01, 1000)
 
 
