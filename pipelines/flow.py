@@ -63,6 +63,16 @@ Note = Annotated[
 ]
 Refresh = Annotated[bool, Field(title="Refresh", description="Download again: the content of the source has changed.")]
 
+KeepDays = Annotated[int, Field(title="Keep days", description="What was touched since stays.", ge=0)]
+DryRun = Annotated[bool, Field(title="Dry run", description="Only say what would go.")]
+SharedCache = Annotated[
+    bool,
+    Field(
+        title="Shared cache",
+        description="Collect a DVC cache outside of the project too; what only other clones need in it is lost.",
+    ),
+]
+
 
 @task(task_run_name="{stage}")
 def run_stage(stage: str, root: Path, force: bool) -> Any:
@@ -224,9 +234,18 @@ def emit(name: str, resource: str, **payload: Any) -> None:
 
 
 @flow(name="collect")
-def collect(keep_days: int = 14) -> Any:
-    """Frees the disk of what no registered version needs and nobody has used for `keep_days`."""
-    return Completed(message="nothing to collect")
+def collect(keep_days: KeepDays = 14, dry_run: DryRun = False, shared_cache: SharedCache = False) -> Any:
+    """Frees the disk of what no registered version needs and nobody has touched for `keep_days`."""
+    from pipelines import collect as collection
+
+    root = Path.cwd()
+    os.environ.setdefault("MLFLOW_TRACKING_URI", f"sqlite:///{root / 'mlflow.db'}")
+    try:
+        collected = collection.collect(root, keep_days, dry_run, shared_cache, get_run_logger().info)
+    except (ValueError, OSError, repro.StageFailed) as error:
+        return Failed(message=repro.hidden(str(error)))
+    create_markdown_artifact(collected.markdown, key="collected", description=collected.headline)
+    return Completed(message=collected.headline, data=collected.bytes)
 
 
 def run(of: Any, *arguments: Any, **options: Any) -> Any:
