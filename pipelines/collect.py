@@ -169,7 +169,8 @@ def old_files(root: Path, before: float, doomed: Collection[str]) -> Iterator[tu
     places += [("downloads", path) for path in scratch.glob("downloads/*") if path.suffix != ".lock"]
     places += [("reproductions", path) for path in scratch.glob("reproductions/*")]
     logs = [*scratch.glob("services/*")]
-    places += [("logs", path) for path in logs if path not in (open_files() if logs else ())]
+    used = open_files() if logs else set()
+    places += [("logs", path) for path in logs if path not in used]
     for kind, path in sorted(places):
         lock = path / "lock" if kind == "states" else path.with_suffix(".lock")
         if newest(path) <= before and not is_locked(lock):
