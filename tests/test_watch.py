@@ -312,10 +312,12 @@ def test_collecting_leaves_what_the_registered_version_needs(served):
 def test_what_cannot_be_looked_at_is_a_failed_run_and_no_change(served):
     project, number = served.project, len(served.runs())
     (project / "source").rename(project / "moved")
-    gone = look(served)
+    try:
+        gone = look(served)
+    finally:
+        (project / "moved").rename(project / "source")
     assert gone["state_type"] == "FAILED"
     assert "'source': no such folder" in gone["state"]["message"]
-    (project / "moved").rename(project / "source")
     assert look(served)["state"]["message"] == "the data is as it was"
     assert len(served.runs()) == number + 2
 
