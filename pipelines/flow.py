@@ -16,7 +16,9 @@ from prefect.artifacts import (
     create_table_artifact,
     update_progress_artifact,
 )
+from prefect.client.orchestration import get_client
 from prefect.client.schemas.objects import State
+from prefect.events import Event
 from prefect.states import Completed, Failed
 from pydantic import Field
 
@@ -26,6 +28,7 @@ RETRIES = {"register": 6}  # of a stage whose failure time may mend: MLflow is n
 RETRY_SECONDS = 30
 UPDATE_SECONDS = 5.0  # between updates of the progress
 STEPS = re.compile(r"\btrain:.*?(\d+)/(\d+) \[")  # in the lines of a training
+NOTE_LENGTH = 1000
 PRESETS = sorted(path.stem for path in (Path(__file__).parent.parent / "presets").glob("*.yaml"))
 
 Preset = Annotated[
@@ -56,9 +59,19 @@ Promote = Annotated[
 ]
 Note = Annotated[
     str,
-    Field(title="Note", description="Why; stands in the commit and in the report.", max_length=1000),
+    Field(title="Note", description="Why; stands in the commit and in the report.", max_length=NOTE_LENGTH),
 ]
 Refresh = Annotated[bool, Field(title="Refresh", description="Download again: the content of the source has changed.")]
+
+KeepDays = Annotated[int, Field(title="Keep days", description="What was touched since stays.", ge=0)]
+DryRun = Annotated[bool, Field(title="Dry run", description="Only say what would go.")]
+SharedCache = Annotated[
+    bool,
+    Field(
+        title="Shared cache",
+        description="Collect a DVC cache outside of the project too; what only other clones need in it is lost.",
+    ),
+]
 
 
 @task(task_run_name="{stage}")
@@ -155,8 +168,7 @@ def retrain(
 
     def parameters(place: Path) -> Any:
         document = params.merged(place, chosen, settings)
-        if runtime.deployment.id:  # a form or a schedule, not a person in their own clone
-            worktree.confine(document, root)
+        confined(document, root)
         return document
 
     try:
@@ -183,16 +195,57 @@ def publish(found: report.Result) -> None:
         create_image_artifact(picture, key=key, description=description)
 
 
-@flow(name="watch-data", flow_run_name="watch {ref}")
-def watch_data(ref: Ref = "HEAD") -> Any:
-    """Emits `detr.data.changed` when the source of the data is not what it was at the last look."""
-    return Completed(message="the data is as it was")
+@flow(name="watch-data", flow_run_name="watch {preset} at {ref}")
+def watch_data(preset: Preset = "none", ref: Ref = "HEAD") -> Any:
+    """Emits `detr.data.changed` when the source of the data, or the data in dvc.lock, changed since the last look."""
+    from pipelines import watch
+
+    root = Path.cwd()
+    try:
+        repro.fetch(root, ref)
+        chosen = None if preset == "none" else preset
+        with watch.watched(root, chosen, ref, lambda document: confined(document, root)) as changes:
+            if changes:
+                note = f"The data has changed: {'; '.join(changes)}"
+                note = note if len(note) <= NOTE_LENGTH else f"{note[: NOTE_LENGTH - 4]} ..."
+                emit("detr.data.changed", "detr.data", preset=preset, ref=ref, changes=changes, note=note)
+    except (ValueError, OSError) as error:
+        return Failed(message=repro.hidden(str(error)))
+    if changes is None:
+        return Completed(message="the first look: there is nothing to compare with yet", data=[])
+    for line in changes:
+        get_run_logger().info(line)
+    message = f"the data has changed: {len(changes)} differences" if changes else "the data is as it was"
+    return Completed(message=message, data=changes)
+
+
+def confined(document: Any, root: Path) -> None:
+    """Confines what a form or a schedule started, not a person in their own clone, to the project's files."""
+    if runtime.deployment.id:
+        worktree.confine(document, root)
+
+
+def emit(name: str, resource: str, **payload: Any) -> None:
+    """Has Prefect's server take an event; unlike `emit_event`, it raises where the server does not."""
+    run = {"prefect.resource.id": f"prefect.flow-run.{runtime.flow_run.id}", "prefect.resource.role": "flow-run"}
+    event = Event(event=name, resource={"prefect.resource.id": resource}, related=[run], payload=payload)  # type: ignore[arg-type, list-item]
+    with get_client(sync_client=True) as client:
+        client.request("POST", "/events", json=[event.model_dump(mode="json")])
 
 
 @flow(name="collect")
-def collect(keep_days: int = 14) -> Any:
-    """Frees the disk of what no registered version needs and nobody has used for `keep_days`."""
-    return Completed(message="nothing to collect")
+def collect(keep_days: KeepDays = 14, dry_run: DryRun = False, shared_cache: SharedCache = False) -> Any:
+    """Frees the disk of what no registered version needs and nobody has touched for `keep_days`."""
+    from pipelines import collect as collection
+
+    root = Path.cwd()
+    os.environ.setdefault("MLFLOW_TRACKING_URI", f"sqlite:///{root / 'mlflow.db'}")
+    try:
+        collected = collection.collect(root, keep_days, dry_run, shared_cache, get_run_logger().info)
+    except (ValueError, OSError, repro.StageFailed) as error:
+        return Failed(message=repro.hidden(str(error)))
+    create_markdown_artifact(collected.markdown, key="collected", description=collected.headline)
+    return Completed(message=collected.headline, data=collected.bytes)
 
 
 def run(of: Any, *arguments: Any, **options: Any) -> Any:

@@ -31,6 +31,7 @@ def up(root: Path, prefect_port: int, mlflow_port: int) -> dict[str, str]:
         "PREFECT_API_URL": f"{urls['Prefect']}/api",
         "PREFECT_FLOWS_HEARTBEAT_FREQUENCY": "30",
         "PREFECT_CLIENT_MAX_RETRIES": "8",
+        "PREFECT_WORKER_QUERY_SECONDS": "2",
         "MLFLOW_TRACKING_URI": urls["MLflow"],
     }
     store = os.environ.get("MLFLOW_BACKEND_STORE_URI", f"sqlite:///{root / 'mlflow.db'}")
@@ -120,7 +121,8 @@ def start(root: Path, name: str, command: list[str]) -> subprocess.Popen[bytes]:
     """A Python module in a session of its own, its output in scratch/services/NAME.log."""
     path = log_of(root, name)
     path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("wb") as log:
+    path.write_bytes(b"")
+    with path.open("ab") as log:  # so that it goes on where `collect` has emptied it
         return subprocess.Popen(
             [sys.executable, "-m", *command],
             cwd=root,

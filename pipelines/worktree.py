@@ -104,6 +104,12 @@ def worktree_at(root: Path, name: str, commit: str) -> Iterator[Path]:
         _remove(root, place)
 
 
+def settle_left_behind(root: Path) -> None:
+    """Settles the worktrees of runs that were killed. The run lock must be held."""
+    for other in _left_behind(root):
+        _settle(root, other)
+
+
 def _add(root: Path, place: Path, commit: str) -> None:
     try:
         git(root, "-c", f"core.hooksPath={os.devnull}", "worktree", "add", "--detach", str(place), commit)
