@@ -259,7 +259,7 @@ def test_failures_are_told_once_as_json_and_successes_are_not(served, hook):
         "text": f"retrain, train.epochz=1: Failed: {ended['state']['message']} {served.prefect}/runs/flow-run/{run_id}",
     }
     assert "epochz" in found["retrain"]["message"]
-    assert requests.get(found["retrain"]["url"], timeout=30).ok
+    assert requests.get(found["retrain"]["url"], headers={"Accept": "text/html"}, timeout=30).ok
     assert (found["watch-data"]["message"], found["watch-data"]["state"]) == (message, "TimedOut")
     assert (found["collect"]["message"], found["collect"]["state"]) == (message, "Crashed")
 
