@@ -1,12 +1,13 @@
 # make demo   the whole pipeline on the embedded dataset
 # make test   the test suite
 # make check  lint and types
+# make up     Prefect, MLflow and a worker in the background; make down stops them
 PYTHON ?= python3
 BIN := $(CURDIR)/.venv/bin
 LOCKED := $(shell command -v flock >/dev/null && echo flock .venv.lock)
 export PATH := $(BIN):$(PATH)
 
-.PHONY: demo test check
+.PHONY: demo test check up down
 demo: .venv/installed
 	python -m pipelines run
 
@@ -17,6 +18,12 @@ check: .venv/installed
 	ruff check .
 	ruff format --check .
 	mypy
+
+up: .venv/installed
+	python -m pipelines up
+
+down: .venv/installed
+	python -m pipelines down
 
 .venv/installed: requirements.lock
 	@$(LOCKED) sh -ec '\

@@ -4,7 +4,6 @@ import argparse
 import json
 import os
 import signal
-import socket
 import sys
 from functools import partial
 from pathlib import Path
@@ -90,15 +89,10 @@ def summarize(evaluated: Path, registered: Path) -> None:
 
 def ui(which: str, port: int | None) -> None:
     """Serves the Prefect UI, the MLflow UI, the Data Docs or the dataset's page on 127.0.0.1 until interrupted."""
+    from pipelines import services
+
     root, port = Path.cwd(), port or PORTS[which]
-    with socket.socket() as probe:
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            probe.bind(("127.0.0.1", port))
-        except OSError:
-            raise ValueError(
-                f"port {port} is in use; stop what listens there, or choose another: --port {port + 1}"
-            ) from None
+    services.check_free(services.HOST, port, "--port")
     pages = root / PAGES.get(which, "")
     if not pages.exists():
         raise ValueError(f"{pages} does not exist; run the pipeline first: python -m pipelines run")
@@ -113,15 +107,27 @@ def ui(which: str, port: int | None) -> None:
     os.execve(sys.executable, [sys.executable, *arguments], env)
 
 
-def up(prefect_port: int, mlflow_port: int) -> None:
+def up(prefect_port: int, mlflow_port: int, host: str) -> None:
     """Starts everything for this machine in the background, and says where it is and how to use it from here."""
     from pipelines import services
 
-    urls = services.up(Path.cwd(), prefect_port, mlflow_port)
-    for name, url in urls.items():
-        print(f"{name:<10}{url}")
-    print(f"logs      {services.log_of(Path(), 'NAME')}")
-    print(f"\nexport PREFECT_API_URL={urls['Prefect']}/api MLFLOW_TRACKING_URI={urls['MLflow']}")
+    leave_on_signals()
+    urls = services.up(Path.cwd(), prefect_port, mlflow_port, host)
+    python = os.path.relpath(sys.executable)
+    print(f"""\
+Prefect    {urls["Prefect"]}    runs; start one with a form: Deployments, on-demand, Run
+MLflow     {urls["MLflow"]}    models and their training
+Logs       {services.log_of(Path(), "{prefect,mlflow,worker}")}
+Data Docs  {python} -m pipelines ui docs       the dataset's page: ui dataset
+Stop       {python} -m pipelines down          a training goes on with the next `up`
+
+In this shell, for the commands below:
+export DO_NOT_TRACK=1 PREFECT_API_URL={urls["Prefect"]}/api MLFLOW_TRACKING_URI={urls["MLflow"]}
+
+{python} -m prefect deployment run retrain/on-demand --param 'overrides=["train.epochs=4"]' --watch
+{python} -m prefect deployment schedule ls retrain/nightly    # it is off; `schedule resume` turns it on""")
+    if host != services.HOST:
+        print(f"\nWho reaches {host} can read everything and start runs: let only a proxy with a login reach it")
 
 
 def data(old: str | None, new: str | None, as_json: bool) -> None:
@@ -157,6 +163,7 @@ def main() -> None:
     one = verbs.add_parser("up", help="start the servers, the deployments and a worker in the background")
     for name in ("prefect", "mlflow"):
         one.add_argument(f"--{name}-port", type=int, default=PORTS[name])
+    one.add_argument("--host", default="127.0.0.1", help="name or address to serve at; there is no authentication")
     verbs.add_parser("down", help="stop all that `up` has started")
     verbs.add_parser("automate", help="make work pool, queue and automations on the server of PREFECT_API_URL")
     one = verbs.add_parser("data", help="print the versions of the data, or what changed between two")
@@ -185,15 +192,15 @@ def main() -> None:
             check(document)
             print(params.to_yaml(document), end="")
         elif arguments.verb == "up":
-            up(arguments.prefect_port, arguments.mlflow_port)
+            up(arguments.prefect_port, arguments.mlflow_port, arguments.host)
         elif arguments.verb == "down":
             from pipelines import services
 
             print(f"{services.down(Path.cwd())} processes stopped")
         elif arguments.verb == "automate":
-            from pipelines import automations
+            from pipelines import automations, services
 
-            automations.prepare()
+            automations.prepare(os.environ.get(services.WEBHOOK))
         elif arguments.verb == "data":
             data(arguments.old, arguments.new, arguments.json)
         elif arguments.verb == "predict":

@@ -1,7 +1,9 @@
 """What a Prefect server needs besides the deployments: the work pool, its queue of one, the automations."""
 
 import os
-from datetime import timedelta
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import datetime, timedelta
 from typing import Any
 
 from prefect.blocks.webhook import Webhook
@@ -9,6 +11,7 @@ from prefect.client.orchestration import SyncPrefectClient, get_client
 from prefect.client.schemas.actions import WorkPoolCreate
 from prefect.client.schemas.filters import (
     FlowRunFilter,
+    FlowRunFilterEndTime,
     FlowRunFilterState,
     FlowRunFilterStateType,
     WorkPoolFilter,
@@ -23,16 +26,26 @@ from prefect.states import AwaitingRetry, Cancelled, Crashed
 from pydantic import SecretStr
 
 POOL, QUEUE = "detr", "training"
-WEBHOOK = "DETR_WEBHOOK_URL"  # in the environment: the address that failures are told
-HEARTBEAT = "prefect.flow-run.heartbeat"
-SILENT_SECONDS = 180  # without a heartbeat, which come every 30 seconds, after which a run counts as dead
+SILENT = "DETR_SILENT_SECONDS"  # in the environment: without a heartbeat, after which a run counts as dead
+HEARTBEAT = "prefect.flow-run.heartbeat"  # every 30 seconds by prefect.yaml, the least that Prefect takes
 MOST_ATTEMPTS = 5  # after which a run that died each time is not resumed by itself
-ANY_RUN = ResourceSpecification({"prefect.resource.id": ["prefect.flow-run.*"]})
-TOLD = '{"text": {{ (flow_run.name ~ ": " ~ flow_run.state.name ~ ": " ~ flow_run.state.message)|tojson }}}'
+RUN: dict[str, str | list[str]] = {"prefect.resource.id": "prefect.flow-run.*"}
+OURS = ResourceSpecification({"prefect.resource.id": "prefect.tag.detr"})  # the tag of all deployments of prefect.yaml
+TOLD = """
+{%- set state, message = event.resource["prefect.state-name"], event.resource["prefect.state-message"] -%}
+{%- set url = (flow_run|ui_url) or "" -%}
+{{ {"text": flow.name ~ ", " ~ flow_run.name ~ ": " ~ state ~ ": " ~ message ~ " " ~ url, "flow": flow.name,
+    "run": flow_run.name, "state": state, "message": message, "url": url}|tojson }}"""
 
 
-def prepare() -> None:
-    """Makes on the server of PREFECT_API_URL what is missing there; to run it again is safe."""
+def prepare(webhook: str | None = None) -> None:
+    """Makes pool, queue and automations on the server of PREFECT_API_URL; to run it again is safe.
+
+    Failures are told to the address `webhook`; without one it stays as it is there. Raises ValueError.
+    """
+    seconds = int(os.environ.get(SILENT, "180"))
+    if seconds <= 30:
+        raise ValueError(f"{SILENT} is {seconds}; heartbeats come every 30 seconds, so take 60 or more")
     with get_client(sync_client=True) as client:
         try:
             client.read_work_pool(POOL)
@@ -49,24 +62,26 @@ def prepare() -> None:
                 HEARTBEAT,
                 *(f"prefect.flow-run.{name}" for name in ("Completed", "Failed", "Cancelled", "Crashed")),
             },
-            match=ANY_RUN,
+            match=ResourceSpecification(RUN),
+            match_related=OURS,
             for_each={"prefect.resource.id"},
             posture=Posture.Proactive,
             threshold=1,
-            within=timedelta(seconds=SILENT_SECONDS),
+            within=timedelta(seconds=seconds),
         )
         crashed = ChangeFlowRunState(
             name="Crashed",
             state=StateType.CRASHED,
             force=False,
-            message=f"no sign of life for {SILENT_SECONDS} seconds; retry it: it goes on from its last state",
+            message=f"no sign of life for {seconds} seconds; retry it: it goes on from its last state",
         )
         automate(client, "A silent run has crashed", silent, crashed)
-        if url := os.environ.get(WEBHOOK):
-            block: Any = Webhook(url=SecretStr(url)).save("detr-failures", overwrite=True)
+        if webhook:
+            block: Any = Webhook(url=SecretStr(webhook)).save("detr-failures", overwrite=True)
             failed = EventTrigger(
-                expect={"prefect.flow-run.Failed", "prefect.flow-run.Crashed"},
-                match=ANY_RUN,
+                expect={"prefect.flow-run.*"},
+                match=ResourceSpecification(RUN | {"prefect.state-type": ["FAILED", "CRASHED"]}),
+                match_related=OURS,
                 posture=Posture.Reactive,
                 threshold=1,
             )
@@ -74,24 +89,46 @@ def prepare() -> None:
 
 
 def automate(client: SyncPrefectClient, name: str, trigger: EventTrigger, action: Any) -> None:
-    """Makes an automation, in the place of one of the same name."""
-    for other in client.read_automations_by_name(name):
+    """Makes an automation, in the place of one of the same name; one that is off stays off."""
+    others = client.read_automations_by_name(name)
+    for other in others:  # not updated: it would go on to count the silence of runs from before
         client.delete_automation(other.id)
-    client.create_automation(AutomationCore(name=name, trigger=trigger, actions=[action]))
+    enabled = all(other.enabled for other in others)
+    client.create_automation(AutomationCore(name=name, enabled=enabled, trigger=trigger, actions=[action]))
 
 
-def resume_interrupted() -> list[str]:
+@contextmanager
+def schedules_kept() -> Iterator[None]:
+    """Has the schedules that a person has turned on be on after the block, which deploys: prefect.yaml has them off."""
+    pool = WorkPoolFilter(name=WorkPoolFilterName(any_=[POOL]))
+    with get_client(sync_client=True) as client:
+        before = client.read_deployments(work_pool_filter=pool)
+        on = {deployment.id for deployment in before if any(schedule.active for schedule in deployment.schedules)}
+        yield
+        for deployment in client.read_deployments(work_pool_filter=pool):
+            for schedule in deployment.schedules if deployment.id in on else ():
+                client.update_deployment_schedule(deployment.id, schedule.id, active=True)
+
+
+def resume_interrupted(since: datetime | None = None) -> list[str]:
     """Has the runs that died with their machine run again, from their last state; their names.
 
-    Nothing of the pool may be alive.
+    Nothing of the pool may be alive, nor have been after `since`: a run that crashed later was silent, and goes on too.
     """
     states = FlowRunFilterStateType(any_=[StateType.RUNNING, StateType.PENDING, StateType.CANCELLING])
+    crashed = FlowRunFilterState(type=FlowRunFilterStateType(any_=[StateType.CRASHED]))
+    pool = WorkPoolFilter(name=WorkPoolFilterName(any_=[POOL]))
     found = []
     with get_client(sync_client=True) as client:
         runs = client.read_flow_runs(
             flow_run_filter=FlowRunFilter(state=FlowRunFilterState(type=states)),
-            work_pool_filter=WorkPoolFilter(name=WorkPoolFilterName(any_=[POOL])),
+            work_pool_filter=pool,
         )
+        if since:
+            after = FlowRunFilterEndTime.model_validate({"after_": since})
+            runs += client.read_flow_runs(
+                flow_run_filter=FlowRunFilter(state=crashed, end_time=after), work_pool_filter=pool
+            )
         for run in runs:
             if run.state_type == StateType.CANCELLING:
                 client.set_flow_run_state(

@@ -1,68 +1,88 @@
 """Everything that a person needs on one machine, in the background: Prefect's server and worker, MLflow's server."""
 
+import errno
 import os
+import socket
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from contextlib import suppress
+from datetime import UTC, datetime
 from pathlib import Path
 
 import psutil
 import requests
 
-from pipelines.repro import STOP_SECONDS, WORKTREE
-from pipelines.stage import QUIET
+from pipelines.repro import STOP_SECONDS, WORKTREE, hidden
 
 MARK = "DETR_SERVICES"  # in the environment of all that `up` starts, and of what that starts: the project's root
+SERVICE = "DETR_SERVICE"  # and which of them it is, or was started by
+SERVERS = ("prefect", "mlflow")
+WEBHOOK = "DETR_WEBHOOK_URL"  # the address that failures are told; a secret: Prefect's server gets it, encrypted
 START_SECONDS = 180
 HOST = "127.0.0.1"
 
 
-def up(root: Path, prefect_port: int, mlflow_port: int) -> dict[str, str]:
+def up(root: Path, prefect_port: int, mlflow_port: int, host: str = HOST) -> dict[str, str]:
     """Starts both servers, prepares Prefect's, deploys, starts a worker; the URLs by name.
 
-    What is left of a crash is stopped first; runs that it interrupted go on. Raises RuntimeError or ValueError.
+    What runs already is stopped first; runs that this, or a crash, interrupts go on. Raises RuntimeError or ValueError,
+    and leaves nothing running then.
     """
+    since, webhook = datetime.now(UTC), os.environ.pop(WEBHOOK, None)
     down(root)
-    urls = {"Prefect": f"http://{HOST}:{prefect_port}", "MLflow": f"http://{HOST}:{mlflow_port}"}
-    os.environ |= QUIET | {
-        MARK: str(root),
+    for name, port in (("prefect", prefect_port), ("mlflow", mlflow_port)):
+        check_free(host, port, f"--{name}-port")
+    urls = {"Prefect": f"http://{host}:{prefect_port}", "MLflow": f"http://{host}:{mlflow_port}"}
+    os.environ |= {
         "PREFECT_HOME": os.environ.get("PREFECT_HOME", str(root / ".prefect")),
         "PREFECT_API_URL": f"{urls['Prefect']}/api",
-        "PREFECT_FLOWS_HEARTBEAT_FREQUENCY": "30",
-        "PREFECT_CLIENT_MAX_RETRIES": "8",
         "PREFECT_WORKER_QUERY_SECONDS": "2",
         "MLFLOW_TRACKING_URI": urls["MLflow"],
+        "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false",  # eight processes that nothing here uses
     }
+    if host != HOST:  # MLflow answers a browser that calls it by a name which it knows, and nobody else
+        os.environ.setdefault("MLFLOW_SERVER_ALLOWED_HOSTS", f"{host}:{mlflow_port}")
+        os.environ.setdefault("MLFLOW_SERVER_CORS_ALLOWED_ORIGINS", urls["MLflow"])
     store = os.environ.get("MLFLOW_BACKEND_STORE_URI", f"sqlite:///{root / 'mlflow.db'}")
     artifacts = os.environ.get("MLFLOW_ARTIFACTS_DESTINATION", str(root / "mlartifacts"))
     mlflow = ["--backend-store-uri", store, "--artifacts-destination", artifacts, "--workers", "1"]
-    servers = {
-        "prefect": ["prefect", "server", "start", "--host", HOST, "--port", str(prefect_port)],
-        "mlflow": ["mlflow", "server", "--host", HOST, "--port", str(mlflow_port), *mlflow],
-    }
     try:
-        processes = {name: start(root, name, command) for name, command in servers.items()}
-        for name, address in (("prefect", f"{urls['Prefect']}/api/health"), ("mlflow", f"{urls['MLflow']}/health")):
-            wait_for(address, processes[name], log_of(root, name))
+        prefect = start(root, "prefect", ["prefect", "server", "start", "--host", host, "--port", str(prefect_port)])
+        tracking = start(root, "mlflow", ["mlflow", "server", "--host", host, "--port", str(mlflow_port), *mlflow])
+        wait_for(f"{urls['Prefect']}/api/health", prefect, log_of(root, "prefect"))
         from pipelines import automations
 
-        automations.prepare()
-        deployed = subprocess.run(
-            [sys.executable, "-m", "prefect", "--no-prompt", "deploy", "--all"],
-            cwd=root,
-            capture_output=True,
-            text=True,
-            check=False,
-        )
-        if deployed.returncode:
-            raise RuntimeError(f"prefect deploy --all failed: {deployed.stdout[-500:]}{deployed.stderr[-500:]}")
-        automations.resume_interrupted()
+        automations.prepare(webhook)
+        with automations.schedules_kept():
+            if start(root, "deploy", ["prefect", "--no-prompt", "deploy", "--all"]).wait():
+                raise RuntimeError(f"prefect deploy --all failed: {end_of(log_of(root, 'deploy'))}")
+        automations.resume_interrupted(since)
+        wait_for(f"{urls['MLflow']}/health", tracking, log_of(root, "mlflow"))
         start(root, "worker", ["prefect", "worker", "start", "--pool", automations.POOL, "--name", "here"])
     except BaseException:
         down(root)
         raise
     return urls
+
+
+def check_free(host: str, port: int, option: str) -> None:
+    """Raises ValueError where a server cannot listen there."""
+    if host in ("0.0.0.0", "::", ""):
+        raise ValueError(
+            f"--host is {host!r}, which is no address to call; give the name or the address that browsers will use"
+        )
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((host, port))
+        except OSError as error:
+            if error.errno == errno.EADDRINUSE:
+                what = f"port {port} is in use; stop what listens there, or choose another: {option} {port + 1}"
+            else:
+                what = f"cannot listen on {host}:{port}: {error.strerror}; choose another --host or {option}"
+            raise ValueError(what) from None
 
 
 def down(root: Path) -> int:
@@ -71,24 +91,35 @@ def down(root: Path) -> int:
     A training saves its state and goes on with the next `up`: its run is not told, so Prefect has it as running.
     """
     ours = marked(root)
-    stages = [process for process in ours if environment(process).get(WORKTREE)]
-    runs = [p for p in ours if p not in stages and not is_server(p)]
-    for process in runs:
+    stages = [process for process in ours if WORKTREE in environment(process)]
+    servers = [p for p in ours if p not in stages and environment(p).get(SERVICE) in SERVERS]
+    runs = [process for process in ours if process not in (*stages, *servers)]
+    for process in runs:  # a worker that sees a run die tells the server; a training needs a reader of what it prints
         with suppress(psutil.Error):
             process.suspend()
-    for group, seconds in ((stages, STOP_SECONDS), ([p for p in ours if is_server(p)], 10)):
-        for process in group:
+    stop(stages, STOP_SECONDS)
+    stop(runs, 0)
+    stop(servers, 5)
+    late = marked(root)  # what was being started
+    stop(late, 0)
+    return len({*ours, *late})
+
+
+def stop(processes: Sequence[psutil.Process], seconds: float) -> None:
+    """Ends processes: SIGTERM, if they get any time for it, and SIGKILL for what is left then."""
+    for send, patience in ((psutil.Process.terminate, seconds), (psutil.Process.kill, 10)):
+        deadline = time.monotonic() + patience
+        for process in processes if patience else ():
             with suppress(psutil.Error):
-                process.terminate()
-        psutil.wait_procs(group, timeout=seconds)
-        for process in (*runs, *group):
-            with suppress(psutil.Error):
-                process.kill()
-    psutil.wait_procs(ours, timeout=10)
-    for process in marked(root):
-        with suppress(psutil.Error):
-            process.kill()
-    return len(ours)
+                send(process)
+        while time.monotonic() < deadline and any(map(is_alive, processes)):
+            time.sleep(0.05)
+
+
+def is_alive(process: psutil.Process) -> bool:
+    with suppress(psutil.Error):
+        return bool(process.is_running() and process.status() != psutil.STATUS_ZOMBIE)
+    return False
 
 
 def marked(root: Path) -> list[psutil.Process]:
@@ -99,33 +130,30 @@ def marked(root: Path) -> list[psutil.Process]:
 
 def environment(process: psutil.Process) -> dict[str, str]:
     try:
-        return process.environ()
-    except (psutil.Error, OSError):
+        return dict(process.environ())
+    except (psutil.Error, OSError):  # not ours, or gone
         return {}
-
-
-def is_server(process: psutil.Process) -> bool:
-    with suppress(psutil.Error):
-        line = " ".join(process.cmdline())
-        return (
-            "prefect server" in line or "mlflow server" in line or "prefect.server" in line or "mlflow.server" in line
-        )
-    return False
 
 
 def log_of(root: Path, name: str) -> Path:
     return root / "scratch" / "services" / f"{name}.log"
 
 
-def start(root: Path, name: str, command: list[str]) -> subprocess.Popen[bytes]:
-    """A Python module in a session of its own, its output in scratch/services/NAME.log."""
+def end_of(log: Path) -> str:
+    return hidden(log.read_text(errors="replace")[-1000:].strip())
+
+
+def start(root: Path, name: str, module: list[str]) -> subprocess.Popen[bytes]:
+    """A Python module in a session of its own, with the mark, its output in scratch/services/NAME.log."""
     path = log_of(root, name)
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_bytes(b"")
+    if path.exists():  # may say why it died
+        path.replace(path.with_suffix(".log.old"))
     with path.open("ab") as log:  # so that it goes on where `collect` has emptied it
         return subprocess.Popen(
-            [sys.executable, "-m", *command],
+            [sys.executable, "-m", *module],
             cwd=root,
+            env=os.environ | {MARK: str(root), SERVICE: name},
             stdin=subprocess.DEVNULL,
             stdout=log,
             stderr=subprocess.STDOUT,
@@ -141,4 +169,4 @@ def wait_for(url: str, process: subprocess.Popen[bytes], log: Path) -> None:
             if requests.get(url, timeout=5).ok:
                 return
         time.sleep(0.3)
-    raise RuntimeError(f"{url} does not answer; the end of {log}: {log.read_text()[-500:].strip()}")
+    raise RuntimeError(f"{url} does not answer; the end of {log}: {end_of(log)}")
