@@ -10,7 +10,7 @@ from pathlib import Path
 import psutil
 import requests
 
-from pipelines.repro import STOP_SECONDS, WORKTREE
+from pipelines.repro import STOP_SECONDS, WORKTREE, hidden
 from pipelines.stage import QUIET
 
 MARK = "DETR_SERVICES"  # in the environment of all that `up` starts, and of what that starts: the project's root
@@ -55,7 +55,7 @@ def up(root: Path, prefect_port: int, mlflow_port: int) -> dict[str, str]:
             check=False,
         )
         if deployed.returncode:
-            raise RuntimeError(f"prefect deploy --all failed: {deployed.stdout[-500:]}{deployed.stderr[-500:]}")
+            raise RuntimeError(f"prefect deploy --all failed: {hidden(deployed.stdout + deployed.stderr)[-1000:]}")
         automations.resume_interrupted()
         start(root, "worker", ["prefect", "worker", "start", "--pool", automations.POOL, "--name", "here"])
     except BaseException:
@@ -139,4 +139,4 @@ def wait_for(url: str, process: subprocess.Popen[bytes], log: Path) -> None:
             if requests.get(url, timeout=5).ok:
                 return
         time.sleep(0.3)
-    raise RuntimeError(f"{url} does not answer; the end of {log}: {log.read_text()[-500:].strip()}")
+    raise RuntimeError(f"{url} does not answer; the end of {log}: {hidden(log.read_text()[-500:].strip())}")
