@@ -170,12 +170,15 @@ def test_whatever_an_override_holds_it_is_data_of_one_key_or_refused_in_one_line
     override = f"{key}={text}"
     if refused("overrides", [override]):
         return
+    said = ""
     try:
         document = worktree.parameters(ROOT, None, [override])
         worktree.confine(document, ROOT)
         worktree.absolute_paths(document, ROOT)
     except ValueError as error:
-        assert "\n" not in str(error).strip()
+        said = str(error)
+    assert "\n" not in said.strip()
+    if said:
         return
     written = YAML(typ="safe", pure=True).load(to_yaml(document))
     before = YAML(typ="safe", pure=True).load((ROOT / "params.yaml").read_text())
@@ -341,10 +344,10 @@ def test_no_secret_of_the_environment_is_kept_of_runs_that_print_it(loud: Servic
     good = loud.start("retrain/on-demand", ref="loud", overrides=["train.epochs=1"], note=note)
     bad = loud.start("retrain/on-demand", ref="failing")
     unreachable = loud.start("retrain/on-demand", ref="origin/main")
-    run = loud.wait(good)
+    run = loud.wait(good, 800)
     assert run["state_type"] == "COMPLETED", loud.log(good)
     for run_id, said in ((bad, "validate: "), (unreachable, "git fetch")):
-        run = loud.wait(run_id)
+        run = loud.wait(run_id, 800)
         assert (run["state_type"], said in run["state"]["message"]) == ("FAILED", True), loud.log(run_id)
     assert "WAREHOUSE=postgresql://127.0.0.1:9/db" in loud.log(good)  # printed, without the password
     assert "AWS_SECRET_ACCESS_KEY=***" in loud.log(good)
@@ -386,7 +389,7 @@ def test_hostile_strings_from_the_form_run_nothing_and_are_told_in_one_line(loud
         loud.start("retrain/on-demand", ref=f"origin/$(touch${{IFS}}{file})".replace("{", "").replace("}", "")),
     ]
     for run_id in started:
-        run = loud.wait(run_id)
+        run = loud.wait(run_id, 800)
         assert run["state_type"] == "FAILED", loud.log(run_id)
         assert "\n" not in run["state"]["message"].strip()
     assert not file.exists()

@@ -218,7 +218,7 @@ def retrained(team):
     """The branch of a retraining through the worker, started by its form."""
     prefect = served(team)
     run_id = prefect.start("retrain/on-demand", overrides=["train.epochs=1"], note="for the team")
-    run = prefect.wait(run_id)
+    run = prefect.wait(run_id, 800)
     assert run["state_type"] == "COMPLETED", prefect.log(run_id)
     assert prefect.tasks(run_id) == dict.fromkeys(("download", "validate", "train", "evaluate", "register"), "Ran")
     return run["state"]["message"].removeprefix("branch ")
@@ -286,7 +286,7 @@ def test_all_is_there_after_everything_was_restarted(team, retrained, tmp_path):
     after = served(team).runs()
     assert [one["id"] for one in after] == [one["id"] for one in before]
     run_id = served(team).start("retrain/on-demand", overrides=["train.epochs=1"])
-    run = served(team).wait(run_id)
+    run = served(team).wait(run_id, 800)
     assert run["state_type"] == "COMPLETED", served(team).log(run_id)
     assert set(served(team).tasks(run_id).values()) <= {"Restored", "Unchanged", "Ran"}
     assert team.sql("SELECT count(*) FROM model_versions", "mlflow").strip() == "3"  # these weights were there
