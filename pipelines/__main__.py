@@ -40,7 +40,7 @@ def check(document: Any) -> None:
 def run(preset: str | None, overrides: list[str], refresh: bool) -> None:
     """Runs the pipeline as a Prefect flow: here, or in a worktree of its own with a preset or overrides."""
     root = Path.cwd()
-    check(params.merged(root, preset, overrides))
+    check(worktree.parameters(root, preset, overrides))
     os.environ.setdefault("PREFECT_HOME", str(root / ".prefect"))
     os.environ.setdefault("PREFECT_SERVER_EPHEMERAL_STARTUP_TIMEOUT_SECONDS", "120")
     os.environ.setdefault("MLFLOW_TRACKING_URI", f"sqlite:///{root / 'mlflow.db'}")
@@ -165,7 +165,8 @@ def main() -> None:
         one.add_argument(f"--{name}-port", type=int, default=PORTS[name])
     one.add_argument("--host", default="127.0.0.1", help="name or address to serve at; there is no authentication")
     verbs.add_parser("down", help="stop all that `up` has started")
-    verbs.add_parser("automate", help="make work pool, queue and automations on the server of PREFECT_API_URL")
+    one = verbs.add_parser("automate", help="make work pool, queue and automations on the server of PREFECT_API_URL")
+    one.add_argument("--resume", action="store_true", help="have runs that died go on; no worker may be alive")
     one = verbs.add_parser("data", help="print the versions of the data, or what changed between two")
     one.add_argument("old", nargs="?", metavar="OLD", help="a commit")
     one.add_argument("new", nargs="?", metavar="NEW", help="a commit; without it, the working tree")
@@ -201,6 +202,8 @@ def main() -> None:
             from pipelines import automations, services
 
             automations.prepare(os.environ.get(services.WEBHOOK))
+            if arguments.resume:
+                automations.resume_interrupted()
         elif arguments.verb == "data":
             data(arguments.old, arguments.new, arguments.json)
         elif arguments.verb == "predict":

@@ -20,9 +20,9 @@ from prefect.client.orchestration import get_client
 from prefect.client.schemas.objects import State
 from prefect.events import Event
 from prefect.states import Completed, Failed
-from pydantic import Field
+from pydantic import AfterValidator, Field
 
-from pipelines import params, report, repro, worktree
+from pipelines import report, repro, worktree
 
 RETRIES = {"register": 6}  # of a stage whose failure time may mend: MLflow is not there
 RETRY_SECONDS = 30
@@ -31,25 +31,46 @@ STEPS = re.compile(r"\btrain:.*?(\d+)/(\d+) \[")  # in the lines of a training
 NOTE_LENGTH = 1000
 PRESETS = sorted(path.stem for path in (Path(__file__).parent.parent / "presets").glob("*.yaml"))
 
+LINES = r"[^\x00-\x08\x0b-\x1f\x7f]*$"  # what a person types: no control characters but tabs and ends of lines
+NO_PASSWORD: Any = {  # for the server, which refuses what it would store
+    "not": {"pattern": r"://[^/\s?#]+@", "description": "A URL with a password is committed: put it into ~/.netrc."}
+}
+
+
+def without_password(text: str) -> str:
+    worktree.refuse_password("a parameter", text)
+    return text
+
+
 Preset = Annotated[
     str,
     Field(
         title="Preset",
         description="What is merged over params.yaml of the ref first; none for params.yaml as it is.",
+        pattern=r"^[A-Za-z0-9_-]+$",
+        max_length=100,
         json_schema_extra={"enum": ["none", *PRESETS]},
     ),
 ]
-Override = Annotated[str, Field(pattern=r"^[a-z_0-9]+(\.[^.=\s]+)+=[^\x00]*$", max_length=1000)]
+Override = Annotated[
+    str,
+    Field(pattern=rf"^[a-z_0-9]+(\.[^.=\s\x00-\x1f\x7f]+)+={LINES}", max_length=1000, json_schema_extra=NO_PASSWORD),
+    AfterValidator(without_password),
+]
 Overrides = Annotated[
     list[Override],
-    Field(title="Overrides", description="One parameter each, as train.epochs=3; a misspelt one is refused."),
+    Field(
+        title="Overrides",
+        description="One parameter each, as train.epochs=3; misspelt ones are refused. No passwords: it is committed.",
+        max_length=100,
+    ),
 ]
 Ref = Annotated[
     str,
     Field(
         title="Git ref",
         description="Branch, tag or commit of the code and params.yaml; origin/main fetches first. HEAD: the clone's.",
-        pattern=r"^[A-Za-z0-9_][^\s\x00]*$",
+        pattern=r"^[^\s\x00-\x1f\x7f:?*\[\\{}^~@/.-][^\s\x00-\x1f\x7f:?*\[\\{}]*$",
         max_length=200,
     ),
 ]
@@ -59,7 +80,14 @@ Promote = Annotated[
 ]
 Note = Annotated[
     str,
-    Field(title="Note", description="Why; stands in the commit and in the report.", max_length=NOTE_LENGTH),
+    Field(
+        title="Note",
+        description="Why; stands in the commit and in the report.",
+        pattern=f"^{LINES}",
+        max_length=NOTE_LENGTH,
+        json_schema_extra=NO_PASSWORD,
+    ),
+    AfterValidator(without_password),
 ]
 Refresh = Annotated[bool, Field(title="Refresh", description="Download again: the content of the source has changed.")]
 
@@ -144,10 +172,8 @@ def title() -> str:
     """What a run of `retrain` is called, from its parameters."""
     chosen = runtime.flow_run.parameters
     preset = [chosen["preset"]] if chosen["preset"] != "none" else []
-    return (
-        " ".join([*preset, *chosen["overrides"], *([] if chosen["ref"] == "HEAD" else [f"@{chosen['ref']}"])])
-        or "params.yaml"
-    )
+    words = [*preset, *chosen["overrides"], *([] if chosen["ref"] == "HEAD" else [f"@{chosen['ref']}"])]
+    return " ".join(" ".join(words).split())[:200] or "params.yaml"
 
 
 @flow(name="retrain", flow_run_name=title)
@@ -167,7 +193,7 @@ def retrain(
     name = f"{chosen or 'overrides'}-{time.strftime('%Y%m%d-%H%M%S')}"
 
     def parameters(place: Path) -> Any:
-        document = params.merged(place, chosen, settings)
+        document = worktree.parameters(place, chosen, settings)
         confined(document, root)
         return document
 

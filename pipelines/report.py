@@ -1,6 +1,7 @@
 """What a person reads of a run in the Prefect UI: pages, a table, pictures. Knows nothing of Prefect."""
 
 import base64
+import html
 import json
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,12 +28,14 @@ def result(place: Path, root: Path, branch: str, note: str) -> Result:
     headline = f"{version['name']} version {version['version']}: AP {metrics['AP']:.3f}"
     picture = (place / "artifacts/evaluate/plots/precision_recall.png").read_bytes()
     url = f"data:image/png;base64,{base64.b64encode(picture).decode()}"
-    return Result(headline, f"# {headline}\n\n{branch}\n\n{note}\n", rows, {"precision-recall": (url, "curves")})
+    return Result(
+        headline, f"# {headline}\n\n{branch}\n\n{html.escape(note)}\n", rows, {"precision-recall": (url, "curves")}
+    )
 
 
 def failure(stage: str, message: str, lines: list[str]) -> str:
     """The page of a stage that failed: the message, the last lines of its output, how to go on."""
-    return hidden("\n".join([f"# {stage} failed", "", message, "", "```text", *lines, "```", ""]))
+    return hidden("\n".join([f"# {stage} failed", "", html.escape(message), "", "```text", *lines, "```", ""]))
 
 
 def dataset(root: Path) -> str:

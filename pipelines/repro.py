@@ -16,6 +16,7 @@ from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import BinaryIO
+from urllib.parse import quote, unquote
 
 from ruamel.yaml import YAML
 
@@ -25,7 +26,12 @@ from pipelines.versions import DataVersion, locked
 
 STOP_SECONDS = 20  # for a training to finish its step and save its state; Prefect kills a cancelled run after 30
 NUM_LINES = 50  # of a stage's output that are kept of a failure
-SECRET = re.compile(r"KEY|TOKEN|SECRET|PASSW|CREDENTIAL|AUTH|WEBHOOK", re.IGNORECASE)  # in a variable's name
+SECRET = re.compile(  # in a variable's name
+    r"KEY|TOKEN|SECRET|PASS|_PWD|CREDENTIAL|AUTH(?!ORS?(_|$))|WEBHOOK|CONNECTION_STRING|DSN", re.IGNORECASE
+)
+USER_IN_URL = re.compile(r"(?<=://)[^/\s'\"?#]+@")
+PASSWORD_IN_URL = re.compile(r"://[^/\s:@]*:([^/\s]+)@|https?://([^/\s:@]+)@")  # or a token in its place
+SHORTEST_SECRET = 6  # shorter ones would make holes in every text
 WORKTREE = "DETR_WORKTREE"  # in the environment of what we start: the directory that it works in
 
 
@@ -74,12 +80,24 @@ def reproduce(
 
 
 def hidden(text: str) -> str:
-    """Text without users and passwords in URLs, and without what the environment holds under the name of a secret."""
-    text = re.sub(r"(?<=://)[^/\s'\"@]+@", "", text)
-    secrets = (value for name, value in os.environ.items() if SECRET.search(name) and len(value) >= 6)
-    for value in sorted(secrets, key=len, reverse=True):
-        text = text.replace(value, "***")
+    """Text without users and passwords in URLs, and without what the environment holds of secrets.
+
+    These are the variables with the name of a secret, line by line, and passwords in the URLs of others.
+    """
+    text = USER_IN_URL.sub("", text)
+    for secret in sorted(_secrets(), key=len, reverse=True):
+        text = text.replace(secret, "***")
     return text
+
+
+def _secrets() -> set[str]:
+    """What must not be shown, as it is and as it stands in a URL or in JSON."""
+    found = {line.strip() for name, value in os.environ.items() if SECRET.search(name) for line in value.splitlines()}
+    for value in os.environ.values():
+        found |= {unquote(password or token) for password, token in PASSWORD_IN_URL.findall(value)}
+    written = (lambda text: quote(text, safe=""), quote, lambda text: json.dumps(text)[1:-1])
+    found |= {write(secret) for secret in found for write in written}
+    return {secret for secret in found if len(secret) >= SHORTEST_SECRET}
 
 
 def check(root: Path) -> None:

@@ -221,6 +221,22 @@ def trained_project(folder: Path, data: Path, mark: str, detections: list[dict],
     return folder
 
 
+PROGRAMS = {"chromium": "chromium", "iproute2": "ip", "postgresql": "postgres"}
+
+
+def needs(package: str) -> Path:
+    """The program that a Debian package is for; skips the test with the line that gets it where it is missing."""
+    folders = [
+        os.environ["PATH"],
+        "/usr/sbin",
+        *map(str, sorted(Path("/usr/lib/postgresql").glob("*/bin"), reverse=True)),
+    ]
+    found = shutil.which(PROGRAMS[package], path=os.pathsep.join(folders))
+    if found is None:
+        pytest.skip(f"{PROGRAMS[package]} is missing: apt-get install {package}")
+    return Path(found)
+
+
 def free_port() -> int:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
