@@ -11,7 +11,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import BinaryIO
 
@@ -21,6 +21,7 @@ from pipelines.versions import DataVersion, locked
 
 STOP_SECONDS = 20  # for a training to finish its step and save its state; Prefect kills a cancelled run after 30
 NUM_LINES = 50  # of a stage's output that are kept of a failure
+STALE_SECONDS = 60  # after which a lock of git is that of a killed process: it holds one for less than a second
 SECRET = re.compile(r"KEY|TOKEN|SECRET|PASSW|CREDENTIAL|AUTH|WEBHOOK", re.IGNORECASE)  # in a variable's name
 WORKTREE = "DETR_WORKTREE"  # in the environment of what we start: the directory that it works in
 
@@ -174,11 +175,21 @@ def _signal_group(group: int, number: int) -> bool:
 
 
 def git(root: Path, *arguments: str) -> str:
-    env = os.environ | {"GIT_TERMINAL_PROMPT": "0"}
+    env = os.environ | {"GIT_TERMINAL_PROMPT": "0", "GIT_OPTIONAL_LOCKS": "0"}
     answer = subprocess.run(["git", *arguments], cwd=root, capture_output=True, text=True, check=False, env=env)
     if answer.returncode:
         raise ValueError(hidden(f"git {' '.join(arguments)} failed in {root}: {answer.stderr.strip()}"))
     return answer.stdout.strip()
+
+
+def unlock(root: Path) -> None:
+    """Waits for the locks of git's references to go, and removes those that killed processes have left."""
+    common = Path(git(root, "rev-parse", "--path-format=absolute", "--git-common-dir"))
+    for lock in (common / "packed-refs.lock", common / "config.lock", *(common / "refs").rglob("*.lock")):
+        with suppress(FileNotFoundError):
+            while time.time() - lock.stat().st_mtime < STALE_SECONDS:
+                time.sleep(0.2)
+            lock.unlink()
 
 
 def full_commit(root: Path, commit: str) -> str:
@@ -195,6 +206,7 @@ def fetch(root: Path, ref: str) -> None:
     """Fetches the remote that a ref like `origin/main` begins with. Raises ValueError where it does not answer."""
     remote = ref.partition("/")[0]
     if "/" in ref and remote in git(root, "remote").splitlines():
+        unlock(root)
         git(root, "fetch", "--quiet", "--end-of-options", remote)
 
 

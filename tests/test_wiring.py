@@ -70,7 +70,11 @@ def test_each_tool_has_one_home(package, homes):
 
 def test_stages_never_import_each_other_nor_the_flow():
     for stage in STAGES:
-        others = {f"pipelines/{name}.py" for name in (*STAGES, "automations", "flow", "report", "repro", "services", "worktree", "__main__") if name != stage}
+        others = {
+            f"pipelines/{name}.py"
+            for name in (*STAGES, "automations", "flow", "report", "repro", "services", "worktree", "__main__")
+            if name != stage
+        }
         assert not reach(ROOT / f"pipelines/{stage}.py") & others
     assert not reach(ROOT / "pipelines/flow.py") & {f"pipelines/{stage}.py" for stage in STAGES}
 
