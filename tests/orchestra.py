@@ -133,10 +133,15 @@ class Services:
             return False
 
         def again() -> None:
-            subprocess.Popen(
-                command, cwd=self.project, env=env, stdout=subprocess.DEVNULL, stderr=subprocess.STDOUT,
-                start_new_session=True,
-            )  # fmt: skip
+            command_apart = ["setsid", "--fork", *command]  # a child of nobody here, as one that `up` has started
+            subprocess.run(
+                command_apart,
+                cwd=self.project,
+                env=env,
+                stdout=subprocess.DEVNULL,
+                stderr=subprocess.DEVNULL,
+                check=True,
+            )
             self.wait_until(healthy, 180, words)
 
         return again
