@@ -115,11 +115,17 @@ def run_stage(stage: str, root: Path, force: bool) -> Any:
     try:
         outcome = repro.reproduce(stage, root, take, force)
     except repro.StageFailed as failure:
-        create_markdown_artifact(report.failure(stage, str(failure), failure.lines), key="failure")
+        show(create_markdown_artifact, report.failure(stage, str(failure), failure.lines), key="failure")
         return Failed(message=str(failure))
     if stage == "validate":
-        create_markdown_artifact(report.dataset(root), key="dataset")
+        show(create_markdown_artifact, report.dataset(root), key="dataset")
     return Completed(name=outcome.capitalize(), message=outcome, data=outcome)
+
+
+def show(create: Callable[..., Any], *arguments: Any, **options: Any) -> Any:
+    """Makes an artifact; nothing where Prefect's server does not take it: a run never fails for what it shows."""
+    with contextlib.suppress(Exception):
+        return create(*arguments, **options)
 
 
 class Progress:
@@ -134,11 +140,10 @@ class Progress:
         if found is None or (time.monotonic() - self.updated < UPDATE_SECONDS and found[1] != found[2]):
             return
         self.updated, done = time.monotonic(), 100 * int(found[1]) / int(found[2])
-        with contextlib.suppress(Exception):
-            if self.artifact is None:
-                self.artifact = create_progress_artifact(done, key="training", description="Steps of the training")
-            else:
-                update_progress_artifact(self.artifact, done)
+        if self.artifact is None:
+            self.artifact = show(create_progress_artifact, done, key="training", description="Steps of the training")
+        else:
+            show(update_progress_artifact, self.artifact, done)
 
 
 def needs_time(task: Any, run: Any, state: State) -> bool:
@@ -190,7 +195,6 @@ def retrain(
     os.environ.setdefault("MLFLOW_TRACKING_URI", f"sqlite:///{root / 'mlflow.db'}")
     chosen = None if preset == "none" else preset
     settings = [*overrides, *([] if promote else ["register.promote=false"])]
-    name = f"{chosen or 'overrides'}-{time.strftime('%Y%m%d-%H%M%S')}"
 
     def parameters(place: Path) -> Any:
         document = worktree.parameters(place, chosen, settings)
@@ -199,15 +203,14 @@ def retrain(
 
     try:
         repro.fetch(root, ref)
-        with (
-            worktree.only_one(root, log),
-            worktree.worktree(root, name, ref, parameters, note) as (place, branch),
-        ):
-            repro.check(place)
-            last = repro.stages(place)[-1]
-            run_stages(place, refresh, lambda stage: worktree.keep_results(place) if stage == last else None)
-            with contextlib.suppress(Exception):
-                publish(report.result(place, root, branch, note))
+        with worktree.only_one(root, log):
+            name = f"{chosen or 'overrides'}-{time.strftime('%Y%m%d-%H%M%S')}"
+            with worktree.worktree(root, name, ref, parameters, note) as (place, branch):
+                repro.check(place)
+                last = repro.stages(place)[-1]
+                run_stages(place, refresh, lambda stage: worktree.keep_results(place) if stage == last else None)
+                with contextlib.suppress(Exception):
+                    publish(report.result(place, root, branch, note))
     except (ValueError, OSError, repro.StageFailed) as error:
         return Failed(message=repro.hidden(str(error)))
     return Completed(message=f"branch {branch}", data=branch)

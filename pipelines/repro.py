@@ -32,6 +32,7 @@ SECRET = re.compile(  # in a variable's name
 USER_IN_URL = re.compile(r"(?<=://)[^/\s'\"?#]+@")
 PASSWORD_IN_URL = re.compile(r"://[^/\s:@]*:([^/\s]+)@|https?://([^/\s:@]+)@")  # or a token in its place
 SHORTEST_SECRET = 6  # shorter ones would make holes in every text
+STALE_SECONDS = 60  # after which a lock of git is that of a killed process: it holds one for less than a second
 WORKTREE = "DETR_WORKTREE"  # in the environment of what we start: the directory that it works in
 
 
@@ -267,11 +268,21 @@ def _signal_group(group: int, number: int) -> bool:
 
 
 def git(root: Path, *arguments: str) -> str:
-    env = os.environ | {"GIT_TERMINAL_PROMPT": "0"}
+    env = os.environ | {"GIT_TERMINAL_PROMPT": "0", "GIT_OPTIONAL_LOCKS": "0"}
     answer = subprocess.run(["git", *arguments], cwd=root, capture_output=True, text=True, check=False, env=env)
     if answer.returncode:
         raise ValueError(hidden(f"git {' '.join(arguments)} failed in {root}: {answer.stderr.strip()}"))
     return answer.stdout.strip()
+
+
+def unlock(root: Path) -> None:
+    """Waits for the locks of git's references to go, and removes those that killed processes have left."""
+    common = Path(git(root, "rev-parse", "--path-format=absolute", "--git-common-dir"))
+    for lock in (common / "packed-refs.lock", common / "config.lock", *(common / "refs").rglob("*.lock")):
+        with suppress(FileNotFoundError):
+            while time.time() - lock.stat().st_mtime < STALE_SECONDS:
+                time.sleep(0.2)
+            lock.unlink()
 
 
 def full_commit(root: Path, commit: str) -> str:
@@ -288,6 +299,7 @@ def fetch(root: Path, ref: str) -> None:
     """Fetches the remote that a ref like `origin/main` begins with. Raises ValueError where it does not answer."""
     remote = ref.partition("/")[0]
     if "/" in ref and remote in git(root, "remote").splitlines():
+        unlock(root)
         git(root, "fetch", "--quiet", "--end-of-options", remote)
 
 

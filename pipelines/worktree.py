@@ -3,6 +3,7 @@
 import errno
 import fcntl
 import os
+import re
 import shutil
 from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager, suppress
@@ -12,12 +13,12 @@ from typing import Any
 import psutil
 
 from pipelines.params import merged, read_yaml, to_yaml
-from pipelines.repro import USER_IN_URL, WORKTREE, full_commit, git, hidden
+from pipelines.repro import USER_IN_URL, WORKTREE, full_commit, git, hidden, unlock
 
 BRANCHES = "runs/"
 DATA_ROOTS = "DETR_DATA_ROOTS"  # in a worker's environment: folders outside the project that parameters may name
-BEGUN = "Parameters of run"
 MOST_VALUES = 10_000  # of params.yaml
+RESULTS = "Results of run"  # begins what is committed with them; a branch without is removed
 NAMES = ("shapes", "none", "imagenet")  # of sources and weights that are no files
 
 
@@ -49,11 +50,13 @@ def worktree(
     same code and parameters that was killed is taken over, on its branch and with what it has made. The worktree is
     removed in any case, the branch when it holds no results. The run lock must be held. Raises ValueError.
     """
+    if not re.fullmatch(r"\w[\w.-]*", name) or ".." in name:
+        raise ValueError(f"{name!r} names no run; use letters, digits, '-', '_' and '.'")
     commit = full_commit(root, ref)
     place, branch = _folder(root) / name, f"{BRANCHES}{name}"
     left = _left_behind(root)
-    _add(root, place, commit)
     try:
+        _add(root, place, commit)
         document = parameters(place)
         absolute_paths(document, root)
         (place / "params.yaml").write_text(to_yaml(document))
@@ -62,7 +65,7 @@ def worktree(
             if not taken_over and _is_same_run(other, place, commit):
                 _remove(root, place)
                 place, branch, taken_over = other, git(other, "branch", "--show-current"), True
-                _unlock(place)
+                _mend(place)
             else:
                 _settle(root, other)
         _share_settings(root, place)
@@ -70,7 +73,7 @@ def worktree(
             (place / "scratch").symlink_to(root / "scratch")
             git(place, "switch", "--quiet", "--create", branch)
             quoted = "\n".join(f"> {line}" for line in note.splitlines())  # no line of it is a trailer
-            _commit(place, "params.yaml", f"{BEGUN} {name}\n\n{quoted}".rstrip())
+            _commit(place, "params.yaml", f"Parameters of run {name}\n\n{quoted}".rstrip())
         yield place, branch
         keep_results(place)
         name = branch.removeprefix(BRANCHES)
@@ -82,10 +85,14 @@ def worktree(
 
 
 def keep_results(place: Path) -> None:
-    """Commits dvc.lock of a worktree where it has changed."""
-    name = git(place, "branch", "--show-current").removeprefix(BRANCHES)
-    if git(place, "status", "--porcelain", "--", "dvc.lock"):
-        _commit(place, "dvc.lock", f"Results of run {name}")
+    """Commits dvc.lock of a worktree where it has changed, and in any case once, so that its branch stays."""
+    branch = git(place, "branch", "--show-current")
+    if git(place, "status", "--porcelain", "--", "dvc.lock") or not _has_results(place, branch):
+        _commit(place, "dvc.lock", f"{RESULTS} {branch.removeprefix(BRANCHES)}")
+
+
+def _has_results(root: Path, branch: str) -> bool:
+    return git(root, "log", "-1", "--format=%s", branch, "--") == f"{RESULTS} {branch.removeprefix(BRANCHES)}"
 
 
 @contextmanager
@@ -128,6 +135,7 @@ def _folder(root: Path) -> Path:
 
 def _left_behind(root: Path) -> list[Path]:
     """The worktrees of runs that were killed, whose processes are ended first: the run lock is ours."""
+    unlock(root)
     folder = _folder(root)
     listed = git(root, "worktree", "list", "--porcelain").splitlines()
     known = {Path(line.removeprefix("worktree ")) for line in listed if line.startswith("worktree ")}
@@ -164,16 +172,19 @@ def _is_same_run(other: Path, place: Path, commit: str) -> bool:
         return False
 
 
-def _unlock(place: Path) -> None:
+def _mend(place: Path) -> None:
     """Removes what killed processes of git and DVC have left in a worktree that would stop the next ones."""
+    from dvc.schema import COMPILED_LOCKFILE_SCHEMA  # type: ignore[import-untyped]
+    from voluptuous import Invalid
+
     own = Path(git(place, "rev-parse", "--absolute-git-dir"))
     branch = own.parent.parent / "refs" / "heads" / _branch(place)
     for lock in (*own.glob("*.lock"), branch.with_name(f"{branch.name}.lock")):
         lock.unlink(missing_ok=True)
     shutil.rmtree(place / ".dvc" / "tmp", ignore_errors=True)
     try:
-        read_yaml(place / "dvc.lock")
-    except ValueError:  # torn, or not there yet
+        COMPILED_LOCKFILE_SCHEMA(read_yaml(place / "dvc.lock"))
+    except (ValueError, Invalid):  # torn, or not there yet
         (place / "dvc.lock").unlink(missing_ok=True)
         with suppress(ValueError):
             git(place, "checkout", "--", "dvc.lock")
@@ -184,10 +195,11 @@ def _settle(root: Path, place: Path) -> None:
     branch = _branch(place)
     if branch:
         with suppress(ValueError):
-            _unlock(place)
-            keep_results(place)
+            _mend(place)
+            if git(place, "status", "--porcelain", "--", "dvc.lock"):
+                keep_results(place)
     _remove(root, place)
-    if branch and git(root, "log", "-1", "--format=%s", branch).startswith(BEGUN):
+    if branch and not _has_results(root, branch):
         git(root, "branch", "-D", branch)
 
 
@@ -300,6 +312,7 @@ def _share_settings(root: Path, place: Path) -> None:
     """Gives a worktree the DVC cache and the remotes of `root`, with what may be needed to enter them."""
     from dvc.config import Config, ConfigError, merge  # type: ignore[import-untyped]
 
+    (place / ".dvc" / "config.local").unlink(missing_ok=True)  # torn by a kill, perhaps
     try:
         ours = Config(str(root / ".dvc"))
         with Config(str(place / ".dvc"), validate=False).edit("local") as settings:

@@ -1,12 +1,16 @@
 """Prefect's server and worker and MLflow's server of a project, by `python -m pipelines up`, and their REST API."""
 
 import contextlib
+import hashlib
+import json
+import subprocess
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import psutil
 import requests
 
 from tests.conftest import call, free_port
@@ -60,6 +64,124 @@ class Services:
         """A run's artifacts by key."""
         found = self.ask("POST", "artifacts/filter", artifacts={"flow_run_id": {"any_": [run_id]}})
         return {one["key"]: one for one in found}
+
+    def training(self, *overrides: str) -> str:
+        """A run that has begun to train, and has saved a state: its id."""
+        before = {path: path.stat().st_mtime_ns for path in self.states()}
+        run_id = self.start("retrain/on-demand", overrides=list(overrides))
+
+        def trains() -> bool:
+            assert self.run(run_id)["state_type"] not in FINAL, self.log(run_id)
+            return any(path.stat().st_mtime_ns != before.get(path) for path in self.states())
+
+        self.wait_until(trains, 200, "the training")
+        return run_id
+
+    def states(self) -> list[Path]:
+        """The resume states of trainings."""
+        return list((self.project / "scratch").glob("*/state"))
+
+    def completed(self, run_id: str) -> str:
+        """The branch of a run that has ended well."""
+        run = self.wait(run_id)
+        assert run["state_type"] == "COMPLETED", f"{run['state']}\n{self.log(run_id)[-3000:]}"
+        branch = run["state"]["message"].removeprefix("branch ")
+        assert branch in call(self.project, "git", "branch", "--format=%(refname:short)").split()
+        return str(branch)
+
+    def versions(self) -> dict[int, dict[str, str]]:
+        """The tags of every registered version, by its number, and its aliases under `aliases`."""
+        address = f"{self.mlflow}/api/2.0/mlflow/model-versions/search"
+        found = requests.get(address, params={"filter": "name='detr'"}, timeout=60).json().get("model_versions", [])
+        return {
+            int(one["version"]): {tag["key"]: tag["value"] for tag in one.get("tags", [])}
+            | {"aliases": " ".join(sorted(one.get("aliases", [])))}
+            for one in found
+        }
+
+    def processes(self, mark: str, words: str = "") -> list[psutil.Process]:
+        """The processes with this variable in their environment, of this project, and these words in their command."""
+        found = []
+        for process in psutil.process_iter():
+            with contextlib.suppress(psutil.Error):
+                value, command = process.environ().get(mark, "/"), " ".join(process.cmdline())
+                alive = process.status() != psutil.STATUS_ZOMBIE
+                if alive and Path(value).is_relative_to(self.project) and words in command:
+                    found.append(process)
+        return found
+
+    def kill(self, mark: str = "DETR_SERVICES", words: str = "") -> list[psutil.Process]:
+        """Kills such processes, all before one can react to the end of another."""
+        found = self.processes(mark, words)
+        for action in ("suspend", "kill"):
+            for process in found:
+                with contextlib.suppress(psutil.NoSuchProcess):
+                    getattr(process, action)()
+        psutil.wait_procs(found, timeout=30)
+        return found
+
+    def stop(self, words: str) -> Callable[[], None]:
+        """Kills a server or the worker, which `down` started; what starts it again as it was, and waits for health."""
+        (process, *_) = sorted(self.processes("DETR_SERVICES", words), key=lambda one: one.create_time())
+        command, env = process.cmdline(), process.environ()
+        self.kill(words=words)
+        health = {"prefect server": f"{self.prefect}/api/health", "mlflow server": f"{self.mlflow}/health"}.get(words)
+
+        def healthy() -> bool:
+            with contextlib.suppress(requests.RequestException):
+                return health is None or requests.get(health, timeout=5).ok
+            return False
+
+        def again() -> None:
+            command_apart = ["setsid", "--fork", *command]  # a child of nobody here, as one that `up` has started
+            subprocess.run(
+                command_apart,
+                cwd=self.project,
+                env=env,
+                stdout=subprocess.DEVNULL,
+                stderr=subprocess.DEVNULL,
+                check=True,
+            )
+            self.wait_until(healthy, 180, words)
+
+        return again
+
+    def up(self) -> None:
+        ports = (address.rpartition(":")[2] for address in (self.prefect, self.mlflow))
+        options = [
+            part for name, port in zip(("prefect", "mlflow"), ports, strict=True) for part in (f"--{name}-port", port)
+        ]
+        call(self.project, "python", "-m", "pipelines", "up", *options)
+
+    def assert_sound(self) -> None:
+        """What holds whatever has happened: no worktree, lock or process is left, every version is a commit."""
+        project = self.project
+        assert call(project, "git", "worktree", "list").count("\n") == 1
+        assert not list((project / "scratch/worktrees").glob("*"))
+        assert not [path for path in (project / ".git").rglob("*.lock") if path.is_file()]
+        assert not self.processes("DETR_WORKTREE")
+        versions = self.versions()
+        weights = [tags["weights_sha256"] for tags in versions.values()]
+        assert len(weights) == len(set(weights))
+        for tags in versions.values():
+            assert tags["decision"] in ("champion", "challenger", "held back")
+            branch = call(
+                project, "git", "branch", "--format=%(refname:short)", "--contains", tags["git_commit"]
+            ).strip()
+            assert branch == tags["git_branch"]
+            lock = subprocess.check_output(["git", "show", f"{tags['git_commit']}:dvc.lock"], cwd=project)
+            assert hashlib.sha256(lock).hexdigest() == tags["dvc_lock_sha256"]
+            assert b"artifacts/register" in subprocess.check_output(["git", "show", f"{branch}:dvc.lock"], cwd=project)
+        for path in (project / ".dvc/cache/files/md5").glob("??/*"):
+            digest = hashlib.md5(path.read_bytes()).hexdigest()
+            assert path.parent.name + path.name.removesuffix(".dir") == digest
+
+    def assert_reproduces(self, branch: str, folder: Path) -> None:
+        """A fresh clone of a branch, with the cache, has all its outputs as dvc.lock says."""
+        call(self.project, "git", "clone", "--quiet", "--branch", branch, str(self.project), str(folder))
+        (folder / ".dvc" / "config.local").write_text(f"[cache]\n    dir = {self.project}/.dvc/cache\n")
+        call(folder, "dvc", "checkout")
+        assert json.loads(call(folder, "dvc", "status", "--json")) == {"register": ["always changed"]}
 
     def wait_until(self, condition: Callable[[], Any], seconds: float = 300, what: str = "it") -> Any:
         deadline = time.monotonic() + seconds

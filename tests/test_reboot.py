@@ -1,0 +1,52 @@
+"""What a retraining survives: its machine stops, and `up` starts everything again; the run goes on by itself."""
+
+import pytest
+
+from tests.conftest import call, small_project
+from tests.orchestra import services
+
+LONG = ("train.epochs=30", "train.evaluate_epochs=0")
+
+
+@pytest.fixture(scope="module")
+def served(tmp_path_factory):
+    """A small project with its servers and worker. Tests in this module use it in turn."""
+    project = small_project(tmp_path_factory.mktemp("reboot"))
+    with services(project) as found:
+        yield found
+
+
+def test_killed_in_the_middle_of_training_with_its_machine(served):
+    run_id = served.training(*LONG)
+    served.kill()
+    assert not served.processes("DETR_WORKTREE")
+    served.up()
+    served.completed(run_id)
+    assert "resuming at step" in served.log(run_id)
+    served.assert_sound()
+
+
+def test_killed_between_the_registration_and_the_last_commit(served):
+    before = served.versions()
+    run_id = served.training(*LONG, "train.seed=1")
+    registered = "scratch/worktrees/*/artifacts/register/version.json"
+    served.wait_until(lambda: list(served.project.glob(registered)), 200, "the registration")
+    (branch,) = call(
+        served.project, "git", "branch", "--list", "runs/*", "--sort=-committerdate", "--format=%(refname:short)"
+    ).split()[:1]
+    served.kill()
+    served.up()
+    assert served.completed(run_id) == branch
+    assert len(served.versions()) == len(before) + 1
+    served.assert_sound()
+
+
+def test_worker_and_run_are_killed_but_not_the_servers(served):
+    run_id = served.training(*LONG, "train.seed=2")
+    stage = served.processes("DETR_WORKTREE")
+    killed = [one for words in ("prefect worker", "prefect.") for one in served.kill(words=words)]
+    print([k.pid for k in killed], [p.pid for p in stage])
+    served.up()
+    served.completed(run_id)
+    assert "resuming at step" in served.log(run_id)
+    served.assert_sound()

@@ -1,0 +1,68 @@
+"""What a retraining survives while its machine goes on: a cancellation, and each server and the worker killed."""
+
+import time
+
+import psutil
+import pytest
+
+from tests.conftest import small_project
+from tests.orchestra import services
+
+LONG = ("train.epochs=30", "train.evaluate_epochs=0")
+
+
+@pytest.fixture(scope="module")
+def served(tmp_path_factory):
+    """A small project with its servers and worker. Tests in this module use it in turn."""
+    project = small_project(tmp_path_factory.mktemp("faults"))
+    with services(project) as found:
+        yield found
+
+
+def test_cancelled_in_the_middle_all_ends_in_30_seconds_and_the_next_run_resumes(served):
+    run_id = served.training(*LONG)
+    stage = served.processes("DETR_WORKTREE")
+    assert len([one for one in stage if "pipelines.train" in " ".join(one.cmdline())]) >= 3  # torchrun and its children
+    served.ask("POST", f"flow_runs/{run_id}/set_state", state={"type": "CANCELLING"})
+    _, alive = psutil.wait_procs(stage, timeout=30)
+    assert not alive
+    assert served.wait(run_id, 60)["state_name"] == "Cancelled"
+    assert served.states()
+    served.assert_sound()
+    again = served.start("retrain/on-demand", overrides=list(LONG))
+    served.completed(again)
+    assert "resuming at step" in served.log(again)
+    assert not served.states()
+    served.assert_sound()
+
+
+def test_the_run_outlives_its_worker(served):
+    run_id = served.training(*LONG, "train.seed=1")
+    again = served.stop("prefect worker")
+    try:
+        served.completed(run_id)
+    finally:
+        again()
+    served.assert_sound()
+
+
+def test_prefects_server_may_be_away_while_a_run_goes_on(served):
+    run_id = served.training(*LONG, "train.seed=2")
+    again = served.stop("prefect server")
+    time.sleep(20)  # in which a state may have to be told
+    again()
+    served.completed(run_id)
+    assert served.tasks(run_id)["register"] == "Ran"
+    served.assert_sound()
+
+
+def test_mlflow_may_be_away_when_a_model_is_to_be_registered(served):
+    run_id = served.training(*LONG, "train.seed=3")
+    again = served.stop("mlflow server")
+    stopped = time.monotonic()
+    served.wait_until(lambda: served.tasks(run_id).get("register") == "AwaitingRetry", 200, "the first attempt")
+    time.sleep(max(0, 60 - (time.monotonic() - stopped)))
+    again()
+    served.completed(run_id)
+    assert "MLflow" in served.log(run_id)
+    served.assert_sound()
