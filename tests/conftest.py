@@ -221,6 +221,14 @@ def trained_project(folder: Path, data: Path, mark: str, detections: list[dict],
     return folder
 
 
+def needs(package: str, *programs: str) -> str:
+    """The path of the first of `programs` that is there; skips the test where a package of Debian is missing."""
+    for program in programs:
+        if path := shutil.which(program):
+            return path
+    pytest.skip(f"{package} is missing: apt-get install {package}")
+
+
 def free_port() -> int:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
