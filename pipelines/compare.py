@@ -1,12 +1,10 @@
 """Registered versions side by side: `python -m pipelines compare [VERSIONS]`."""
 
-import csv
 import hashlib
 import json
 import re
 import tempfile
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from itertools import zip_longest
 from pathlib import Path
 from typing import Any
@@ -17,48 +15,19 @@ from detr.bootstrap import Matches, bootstrap_ap, interval, match
 from pipelines import params, registry, tracking
 from pipelines.evaluate import EvaluateParams
 from pipelines.figures import save_figure
+from pipelines.markdown import table as markdown
+from pipelines.registered import Version, read, signed, text, unequal
 from pipelines.stage import DATA, write_json
-from pipelines.table import markdown
-from pipelines.versions import DataVersion, locked
 
 FOLDER = Path("scratch/comparisons")
 METRICS = ("AP50", "AP75", "AP_small", "AP_medium", "AP_large", "AR_100")
 COST = re.compile(r"(train/)?(parameters_millions|gflops|images_per_second|\w+_(seconds|minutes|hours|gb))")
-COUNTS = re.compile(r"(train|val)\.(images|annotations|crowds|images_without_objects|(class|area)\..*)")
 OF_ITSELF = {  # tags that are another's for every version, or shown elsewhere
     "data_digest", "decision", "decision_reason", "detections_sha256", "dvc_lock_sha256", "fingerprint",
     "params_sha256", "run_id", "val_digest", "weights_sha256",
 }  # fmt: skip
-ABSENT = -1.0  # COCO's number where there is no such object
 NUM_CLASSES = 5  # of the largest gains and losses that are printed
 NUM_BARS = 20  # of those that are drawn
-
-
-@dataclass(frozen=True)
-class Version:
-    """What MLflow keeps of a registered version; what one of an older release lacks is empty."""
-
-    number: int
-    aliases: list[str]
-    run_id: str
-    tags: dict[str, str]
-    params: dict[str, str]
-    metrics: dict[str, float]
-    classes: dict[str, float]  # AP by name, of those with objects
-    statistics: dict[str, int]  # counts of the data
-    data: DataVersion | None
-    detections: Path | None
-
-    @property
-    def title(self) -> str:
-        return f"{self.number} ({', '.join(self.aliases)})" if self.aliases else str(self.number)
-
-    @property
-    def held_out(self) -> tuple[str, ...]:
-        """What versions judged on the same images and annotations have in common."""
-        if self.data is None:
-            return (self.tags.get("val_digest", f"of version {self.number}"),)
-        return tuple(self.data.files[name].md5 for name in ("instances_val.json", "val.zip"))
 
 
 def compare(root: Path, versions: list[str]) -> str:
@@ -84,39 +53,6 @@ def compare(root: Path, versions: list[str]) -> str:
         newest = max(found, key=lambda version: version.number)
         client.log_artifacts(newest.run_id, str(folder), f"comparison/{folder.name}")
     return f"{report(document, NUM_CLASSES)}\n\nAll classes, a picture and JSON: {folder.relative_to(root)}/"
-
-
-def read(client: Any, name: str, folder: Path) -> Version:
-    """A version by number or alias, its artifacts fetched into `folder`."""
-    version = client.get_model_version(tracking.MODEL, str(tracking.named_version(client, name).version))
-    run = client.get_run(version.run_id).data
-    place = folder / version.run_id
-    place.mkdir(exist_ok=True)
-
-    def fetched(path: str) -> Path | None:
-        return tracking.fetch_artifact(client, version.run_id, path, place)
-
-    tags = {key: value for key, value in version.tags.items() if not key.startswith("mlflow.")}
-    own = {key: float(value) for key, value in tags.items() if re.fullmatch(r"A[PR]\w*", key)}
-    lock, statistics, table = (fetched(p) for p in ("dvc.lock", "validate/statistics.json", "evaluate/per_class.csv"))
-    held = tracking.flatten(json.loads(statistics.read_text())) if statistics else {}
-    return Version(
-        int(version.version),
-        sorted(version.aliases),
-        version.run_id,
-        {key: value for key, value in tags.items() if key not in run.metrics and key not in own},
-        run.params,
-        {key: value for key, value in (run.metrics | own).items() if value != ABSENT},
-        per_class(table) if table else {},
-        {key: value for key, value in held.items() if COUNTS.fullmatch(key)},
-        locked(lock.read_text(), "", "") if lock else None,
-        fetched("evaluate/detections.json"),
-    )
-
-
-def per_class(path: Path) -> dict[str, float]:
-    with path.open(newline="") as file:
-        return {row["name"]: float(row["AP"]) for row in csv.DictReader(file) if float(row["AP"]) != ABSENT}
 
 
 def compared(found: Sequence[Version], root: Path, config: EvaluateParams) -> dict[str, Any]:
@@ -213,25 +149,6 @@ def changes(found: Sequence[Version]) -> list[dict[str, Any]]:
         gains = [None if ap is None or aps[0] is None else ap - aps[0] for ap in aps[1:]]
         rows.append({"name": name, "AP": aps, "change": [None, *gains]})
     return sorted(rows, key=lambda row: -(row["change"][-1] or 0.0))
-
-
-def unequal(sides: Sequence[dict[str, Any]]) -> dict[str, list[Any]]:
-    """The values, by name, that are not the same on all sides, None where there is none."""
-    names = dict.fromkeys(name for side in sides for name in side)
-    rows = {name: [side.get(name) for side in sides] for name in names}
-    return {name: row for name, row in rows.items() if any(value != row[0] for value in row)}
-
-
-def text(value: Any) -> str:
-    if value is None:
-        return "-"
-    if isinstance(value, float):
-        return f"{value:.4g}"
-    return str(value)[: 12 if re.fullmatch(r"[0-9a-f]{40,64}", str(value)) else 60]
-
-
-def signed(value: float | None) -> str:
-    return "-" if value is None else f"{value:+.4f}"
 
 
 def report(document: dict[str, Any], num_classes: int) -> str:

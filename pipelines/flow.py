@@ -1,12 +1,15 @@
 """The Prefect flows, one task run per DVC stage: here (`pipeline`), and in a worktree of its own (`retrain`)."""
 
 import contextlib
+import contextvars
 import os
 import re
+import threading
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
 from prefect import flow, get_run_logger, runtime, task
 from prefect.artifacts import (
@@ -20,86 +23,15 @@ from prefect.client.orchestration import get_client
 from prefect.client.schemas.objects import State
 from prefect.events import Event
 from prefect.states import Completed, Failed
-from pydantic import AfterValidator, Field
 
 from pipelines import report, repro, worktree
+from pipelines.form import NOTE_LENGTH, DryRun, KeepDays, Note, Overrides, Preset, Promote, Ref, Refresh, SharedCache
 
 RETRIES = {"register": 6}  # of a stage whose failure time may mend: MLflow is not there
 RETRY_SECONDS = 30
 UPDATE_SECONDS = 5.0  # between updates of the progress
-STEPS = re.compile(r"\btrain:.*?(\d+)/(\d+) \[")  # in the lines of a training
-NOTE_LENGTH = 1000
-PRESETS = sorted(path.stem for path in (Path(__file__).parent.parent / "presets").glob("*.yaml"))
-
-LINES = r"[^\x00-\x08\x0b-\x1f\x7f]*$"  # what a person types: no control characters but tabs and ends of lines
-NO_PASSWORD: Any = {  # for the server, which refuses what it would store
-    "not": {"pattern": r"://[^/\s?#]+@", "description": "A URL with a password is committed: put it into ~/.netrc."}
-}
-
-
-def without_password(text: str) -> str:
-    worktree.refuse_password("a parameter", text)
-    return text
-
-
-Preset = Annotated[
-    str,
-    Field(
-        title="Preset",
-        description="What is merged over params.yaml of the ref first; none for params.yaml as it is.",
-        pattern=r"^[A-Za-z0-9_-]+$",
-        max_length=100,
-        json_schema_extra={"enum": ["none", *PRESETS]},
-    ),
-]
-Override = Annotated[
-    str,
-    Field(pattern=rf"^[a-z_0-9]+(\.[^.=\s\x00-\x1f\x7f]+)+={LINES}", max_length=1000, json_schema_extra=NO_PASSWORD),
-    AfterValidator(without_password),
-]
-Overrides = Annotated[
-    list[Override],
-    Field(
-        title="Overrides",
-        description="One parameter each, as train.epochs=3; misspelt ones are refused. No passwords: it is committed.",
-        max_length=100,
-    ),
-]
-Ref = Annotated[
-    str,
-    Field(
-        title="Git ref",
-        description="Branch, tag or commit of the code and params.yaml; origin/main fetches first. HEAD: the clone's.",
-        pattern=r"^[^\s\x00-\x1f\x7f:?*\[\\{}^~@/.-][^\s\x00-\x1f\x7f:?*\[\\{}]*$",
-        max_length=200,
-    ),
-]
-Promote = Annotated[
-    bool,
-    Field(title="Promote", description="Whether a better model becomes the champion; off: it stays a challenger."),
-]
-Note = Annotated[
-    str,
-    Field(
-        title="Note",
-        description="Why; stands in the commit and in the report.",
-        pattern=f"^{LINES}",
-        max_length=NOTE_LENGTH,
-        json_schema_extra=NO_PASSWORD,
-    ),
-    AfterValidator(without_password),
-]
-Refresh = Annotated[bool, Field(title="Refresh", description="Download again: the content of the source has changed.")]
-
-KeepDays = Annotated[int, Field(title="Keep days", description="What was touched since stays.", ge=0)]
-DryRun = Annotated[bool, Field(title="Dry run", description="Only say what would go.")]
-SharedCache = Annotated[
-    bool,
-    Field(
-        title="Shared cache",
-        description="Collect a DVC cache outside of the project too; what only other clones need in it is lost.",
-    ),
-]
+STEPS = re.compile(r"\btrain:.*?(\d+)/(\d+) \[(.*)\]")  # in the lines of a training
+EPOCHS = re.compile(r"epoch (\d+)/(\d+): ")
 
 
 @task(task_run_name="{stage}")
@@ -115,35 +47,62 @@ def run_stage(stage: str, root: Path, force: bool) -> Any:
     try:
         outcome = repro.reproduce(stage, root, take, force)
     except repro.StageFailed as failure:
-        show(create_markdown_artifact, report.failure(stage, str(failure), failure.lines), key="failure")
+        page = report.failure(stage, str(failure), failure.lines)
+        show("failure", lambda: create_markdown_artifact(page, key="failure", description=f"{stage} failed"))
         return Failed(message=str(failure))
+    progress.finish()
     if stage == "validate":
-        show(create_markdown_artifact, report.dataset(root), key="dataset")
+        description = "What the validation of the data found"
+        show("dataset", lambda: create_markdown_artifact(report.dataset(root), "dataset", description))
     return Completed(name=outcome.capitalize(), message=outcome, data=outcome)
 
 
-def show(create: Callable[..., Any], *arguments: Any, **options: Any) -> Any:
-    """Makes an artifact; nothing where Prefect's server does not take it: a run never fails for what it shows."""
-    with contextlib.suppress(Exception):
-        return create(*arguments, **options)
-
-
 class Progress:
-    """A progress artifact that the lines of a training move; what the server does not take is left out."""
+    """A progress artifact that the lines of a training move, from a thread: nobody waits for a server that is slow."""
 
     def __init__(self) -> None:
         self.artifact: Any = None
-        self.updated = 0.0
+        self.percent = 0.0
+        self.words = ["", ""]  # the steps, the last epoch
+        self.thread: threading.Thread | None = None
+        self.updated = -UPDATE_SECONDS
 
     def take(self, line: str) -> None:
-        found = STEPS.search(line)
-        if found is None or (time.monotonic() - self.updated < UPDATE_SECONDS and found[1] != found[2]):
-            return
-        self.updated, done = time.monotonic(), 100 * int(found[1]) / int(found[2])
-        if self.artifact is None:
-            self.artifact = show(create_progress_artifact, done, key="training", description="Steps of the training")
+        if found := STEPS.search(line):
+            self.percent = 100 * int(found[1]) / int(found[2])
+            times, _, *said = found[3].split(", ")
+            self.words[0] = ", ".join([f"step {found[1]} of {found[2]}", f"{times.partition('<')[2]} left", *said])
+        elif found := EPOCHS.match(line):
+            self.percent = max(self.percent, 100 * int(found[1]) / int(found[2]))
+            self.words[1] = line
         else:
-            show(update_progress_artifact, self.artifact, done)
+            return
+        if time.monotonic() - self.updated >= UPDATE_SECONDS:
+            self._send()
+
+    def finish(self) -> None:
+        """Says where it ended; a training that changed nothing has none."""
+        if self.artifact is not None or any(self.words):
+            self.percent = 100.0
+            if self.thread:
+                self.thread.join(UPDATE_SECONDS)
+            self._send()
+            if self.thread:
+                self.thread.join(UPDATE_SECONDS)
+
+    def _send(self) -> None:
+        if self.thread is None or not self.thread.is_alive():
+            self.updated = time.monotonic()
+            self.thread = threading.Thread(target=contextvars.copy_context().run, args=(self._show,), daemon=True)
+            self.thread.start()
+
+    def _show(self) -> None:
+        description = "; ".join(filter(None, self.words))
+        with contextlib.suppress(Exception):  # what the server does not take is in the log
+            if self.artifact is None:
+                self.artifact = create_progress_artifact(self.percent, key="training", description=description)
+            else:
+                update_progress_artifact(self.artifact, self.percent, description)
 
 
 def needs_time(task: Any, run: Any, state: State) -> bool:
@@ -151,16 +110,20 @@ def needs_time(task: Any, run: Any, state: State) -> bool:
     return "MLflow" in (state.message or "")
 
 
-def run_stages(root: Path, refresh: bool, before: Callable[[str], None] = lambda stage: None) -> None:
-    """Reproduces every stage of `root`/dvc.yaml in order. Raises StageFailed at the first that fails."""
+def run_stages(root: Path, refresh: bool, before: Callable[[str], None] = lambda stage: None) -> list[report.Stage]:
+    """Reproduces every stage of `root`/dvc.yaml in order; how each went. Raises StageFailed at the first that fails."""
+    went = []
     for stage in repro.stages(root):
         before(stage)
         attempt = run_stage.with_options(
             retries=RETRIES.get(stage, 0), retry_delay_seconds=RETRY_SECONDS, retry_condition_fn=needs_time
         )
+        begun = time.monotonic()
         state: State = attempt(stage, root, refresh and stage == "download", return_state=True)
         if not state.is_completed():
             raise repro.StageFailed(state.message or f"{stage} did not complete")
+        went.append(report.Stage(stage, state.message or "", time.monotonic() - begun))
+    return went
 
 
 @flow(name="detr-pipeline", flow_run_name="{title}")
@@ -208,20 +171,40 @@ def retrain(
             with worktree.worktree(root, name, ref, parameters, note) as (place, branch):
                 repro.check(place)
                 last = repro.stages(place)[-1]
-                run_stages(place, refresh, lambda stage: worktree.keep_results(place) if stage == last else None)
-                with contextlib.suppress(Exception):
-                    publish(report.result(place, root, branch, note))
+                went = run_stages(place, refresh, lambda stage: worktree.keep_results(place) if stage == last else None)
+                publish(place, root, branch, note, went)
     except (ValueError, OSError, repro.StageFailed) as error:
         return Failed(message=repro.hidden(str(error)))
     return Completed(message=f"branch {branch}", data=branch)
 
 
-def publish(found: report.Result) -> None:
-    """Makes Prefect's artifacts of the result of a run."""
-    create_markdown_artifact(found.markdown, key="result", description=found.headline)
-    create_table_artifact(found.metrics, key="metrics", description="COCO's numbers, on the validation images")
-    for key, (picture, description) in found.pictures.items():
-        create_image_artifact(picture, key=key, description=description)
+def publish(place: Path, root: Path, branch: str, note: str, went: list[report.Stage]) -> None:
+    """Makes Prefect's artifacts of the result of a run; what is missing of it is a warning in the log."""
+    try:
+        found = report.result(place, root, branch, note, went)
+    except Exception as error:
+        get_run_logger().warning(f"the report is missing: {repro.hidden(str(error))}")
+        return
+    get_run_logger().info(found.headline)
+    for one in found.missing:
+        get_run_logger().warning(f"the report lacks {one}")
+    description = "COCO's numbers on the validation images"
+    made: dict[str, Callable[[], Any]] = {
+        "result": lambda: create_markdown_artifact(found.markdown, "result", "What came out, and where it is"),
+        "metrics": lambda: create_table_artifact(found.metrics, "metrics", description),
+    }
+    for key, (picture, said) in found.pictures.items():
+        made[key] = partial(create_image_artifact, picture, key, said)
+    for key, make in made.items():
+        show(key, make)
+
+
+def show(key: str, make: Callable[[], Any]) -> None:
+    """Makes an artifact; one that cannot be made is a warning in the log."""
+    try:
+        make()
+    except Exception as error:
+        get_run_logger().warning(f"the artifact {key} is missing: {repro.hidden(' '.join(str(error).split())[:300])}")
 
 
 @flow(name="watch-data", flow_run_name="watch {preset} at {ref}")

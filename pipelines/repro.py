@@ -24,7 +24,7 @@ from pipelines.params import read_yaml
 from pipelines.stage import QUIET
 from pipelines.versions import DataVersion, locked
 
-STOP_SECONDS = 20  # for a training to finish its step and save its state; Prefect kills a cancelled run after 30
+STOP_SECONDS = 15  # for a training to finish its step and save its state; Prefect kills a cancelled run after 30
 NUM_LINES = 50  # of a stage's output that are kept of a failure
 SECRET = re.compile(  # in a variable's name
     r"KEY|TOKEN|SECRET|PASS|_PWD|CREDENTIAL|AUTH(?!ORS?(_|$))|WEBHOOK|CONNECTION_STRING|DSN", re.IGNORECASE

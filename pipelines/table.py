@@ -5,7 +5,7 @@ import json
 import os
 import platform
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import median
@@ -26,6 +26,7 @@ from detr.speed import count_parameters, gflops, multiply_adds, seconds
 from detr.transforms import EvalTransform
 from pipelines import params, registry, tracking
 from pipelines.figures import save_figure
+from pipelines.markdown import table as markdown
 from pipelines.stage import DATA, Progress, write_json
 
 PICTURE = Path("scratch/table.png")
@@ -267,16 +268,3 @@ def draw(ours: dict[str, Figures], path: Path, where: str) -> None:
 
     path.parent.mkdir(parents=True, exist_ok=True)
     save_figure(path, (10, 4), paint)
-
-
-def markdown(rows: Sequence[Sequence[str]]) -> str:
-    """A Markdown table, the first row its header; the first column flush left, the others flush right."""
-    rows = [[cell.replace("|", "\\|") for cell in row] for row in rows]
-    widths = [max(3, *map(len, column)) for column in zip(*rows, strict=True)]
-    rule = ["-" * widths[0], *("-" * (width - 1) + ":" for width in widths[1:])]
-
-    def line(row: Sequence[str]) -> str:
-        padded = [row[0].ljust(widths[0]), *(c.rjust(w) for c, w in zip(row[1:], widths[1:], strict=True))]
-        return f"| {' | '.join(padded)} |"
-
-    return "\n".join(map(line, [rows[0], rule, *rows[1:]]))
