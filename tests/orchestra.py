@@ -28,7 +28,11 @@ class Services:
 
     def ask(self, method: str, path: str, **body: Any) -> Any:
         """The JSON that Prefect's API answers; raises for a status of 400 and above."""
-        answer = requests.request(method, f"{self.prefect}/api/{path}", json=body or None, timeout=30)
+        for _ in range(10):
+            answer = requests.request(method, f"{self.prefect}/api/{path}", json=body or None, timeout=30)
+            if answer.status_code != 503:  # while SQLite is locked; Prefect's own client tries again too
+                break
+            time.sleep(1)
         if not answer.ok:
             raise requests.HTTPError(f"{answer.status_code}: {answer.text}", response=answer)
         return answer.json() if answer.content else None

@@ -310,12 +310,14 @@ def test_down_in_a_training_and_the_next_up_goes_on(served, env, connections, ou
     assert outside[1] == []
 
 
-def test_the_printed_command_runs_a_deployment(served):
-    page = up(served.project, *ports(served))
+def test_the_printed_command_runs_a_deployment(served, env):
+    page = up(served.project, *ports(served), **env)
     (line,) = re.findall(r"^export (.*)", page, re.MULTILINE)
-    env = dict(pair.split("=", 1) for pair in line.split())
+    exported = dict(pair.split("=", 1) for pair in line.split())
     (command,) = re.findall(r"^\S+ -m (prefect deployment run .*) --watch$", page, re.MULTILINE)
-    said = call(served.project, "bash", "-c", f"python -m {command.replace('train.epochs=4', 'train.epochz=4')}", **env)
+    said = call(
+        served.project, "bash", "-c", f"python -m {command.replace('train.epochs=4', 'train.epochz=4')}", **exported
+    )
     assert "train.epochz=4" in said
 
 
@@ -400,7 +402,7 @@ def test_a_busy_port_is_one_line_and_leaves_nothing_running(served, which):
 
 
 def test_a_server_that_does_not_start_and_a_signal_leave_nothing_running(served):
-    store = {"MLFLOW_BACKEND_STORE_URI": "sqlite:////nowhere/mlflow.db"}
+    store = {"MLFLOW_BACKEND_STORE_URI": "sqlite:////dev/null/mlflow.db"}
     said = up(served.project, *ports(served), code=1, **store)
     assert said.startswith(f"error: {served.mlflow}/health does not answer")
     assert "scratch/services/mlflow.log" in said
