@@ -1,5 +1,6 @@
 """What deploy/ submits, run here: its commands are real, small executables stand in for Slurm and the operator."""
 
+import asyncio
 import json
 import os
 import re
@@ -10,10 +11,12 @@ import sqlite3
 import subprocess
 import time
 from contextlib import closing
+from operator import itemgetter
 
 import jsonschema
 import pytest
 from prefect.utilities.templating import apply_values, find_placeholders
+from prefect.workers.base import BaseJobConfiguration
 from ruamel.yaml import YAML
 
 from tests.conftest import ROOT, call, environment, small_project
@@ -253,3 +256,14 @@ def test_the_image_has_the_locked_environment():
     assert ["COPY", "requirements.lock /"] in steps
     assert any("pip install --no-cache-dir --requirement /requirements.lock" in text for _, text in steps)
     assert ["WORKDIR", WORKER["template"]["spec"]["containers"][0]["workingDir"]] in steps
+
+
+@pytest.mark.parametrize(
+    "deployment", YAML(typ="safe").load(ROOT / "prefect.yaml")["deployments"], ids=itemgetter("name")
+)
+def test_a_deployment_runs_in_the_pods_of_the_work_pool(deployment):
+    variables = deployment["work_pool"]["job_variables"]
+    jsonschema.validate(defaults() | variables, TEMPLATE["variables"])
+    job = asyncio.run(BaseJobConfiguration.from_template_and_values(TEMPLATE, variables))
+    assert job.env == TEMPLATE["variables"]["properties"]["env"]["default"] | variables["env"]
+    assert deployment["work_pool"]["name"] == "detr"
