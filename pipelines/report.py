@@ -18,7 +18,7 @@ from pipelines.registered import ABSENT, Version, signed, text, unequal
 UI = "DETR_MLFLOW_UI"  # in the environment: MLflow's address as browsers reach it, where that is another
 NUM_DIFFERENCES = 40  # rows of a table of what changed
 LONGEST_LINE = 2000  # characters of a line of a failure
-AGAIN = "start a run with the same parameters, or press Retry on this page"
+AGAIN = "start a run with the same parameters, or press Retry on the run's page"
 GO_ON = {
     "download": "The source did not give what `download.sha256` or its own sizes promise, or did not answer. See to it "
     f"and {AGAIN}: what came whole is kept.",
@@ -186,7 +186,8 @@ def data_changes(old: Version, new: Version, root: Path, missing: list[str]) -> 
     if sides[0] is None or sides[1] is None:
         return ""
     try:
-        return changes.report(changes.difference(sides[0], sides[1], partial(repro.open_version, root)))
+        found = changes.difference(sides[0], sides[1], partial(repro.open_version, root))
+        return changes.report(found).partition("\n\n")[2]
     except ValueError as error:
         missing.append(f"what changed in the data, entry by entry: {error}")
         return ""
