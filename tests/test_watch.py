@@ -12,6 +12,7 @@ import pytest
 import requests
 
 from pipelines import download, watch
+from pipelines.markdown import plain
 from pipelines.params import merged, to_yaml
 from pipelines.repro import data_version
 from pipelines.shapes import write_shapes
@@ -237,7 +238,9 @@ def test_a_look_is_remembered_by_preset_and_ref_after_the_event_is_out(project):
     assert any("num_train was none, is 48" in line for line in watched(project))
     assert watched(project) == []
     outs = [{"path": f"data/coco/{name}", "md5": "1" * 32, "size": 1} for name in watch.FILES]
-    (project / "dvc.lock").write_text(json.dumps({"stages": {"download": {"outs": outs}}}))
+    (project / "dvc.lock").write_text(
+        json.dumps({"schema": "2.0", "stages": {"download": {"cmd": "none", "outs": outs}}})
+    )
     assert watched(project) == []
     commit(project, "dvc.lock")
     assert watched(project)[0] == f"dvc.lock: train.zip was none, is {'1' * 32}"
@@ -285,7 +288,7 @@ def test_other_data_start_a_retraining(served):
     assert served.tasks(run["id"])["download"] == served.tasks(run["id"])["train"] == "Ran"
     assert run["parameters"]["refresh"] is True
     assert run["parameters"]["note"].startswith("The data has changed: download.source.train_images: ")
-    assert run["parameters"]["note"] in served.artifacts(run["id"])["result"]["data"]
+    assert plain(run["parameters"]["note"]) in served.artifacts(run["id"])["result"]["data"]
     branch = run["state"]["message"].removeprefix("branch ")
     trained_on = {name: file.md5 for name, file in data_version(project, branch).files.items()}
     source = {name: (project / "source" / name).read_bytes() for name in trained_on}
