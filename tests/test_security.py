@@ -362,8 +362,9 @@ def test_no_secret_of_the_environment_is_kept_of_runs_that_print_it(loud: Servic
     assert "> Signed-off-by: Somebody Else" in call(loud.project, "git", "log", "--format=%B", f"loud..{branch}")
     for run_id in (good, bad):
         for one in loud.artifacts(run_id).values():
-            text = f"{one['description']} {one['data']}"
-            assert not re.search(r"<(script|img)|1337", text)
+            if one["type"] != "image":
+                text = f"{one['description']} {one['data']}"
+                assert not re.search(r"(?<!\\)<(script|img)|1337", text)  # a backslash has Markdown show it as it is
     assert not outside.exists()
 
 
