@@ -95,11 +95,14 @@ class Services:
 
     def versions(self) -> dict[int, dict[str, str]]:
         """The tags of every registered version, by its number, and its aliases under `aliases`."""
-        address = f"{self.mlflow}/api/2.0/mlflow/model-versions/search"
-        found = requests.get(address, params={"filter": "name='detr'"}, timeout=60).json().get("model_versions", [])
+        api = f"{self.mlflow}/api/2.0/mlflow"
+        asked = {"filter": "name='detr'"}
+        found = requests.get(f"{api}/model-versions/search", params=asked, timeout=60).json().get("model_versions", [])
+        model = requests.get(f"{api}/registered-models/get", params={"name": "detr"}, timeout=60).json()
+        named = model.get("registered_model", {}).get("aliases", [])  # the search gives none
         return {
             int(one["version"]): {tag["key"]: tag["value"] for tag in one.get("tags", [])}
-            | {"aliases": " ".join(sorted(one.get("aliases", [])))}
+            | {"aliases": " ".join(sorted(x["alias"] for x in named if x["version"] == one["version"]))}
             for one in found
         }
 

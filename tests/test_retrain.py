@@ -1,5 +1,8 @@
 """Retraining through Prefect's server: what a deployment's run does to the clone, and shows."""
 
+import json
+import shutil
+
 import pytest
 
 from tests.conftest import call, small_project
@@ -44,14 +47,18 @@ def test_two_at_once_take_turns_and_each_is_a_branch_of_its_own(served, tmp_path
         served.assert_reproduces(branch, tmp_path / str(number))
 
 
-def test_data_that_fail_validation_stop_it_before_training_and_say_why(served):
-    run_id = served.start("retrain/on-demand", overrides=["model.num_queries=1"])
+def test_data_that_fail_validation_stop_it_before_training_and_say_why(served, drawn):
+    annotations = shutil.copytree(drawn, served.project / "scratch/bad") / "instances_train.json"
+    document = json.loads(annotations.read_text())
+    document["annotations"][0]["bbox"] = [90, 90, 50, 50]
+    annotations.write_text(json.dumps(document))
+    run_id = served.start("retrain/on-demand", overrides=["download.source=scratch/bad"])
     run = served.wait(run_id)
     assert run["state_type"] == "FAILED"
-    assert run["state"]["message"].startswith("validate: 2 of 75 expectations on data/coco are broken")
+    assert run["state"]["message"].startswith("validate: 1 of 75 expectations on data/coco are broken")
     assert served.tasks(run_id).keys() == {"download", "validate"}
     assert served.tasks(run_id)["validate"] == "Failed"
-    assert run["state"]["message"] in served.artifacts(run_id)["failure"]["data"]
+    assert run["state"]["message"].removeprefix("validate: ") in served.artifacts(run_id)["failure"]["data"]
     served.assert_sound()
 
 
