@@ -131,7 +131,11 @@ class Services:
         """Kills a server or the worker, which `down` started; what starts it again as it was, and waits for health."""
         (process, *_) = sorted(self.processes("DETR_SERVICES", words), key=lambda one: one.create_time())
         command, env = process.cmdline(), process.environ()
+        parts = process.children(recursive=True) if words == "mlflow server" else []  # a worker's runs are its children
         self.kill(words=words)
+        for part in parts:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                part.kill()
         health = {"prefect server": f"{self.prefect}/api/health", "mlflow server": f"{self.mlflow}/health"}.get(words)
 
         def healthy() -> bool:
