@@ -256,7 +256,7 @@ def collect(keep_days: KeepDays = 14, dry_run: DryRun = False, shared_cache: Sha
         collected = collection.collect(root, keep_days, dry_run, shared_cache, get_run_logger().info)
     except (ValueError, OSError, repro.StageFailed) as error:
         return Failed(message=repro.hidden(str(error)))
-    create_markdown_artifact(collected.markdown, key="collected", description=collected.headline)
+    show("collected", lambda: create_markdown_artifact(collected.markdown, "collected", collected.headline))
     return Completed(message=collected.headline, data=collected.bytes)
 
 
