@@ -263,7 +263,8 @@ def dataset(root: Path) -> str:
         ids = plain(", ".join(map(str, row["ids"])))
         said = f"{row['table']}: {row['meaning']}: {row['unexpected']} of {row['rows']}"
         lines.append(f"- {plain(said)}, as {ids}")
-    lines += ["", "The dataset's page, with pictures of every class, is linked in the result of the run."]
+    lines += ["", "The dataset's page, with pictures of every class, is linked in the result of a retraining;"]
+    lines += ["`python -m pipelines ui dataset` serves that of the clone."]
     return "\n".join(lines) + "\n"
 
 
