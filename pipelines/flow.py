@@ -251,7 +251,6 @@ def collect(keep_days: KeepDays = 14, dry_run: DryRun = False, shared_cache: Sha
     from pipelines import collect as collection
 
     root = Path.cwd()
-    os.environ.setdefault("MLFLOW_TRACKING_URI", f"sqlite:///{root / 'mlflow.db'}")
     try:
         collected = collection.collect(root, keep_days, dry_run, shared_cache, get_run_logger().info)
     except (ValueError, OSError, repro.StageFailed) as error:

@@ -6,7 +6,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping
 from contextlib import suppress
 from datetime import UTC, datetime
 from pathlib import Path
@@ -14,6 +14,7 @@ from pathlib import Path
 import psutil
 import requests
 
+from pipelines.processes import environment, stop
 from pipelines.repro import STOP_SECONDS, WORKTREE, hidden
 
 MARK = "DETR_SERVICES"  # in the environment of all that `up` starts, and of what that starts: the project's root
@@ -45,12 +46,14 @@ def up(root: Path, prefect_port: int, mlflow_port: int, host: str = HOST) -> dic
     if host != HOST:  # MLflow answers a browser that calls it by a name which it knows, and nobody else
         os.environ.setdefault("MLFLOW_SERVER_ALLOWED_HOSTS", f"{host}:{mlflow_port}")
         os.environ.setdefault("MLFLOW_SERVER_CORS_ALLOWED_ORIGINS", urls["MLflow"])
-    store = os.environ.get("MLFLOW_BACKEND_STORE_URI", f"sqlite:///{root / 'mlflow.db'}")
-    artifacts = os.environ.get("MLFLOW_ARTIFACTS_DESTINATION", str(root / "mlartifacts"))
-    mlflow = ["--backend-store-uri", store, "--artifacts-destination", artifacts, "--workers", "1"]
+    stores = {  # not on the command line, which everybody on this machine can read
+        "MLFLOW_BACKEND_STORE_URI": f"sqlite:///{root / 'mlflow.db'}",
+        "MLFLOW_ARTIFACTS_DESTINATION": str(root / "mlartifacts"),
+    }
+    mlflow = ["mlflow", "server", "--host", host, "--port", str(mlflow_port), "--workers", "1"]
     try:
         prefect = start(root, "prefect", ["prefect", "server", "start", "--host", host, "--port", str(prefect_port)])
-        tracking = start(root, "mlflow", ["mlflow", "server", "--host", host, "--port", str(mlflow_port), *mlflow])
+        tracking = start(root, "mlflow", mlflow, stores | os.environ)
         wait_for(f"{urls['Prefect']}/api/health", prefect, log_of(root, "prefect"))
         from pipelines import automations
 
@@ -105,34 +108,10 @@ def down(root: Path) -> int:
     return len({*ours, *late})
 
 
-def stop(processes: Sequence[psutil.Process], seconds: float) -> None:
-    """Ends processes: SIGTERM, if they get any time for it, and SIGKILL for what is left then."""
-    for send, patience in ((psutil.Process.terminate, seconds), (psutil.Process.kill, 10)):
-        deadline = time.monotonic() + patience
-        for process in processes if patience else ():
-            with suppress(psutil.Error):
-                send(process)
-        while time.monotonic() < deadline and any(map(is_alive, processes)):
-            time.sleep(0.05)
-
-
-def is_alive(process: psutil.Process) -> bool:
-    with suppress(psutil.Error):
-        return bool(process.is_running() and process.status() != psutil.STATUS_ZOMBIE)
-    return False
-
-
 def marked(root: Path) -> list[psutil.Process]:
     """The processes, but this one, that carry the mark of this project."""
     everyone = (process for process in psutil.process_iter() if process.pid != os.getpid())
     return [process for process in everyone if environment(process).get(MARK) == str(root)]
-
-
-def environment(process: psutil.Process) -> dict[str, str]:
-    try:
-        return dict(process.environ())
-    except (psutil.Error, OSError):  # not ours, or gone
-        return {}
 
 
 def log_of(root: Path, name: str) -> Path:
@@ -143,7 +122,7 @@ def end_of(log: Path) -> str:
     return hidden(log.read_text(errors="replace")[-1000:].strip())
 
 
-def start(root: Path, name: str, module: list[str]) -> subprocess.Popen[bytes]:
+def start(root: Path, name: str, module: list[str], env: Mapping[str, str] = os.environ) -> subprocess.Popen[bytes]:
     """A Python module in a session of its own, with the mark, its output in scratch/services/NAME.log."""
     path = log_of(root, name)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -153,7 +132,7 @@ def start(root: Path, name: str, module: list[str]) -> subprocess.Popen[bytes]:
         return subprocess.Popen(
             [sys.executable, "-m", *module],
             cwd=root,
-            env=os.environ | {MARK: str(root), SERVICE: name},
+            env={**env, MARK: str(root), SERVICE: name},
             stdin=subprocess.DEVNULL,
             stdout=log,
             stderr=subprocess.STDOUT,

@@ -16,11 +16,11 @@ import requests
 from pipelines import params, repro
 from pipelines.fetch import AS_IT_IS, shown
 from pipelines.stage import FILES, write_json
+from pipelines.versions import SPLITS
 
 Look = dict[str, dict[str, Any]]  # what was seen, by what it is about
 TIMEOUT = (5.0, 5.0)  # seconds to connect, and without an answer after that
 PICTURES = (".jpg", ".jpeg", ".png")  # which the download stage takes out of a folder
-SPLITS = ("train", "val")
 
 
 @contextmanager

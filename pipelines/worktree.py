@@ -13,6 +13,7 @@ from typing import Any
 import psutil
 
 from pipelines.params import merged, read_yaml, to_yaml
+from pipelines.processes import environment, stop
 from pipelines.repro import USER_IN_URL, WORKTREE, full_commit, git, hidden, unlock
 
 BRANCHES = "runs/"
@@ -140,13 +141,8 @@ def _left_behind(root: Path) -> list[Path]:
     listed = git(root, "worktree", "list", "--porcelain").splitlines()
     known = {Path(line.removeprefix("worktree ")) for line in listed if line.startswith("worktree ")}
     left = {path for path in known if path.parent == folder} | {*folder.glob("*")}
-    orphans = []
-    for process in psutil.process_iter() if left else ():
-        with suppress(psutil.Error):
-            if Path(process.environ().get(WORKTREE, "/")) in left:
-                process.kill()
-                orphans.append(process)
-    psutil.wait_procs(orphans, timeout=10)
+    everyone = psutil.process_iter() if left else ()
+    stop([process for process in everyone if Path(environment(process).get(WORKTREE, "/")) in left], seconds=0)
     return sorted(left)
 
 

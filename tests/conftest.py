@@ -269,3 +269,12 @@ def mlflow_server(folder: Path, port: int | None = None) -> Iterator[tuple[str, 
         with contextlib.suppress(ProcessLookupError):
             os.killpg(server.pid, signal.SIGKILL)
         server.wait()
+
+
+@pytest.fixture(scope="module")
+def served(tmp_path_factory):
+    """A small project with its servers and worker. The tests of a module use it in turn."""
+    from tests.orchestra import services  # which needs what stands above
+
+    with services(small_project(tmp_path_factory.mktemp("served"))) as found:
+        yield found

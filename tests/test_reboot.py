@@ -1,19 +1,8 @@
 """What a retraining survives: its machine stops, and `up` starts everything again; the run goes on by itself."""
 
-import pytest
-
-from tests.conftest import call, small_project
-from tests.orchestra import services
+from tests.conftest import call
 
 LONG = ("train.epochs=30", "train.evaluate_epochs=0")
-
-
-@pytest.fixture(scope="module")
-def served(tmp_path_factory):
-    """A small project with its servers and worker. Tests in this module use it in turn."""
-    project = small_project(tmp_path_factory.mktemp("reboot"))
-    with services(project) as found:
-        yield found
 
 
 def test_killed_in_the_middle_of_training_with_its_machine(served):

@@ -3,18 +3,7 @@
 import json
 import shutil
 
-import pytest
-
-from tests.conftest import call, small_project
-from tests.orchestra import services
-
-
-@pytest.fixture(scope="module")
-def served(tmp_path_factory):
-    """A small project with its servers and worker. Tests in this module use it in turn."""
-    project = small_project(tmp_path_factory.mktemp("retrain"))
-    with services(project) as found:
-        yield found
+from tests.conftest import call
 
 
 def test_a_run_is_a_commit_and_the_clone_stays_as_it_was(served):
@@ -52,10 +41,11 @@ def test_data_that_fail_validation_stop_it_before_training_and_say_why(served, d
     document = json.loads(annotations.read_text())
     document["annotations"][0]["bbox"] = [90, 90, 50, 50]
     annotations.write_text(json.dumps(document))
+    number = 76 if served.versions() else 75  # with a champion, how far the data are from its own is one more
     run_id = served.start("retrain/on-demand", overrides=["download.source=scratch/bad"])
     run = served.wait(run_id)
     assert run["state_type"] == "FAILED"
-    assert run["state"]["message"].startswith("validate: 1 of 75 expectations on data/coco are broken")
+    assert run["state"]["message"].startswith(f"validate: 1 of {number} expectations on data/coco are broken")
     assert served.tasks(run_id).keys() == {"download", "validate"}
     assert served.tasks(run_id)["validate"] == "Failed"
     assert run["state"]["message"].removeprefix("validate: ") in served.artifacts(run_id)["failure"]["data"]

@@ -3,20 +3,8 @@
 import time
 
 import psutil
-import pytest
-
-from tests.conftest import small_project
-from tests.orchestra import services
 
 LONG = ("train.epochs=30", "train.evaluate_epochs=0")
-
-
-@pytest.fixture(scope="module")
-def served(tmp_path_factory):
-    """A small project with its servers and worker. Tests in this module use it in turn."""
-    project = small_project(tmp_path_factory.mktemp("faults"))
-    with services(project) as found:
-        yield found
 
 
 def test_cancelled_in_the_middle_all_ends_in_30_seconds_and_the_next_run_resumes(served):
