@@ -9,7 +9,9 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from pipelines import params, repro, worktree
+from pipelines import params, worktree
+from pipelines.git import is_dirty
+from pipelines.overrides import parameters
 from pipelines.stage import QUIET, command, write_json
 
 PORTS = {"prefect": 4200, "mlflow": 5000, "docs": 8000, "dataset": 8001}
@@ -40,7 +42,7 @@ def check(document: Any) -> None:
 def run(preset: str | None, overrides: list[str], refresh: bool) -> None:
     """Runs the pipeline as a Prefect flow: here, or in a worktree of its own with a preset or overrides."""
     root = Path.cwd()
-    check(worktree.parameters(root, preset, overrides))
+    check(parameters(root, preset, overrides))
     os.environ.setdefault("PREFECT_HOME", str(root / ".prefect"))
     os.environ.setdefault("PREFECT_SERVER_EPHEMERAL_STARTUP_TIMEOUT_SECONDS", "120")
     os.environ.setdefault("MLFLOW_TRACKING_URI", f"sqlite:///{root / 'mlflow.db'}")
@@ -52,7 +54,7 @@ def run(preset: str | None, overrides: list[str], refresh: bool) -> None:
             flow.run(flow.pipeline, "params.yaml", root, refresh)
         summarize(root / "artifacts/evaluate", root / "artifacts/register/version.json")
         return
-    if repro.is_dirty(root):
+    if is_dirty(root):
         print("warning: uncommitted changes are not part of this run; it works at the last commit", file=sys.stderr)
     from pipelines import flow
 
@@ -132,15 +134,15 @@ export DO_NOT_TRACK=1 PREFECT_API_URL={urls["Prefect"]}/api MLFLOW_TRACKING_URI=
 
 def data(old: str | None, new: str | None, as_json: bool) -> None:
     """Prints the versions of the data in the history, or what changed from the one of `old` to that of `new`."""
-    from pipelines import changes, versions
+    from pipelines import changes, history, versions
 
     root = Path.cwd()
-    opened = partial(repro.open_version, root)
+    opened = partial(history.open_version, root)
     if old is not None:
-        document = changes.difference(repro.data_version(root, old), repro.data_version(root, new), opened)
+        document = changes.difference(history.data_version(root, old), history.data_version(root, new), opened)
         print(json.dumps(document, indent=1) if as_json else changes.report(document))
         return
-    found, here = repro.data_versions(root)
+    found, here = history.data_versions(root)
     store = root / "scratch" / "data_counts.json"
     known = json.loads(store.read_text()) if store.exists() else {}
     rows = [versions.describe(version, opened, known) | {"current": version is here} for version in found]

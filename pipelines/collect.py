@@ -15,8 +15,9 @@ from typing import Any
 
 import psutil
 
-from pipelines import registry, repro, tracking, worktree
-from pipelines.repro import bytes_in, git
+from pipelines import registry, tracking, worktree
+from pipelines.cache import bytes_in, cache_folder, collect_garbage
+from pipelines.git import git
 
 HEADS = "refs/heads/"
 RUNS = f"{HEADS}{worktree.BRANCHES}"
@@ -218,7 +219,7 @@ def collect_cache(
     root: Path, locks: dict[str, str], lost: list[str], shared_cache: bool, found: Collected, log: Callable[[str], None]
 ) -> None:
     """Collects the DVC cache, unless it may be shared or the need of a version is not known: a remark says so."""
-    cache = repro.cache_folder(root)
+    cache = cache_folder(root)
     if lost:
         found.remarks.append(
             f"the DVC cache stays as it is: what {', '.join(f'version {number}' for number in lost)} of "
@@ -229,5 +230,5 @@ def collect_cache(
             f"the DVC cache stays as it is: {cache} may be shared with other clones, whose data would go; "
             "say shared_cache where it is not"
         )
-    elif freed := repro.collect_garbage(root, locks, log, found.dry_run):
+    elif freed := collect_garbage(root, locks, log, found.dry_run):
         found.went["DVC cache"].append((str(cache), freed))

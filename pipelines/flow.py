@@ -26,6 +26,9 @@ from prefect.states import Completed, Failed
 
 from pipelines import report, repro, worktree
 from pipelines.form import NOTE_LENGTH, DryRun, KeepDays, Note, Overrides, Preset, Promote, Ref, Refresh, SharedCache
+from pipelines.git import fetch
+from pipelines.overrides import confine, parameters
+from pipelines.redaction import hidden
 
 RETRIES = {"register": 6}  # of a stage whose failure time may mend: MLflow is not there
 RETRY_SECONDS = 30
@@ -159,22 +162,22 @@ def retrain(
     chosen = None if preset == "none" else preset
     settings = [*overrides, *([] if promote else ["register.promote=false"])]
 
-    def parameters(place: Path) -> Any:
-        document = worktree.parameters(place, chosen, settings)
+    def asked(place: Path) -> Any:
+        document = parameters(place, chosen, settings)
         confined(document, root)
         return document
 
     try:
-        repro.fetch(root, ref)
+        fetch(root, ref)
         with worktree.only_one(root, log):
             name = f"{chosen or 'overrides'}-{time.strftime('%Y%m%d-%H%M%S')}"
-            with worktree.worktree(root, name, ref, parameters, note) as (place, branch):
+            with worktree.worktree(root, name, ref, asked, note) as (place, branch):
                 repro.check(place)
                 last = repro.stages(place)[-1]
                 went = run_stages(place, refresh, lambda stage: worktree.keep_results(place) if stage == last else None)
                 publish(place, root, branch, note, went)
     except (ValueError, OSError, repro.StageFailed) as error:
-        return Failed(message=repro.hidden(str(error)))
+        return Failed(message=hidden(str(error)))
     return Completed(message=f"branch {branch}", data=branch)
 
 
@@ -183,7 +186,7 @@ def publish(place: Path, root: Path, branch: str, note: str, went: list[report.S
     try:
         found = report.result(place, root, branch, note, went)
     except Exception as error:
-        get_run_logger().warning(f"the report is missing: {repro.hidden(str(error))}")
+        get_run_logger().warning(f"the report is missing: {hidden(str(error))}")
         return
     get_run_logger().info(found.headline)
     for one in found.missing:
@@ -204,7 +207,7 @@ def show(key: str, make: Callable[[], Any]) -> None:
     try:
         make()
     except Exception as error:
-        get_run_logger().warning(f"the artifact {key} is missing: {repro.hidden(' '.join(str(error).split())[:300])}")
+        get_run_logger().warning(f"the artifact {key} is missing: {hidden(' '.join(str(error).split())[:300])}")
 
 
 @flow(name="watch-data", flow_run_name="watch {preset} at {ref}")
@@ -214,7 +217,7 @@ def watch_data(preset: Preset = "none", ref: Ref = "HEAD") -> Any:
 
     root = Path.cwd()
     try:
-        repro.fetch(root, ref)
+        fetch(root, ref)
         chosen = None if preset == "none" else preset
         with watch.watched(root, chosen, ref, lambda document: confined(document, root)) as changes:
             if changes:
@@ -222,7 +225,7 @@ def watch_data(preset: Preset = "none", ref: Ref = "HEAD") -> Any:
                 note = note if len(note) <= NOTE_LENGTH else f"{note[: NOTE_LENGTH - 4]} ..."
                 emit("detr.data.changed", "detr.data", preset=preset, ref=ref, changes=changes, note=note)
     except (ValueError, OSError) as error:
-        return Failed(message=repro.hidden(str(error)))
+        return Failed(message=hidden(str(error)))
     if changes is None:
         return Completed(message="the first look: there is nothing to compare with yet", data=[])
     for line in changes:
@@ -234,7 +237,7 @@ def watch_data(preset: Preset = "none", ref: Ref = "HEAD") -> Any:
 def confined(document: Any, root: Path) -> None:
     """Confines what a form or a schedule started, not a person in their own clone, to the project's files."""
     if runtime.deployment.id:
-        worktree.confine(document, root)
+        confine(document, root)
 
 
 def emit(name: str, resource: str, **payload: Any) -> None:
@@ -254,7 +257,7 @@ def collect(keep_days: KeepDays = 14, dry_run: DryRun = False, shared_cache: Sha
     try:
         collected = collection.collect(root, keep_days, dry_run, shared_cache, get_run_logger().info)
     except (ValueError, OSError, repro.StageFailed) as error:
-        return Failed(message=repro.hidden(str(error)))
+        return Failed(message=hidden(str(error)))
     show("collected", lambda: create_markdown_artifact(collected.markdown, "collected", collected.headline))
     return Completed(message=collected.headline, data=collected.bytes)
 

@@ -5,7 +5,7 @@ from typing import Annotated, Any
 
 from pydantic import AfterValidator, Field
 
-from pipelines.worktree import refuse_password
+from pipelines.redaction import refuse_password
 
 NOTE_LENGTH = 1000
 PRESETS = sorted(path.stem for path in (Path(__file__).parent.parent / "presets").glob("*.yaml"))

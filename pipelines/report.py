@@ -9,10 +9,12 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from pipelines import registered, registry, repro, tracking
+from pipelines import registered, registry, tracking
+from pipelines.history import open_version
 from pipelines.markdown import fenced, plain, table
 from pipelines.montage import pictures
 from pipelines.params import read_yaml
+from pipelines.redaction import hidden
 from pipelines.registered import ABSENT, Version, signed, text, unequal
 
 UI = "DETR_MLFLOW_UI"  # in the environment: MLflow's address as browsers reach it, where that is another
@@ -81,7 +83,7 @@ def result(place: Path, root: Path, branch: str, note: str, stages: Sequence[Sta
         changed = what_changed(known, root, missing)
         where = links(known)
     except Exception as error:  # of MLflow, and of whatever its artifacts are kept in
-        missing.append(f"what MLflow has of version {number}: {repro.hidden(' '.join(str(error).split())[:300])}")
+        missing.append(f"what MLflow has of version {number}: {hidden(' '.join(str(error).split())[:300])}")
         changed, where = [], []
     headline = title_of(number, metrics["AP"], known, branch)
     page = [f"# {headline}", ""]
@@ -95,7 +97,7 @@ def result(place: Path, root: Path, branch: str, note: str, stages: Sequence[Sta
     page += [fenced([f"git checkout {branch} && dvc checkout"]), "", "## How long it took", ""]
     page += [table([["stage", "outcome", "time"], *([one.name, one.outcome, duration(one.seconds)] for one in stages)])]
     rows = rows_of(metrics, known)
-    return Result(headline, repro.hidden("\n".join(page)) + "\n", rows, pictures(evaluated / "plots"), missing)
+    return Result(headline, hidden("\n".join(page)) + "\n", rows, pictures(evaluated / "plots"), missing)
 
 
 def look_up(number: str, missing: list[str]) -> Registration:
@@ -186,7 +188,7 @@ def data_changes(old: Version, new: Version, root: Path, missing: list[str]) -> 
     if sides[0] is None or sides[1] is None:
         return ""
     try:
-        found = changes.difference(sides[0], sides[1], partial(repro.open_version, root))
+        found = changes.difference(sides[0], sides[1], partial(open_version, root))
         return changes.report(found).partition("\n\n")[2]
     except ValueError as error:
         missing.append(f"what changed in the data, entry by entry: {error}")
@@ -204,7 +206,7 @@ def links(known: Registration) -> list[str]:
             f"- MLflow: `python -m pipelines ui mlflow`, model {tracking.MODEL}, version {new.number}, "
             f"run `{new.run_id}`; among its artifacts {inside}"
         ]
-    base = f"{repro.hidden(uri).rstrip('/')}/#"
+    base = f"{hidden(uri).rstrip('/')}/#"
     run = f"{base}/experiments/{known.experiment_id}/runs/{new.run_id}"
     found = [
         f"[model version {new.number}]({base}/models/{tracking.MODEL}/versions/{new.number})",
@@ -240,7 +242,7 @@ def failure(stage: str, message: str, lines: Sequence[str]) -> str:
     page = [f"# {stage} failed", "", plain(message.removeprefix(f"{stage}: ")), "", "## How to go on", ""]
     page += [GO_ON.get(stage, f"Mend the cause and {AGAIN}."), ""]
     page += ['More: README.md, section "Retraining".', "", f"## The last {len(lines)} lines", ""]
-    return repro.hidden("\n".join([*page, fenced(line[:LONGEST_LINE] for line in lines), ""]))
+    return hidden("\n".join([*page, fenced(line[:LONGEST_LINE] for line in lines), ""]))
 
 
 def dataset(root: Path) -> str:

@@ -12,6 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from pipelines import repro, tracking, verdict, worktree
+from pipelines.git import full_commit
+from pipelines.overrides import absolute_paths
 from pipelines.params import read_yaml, to_yaml
 from pipelines.register import hardware
 from pipelines.stage import write_json
@@ -86,7 +88,7 @@ def commit_of(root: Path, registered: Registered) -> str:
     if commit == "none":
         raise ValueError(f"{registered.name} was registered outside of git: there is no commit to make it again from")
     try:
-        return repro.full_commit(root, commit)
+        return full_commit(root, commit)
     except ValueError:
         raise ValueError(
             f"{registered.name} was made from commit {commit} (branch {branch}), which is not in this clone; "
@@ -158,7 +160,7 @@ def restore(root: Path, place: Path, registered: Registered) -> None:
     document = read_yaml(params)
     before = to_yaml(document)
     with suppress(AttributeError, KeyError, TypeError):  # of code with other parameters
-        worktree.absolute_paths(document, root, place)
+        absolute_paths(document, root, place)
     if to_yaml(document) != before:
         params.write_text(to_yaml(document))
 

@@ -14,8 +14,8 @@ from pathlib import Path
 import psutil
 import requests
 
-from pipelines.processes import environment, stop
-from pipelines.repro import STOP_SECONDS, WORKTREE, hidden
+from pipelines.processes import STOP_SECONDS, WORKTREE, environment, stop
+from pipelines.redaction import hidden
 
 MARK = "DETR_SERVICES"  # in the environment of all that `up` starts, and of what that starts: the project's root
 SERVICE = "DETR_SERVICE"  # and which of them it is, or was started by

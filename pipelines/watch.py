@@ -13,8 +13,10 @@ from typing import Any
 
 import requests
 
-from pipelines import params, repro
+from pipelines import params
 from pipelines.fetch import AS_IT_IS, shown
+from pipelines.git import full_commit, git
+from pipelines.history import data_version
 from pipelines.stage import FILES, write_json
 from pipelines.versions import SPLITS
 
@@ -32,7 +34,7 @@ def watched(root: Path, preset: str | None, ref: str, check: Callable[[Any], Non
     """
     name = hashlib.sha256(json.dumps([preset, ref]).encode()).hexdigest()[:16]
     path = root / "scratch" / "watch" / f"{name}.json"
-    commit = repro.full_commit(root, ref)
+    commit = full_commit(root, ref)
     document = parameters(root, preset, commit)
     check(document)
     now = look(root, document) | {"dvc.lock": locked(root, commit)}
@@ -46,19 +48,19 @@ def watched(root: Path, preset: str | None, ref: str, check: Callable[[Any], Non
 
 def parameters(root: Path, preset: str | None, commit: str) -> Any:
     """params.yaml of a commit with one of its presets on top; nothing is checked out."""
-    listed = repro.git(root, "ls-tree", "--name-only", commit, "--", "params.yaml", "presets/").splitlines()
+    listed = git(root, "ls-tree", "--name-only", commit, "--", "params.yaml", "presets/").splitlines()
     with tempfile.TemporaryDirectory() as folder:
         for name in listed:
             copy = Path(folder, name)
             copy.parent.mkdir(exist_ok=True)
-            copy.write_text(repro.git(root, "show", f"{commit}:./{name}"))
+            copy.write_text(git(root, "show", f"{commit}:./{name}"))
         return params.merged(Path(folder), preset, [])
 
 
 def locked(root: Path, commit: str) -> dict[str, str]:
     """The MD5s of the data that dvc.lock of a commit names, by file."""
     try:
-        version = repro.data_version(root, commit)
+        version = data_version(root, commit)
     except ValueError:
         return {}
     return {name: version.files[name].md5 for name in FILES}

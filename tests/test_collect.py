@@ -13,10 +13,10 @@ from pathlib import Path
 
 import pytest
 
-from pipelines import repro, tracking, worktree
+from pipelines import tracking, worktree
+from pipelines.cache import bytes_in, cache_folder
 from pipelines.collect import collect
 from pipelines.params import read_yaml, to_yaml
-from pipelines.repro import bytes_in
 from tests.conftest import ROOT, call, environment, free_port
 
 MAKE = """
@@ -289,7 +289,7 @@ def test_nothing_is_removed_where_the_need_is_not_known(project, tmp_path, monke
     shared = tmp_path / "shared"
     (project / ".dvc/cache").rename(shared)
     (project / ".dvc/config.local").write_text("[cache]\n    dir = ../../shared\n")
-    assert repro.cache_folder(project) == shared.resolve()
+    assert cache_folder(project) == shared.resolve()
     done = collected(project)
     assert "may be shared with other clones" in done.headline
     assert (branches(project), bytes_in(shared)) == ([], size)

@@ -18,7 +18,8 @@ from pathlib import Path
 import pytest
 
 from detr.judge import METRICS
-from pipelines.repro import is_dirty, reproduce
+from pipelines.git import is_dirty
+from pipelines.repro import reproduce
 from pipelines.worktree import only_one
 from tests.conftest import call, environment, mlflow_server, small_project
 

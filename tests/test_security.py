@@ -16,9 +16,11 @@ from prefect.utilities.callables import parameter_schema
 from pydantic import TypeAdapter, ValidationError
 from ruamel.yaml import YAML
 
-from pipelines import flow, worktree
+from pipelines import flow
+from pipelines.git import full_commit
+from pipelines.overrides import DATA_ROOTS, absolute_paths, confine, parameters
 from pipelines.params import read_yaml, to_yaml
-from pipelines.repro import full_commit, hidden
+from pipelines.redaction import hidden
 from tests.conftest import ROOT, call, small_project
 from tests.orchestra import Services, services
 
@@ -142,7 +144,7 @@ def test_a_password_in_a_url_is_refused_before_it_is_stored_by_form_flow_and_com
         with pytest.raises(ValidationError, match="put it into ~/.netrc"):
             TypeAdapter(TYPES[name]).validate_python(value)
     with pytest.raises(ValueError, match="put it into ~/.netrc") as caught:
-        worktree.parameters(ROOT, None, [override])
+        parameters(ROOT, None, [override])
     assert not re.search("pa55word|to-ken|p%40ss|u:p", str(caught.value))
 
 
@@ -156,7 +158,7 @@ def test_the_command_refuses_a_password_too(tmp_path):
 @pytest.mark.parametrize("text", [f"[{BOMB}]".replace("*a", "x"), "[" * 400 + "]" * 400])
 def test_a_few_letters_do_not_become_billions_of_values(text):
     with pytest.raises(ValueError, match="more than 10000 values|is not valid YAML|maximum") as caught:
-        worktree.parameters(ROOT, None, [f"register.protected={text}"])
+        parameters(ROOT, None, [f"register.protected={text}"])
     assert len(str(caught.value)) < 2000
 
 
@@ -172,9 +174,9 @@ def test_whatever_an_override_holds_it_is_data_of_one_key_or_refused_in_one_line
         return
     said = ""
     try:
-        document = worktree.parameters(ROOT, None, [override])
-        worktree.confine(document, ROOT)
-        worktree.absolute_paths(document, ROOT)
+        document = parameters(ROOT, None, [override])
+        confine(document, ROOT)
+        absolute_paths(document, ROOT)
     except ValueError as error:
         said = str(error)
     assert "\n" not in said.strip()
@@ -200,12 +202,12 @@ def place(tmp_path, monkeypatch):
     (root / "out").symlink_to(tmp_path / "outside")
     (root / "data/linked/train").symlink_to(tmp_path / "outside")
     (root / "loop").symlink_to(root / "loop")
-    monkeypatch.setenv(worktree.DATA_ROOTS, str(tmp_path / "shared"))
+    monkeypatch.setenv(DATA_ROOTS, str(tmp_path / "shared"))
     return root
 
 
 def confined(root, override):
-    worktree.confine(worktree.parameters(ROOT, None, [override]), root)
+    confine(parameters(ROOT, None, [override]), root)
 
 
 FOUR = "{{train_images: {0}, val_images: data/mine, train_annotations: data/mine, val_annotations: data/mine}}"
@@ -255,7 +257,7 @@ def test_mirrors_are_addresses_of_the_web():
     from pipelines.__main__ import check
 
     with pytest.raises(ValueError, match="http, https and local paths work"):
-        check(worktree.parameters(ROOT, None, ["download.mirrors={https://host/: ['file:///etc/']}"]))
+        check(parameters(ROOT, None, ["download.mirrors={https://host/: ['file:///etc/']}"]))
 
 
 def test_a_stage_prints_no_secret_of_the_environment(monkeypatch):
@@ -373,9 +375,9 @@ def test_hostile_strings_from_the_form_run_nothing_and_are_told_in_one_line(loud
     texts = [text.format(file=file) for text in HOSTILE]
     before = len(loud.runs())
     for text in texts:
-        for parameters in ({"preset": text}, {"overrides": [text]}):
+        for asked in ({"preset": text}, {"overrides": [text]}):
             with pytest.raises(requests.HTTPError, match=r"^(409|422): .*"):
-                loud.start("retrain/on-demand", **parameters)
+                loud.start("retrain/on-demand", **asked)
     for text in ("--upload-pack=touch x", "HEAD:params.yaml", "@{upstream}", "../x", "-x"):
         with pytest.raises(requests.HTTPError, match=r"^(409|422): "):
             loud.start("retrain/on-demand", ref=text)

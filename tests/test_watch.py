@@ -12,9 +12,9 @@ import pytest
 import requests
 
 from pipelines import download, watch
+from pipelines.history import data_version
 from pipelines.markdown import plain
 from pipelines.params import merged, to_yaml
-from pipelines.repro import data_version
 from pipelines.shapes import write_shapes
 from tests.conftest import ROOT, SHAPES, call, free_port, small_project
 from tests.orchestra import services

@@ -57,11 +57,11 @@ def test_the_library_meets_nobody(path):
 @pytest.mark.parametrize(
     ("package", "homes"),
     [
-        ("dvc", {"repro", "worktree"}),
+        ("dvc", {"cache", "history", "worktree"}),
         ("prefect", {"automations", "flow"}),
         ("mlflow", {"packaging", "registry", "served_model", "tracking"}),
         ("great_expectations", {"validate"}),
-        ("subprocess", {"packaging", "register", "repro", "services"}),
+        ("subprocess", {"git", "packaging", "processes", "register", "services"}),
     ],
 )
 def test_each_tool_has_one_home(package, homes):
@@ -72,7 +72,19 @@ def test_stages_never_import_each_other_nor_the_flow():
     for stage in STAGES:
         others = {
             f"pipelines/{name}.py"
-            for name in (*STAGES, "automations", "flow", "report", "repro", "services", "worktree", "__main__")
+            for name in (
+                *STAGES,
+                "automations",
+                "cache",
+                "flow",
+                "git",
+                "history",
+                "report",
+                "repro",
+                "services",
+                "worktree",
+                "__main__",
+            )
             if name != stage
         }
         assert not reach(ROOT / f"pipelines/{stage}.py") & others

@@ -9,8 +9,10 @@ import time
 import psutil
 import pytest
 
-from pipelines import repro, worktree
+from pipelines import worktree
+from pipelines.git import STALE_SECONDS
 from pipelines.params import read_yaml, to_yaml
+from pipelines.processes import WORKTREE
 from tests.conftest import ROOT, call, environment
 
 PARAMS = {
@@ -148,7 +150,7 @@ def test_locks_of_killed_processes_are_removed(root):
     old = [root / ".git/packed-refs.lock", root / ".git/config.lock", root / ".git/refs/heads/main.lock"]
     for lock in (*old, own / "index.lock", own / "HEAD.lock", root / ".git/refs/heads/runs/first.lock"):
         lock.touch()
-        os.utime(lock, (0, time.time() - repro.STALE_SECONDS))
+        os.utime(lock, (0, time.time() - STALE_SECONDS))
     (left / ".dvc/tmp").mkdir()
     (left / ".dvc/tmp/rwlock").write_text("{")
     (left / ".dvc/config.local").write_text("[cach")
@@ -194,7 +196,7 @@ def test_a_worktree_that_was_being_made_or_removed_is_removed(root, moment):
 
 def test_what_a_killed_run_had_started_is_ended(root):
     left = killed(root)
-    orphan = subprocess.Popen(["sleep", "600"], env=environment(**{repro.WORKTREE: str(left)}))
+    orphan = subprocess.Popen(["sleep", "600"], env=environment(**{WORKTREE: str(left)}))
     assert run(root) == "runs/first"
     assert not psutil.pid_exists(orphan.pid)
     orphan.wait()

@@ -1,0 +1,52 @@
+"""Git, called as a command."""
+
+import os
+import subprocess
+import time
+from contextlib import suppress
+from pathlib import Path
+
+from pipelines.redaction import hidden
+
+STALE_SECONDS = 60  # after which a lock of git is that of a killed process: it holds one for less than a second
+
+
+def git(root: Path, *arguments: str) -> str:
+    env = os.environ | {"GIT_TERMINAL_PROMPT": "0", "GIT_OPTIONAL_LOCKS": "0"}
+    answer = subprocess.run(["git", *arguments], cwd=root, capture_output=True, text=True, check=False, env=env)
+    if answer.returncode:
+        raise ValueError(hidden(f"git {' '.join(arguments)} failed in {root}: {answer.stderr.strip()}"))
+    return answer.stdout.strip()
+
+
+def unlock(root: Path) -> None:
+    """Waits for the locks of git's references to go, and removes those that killed processes have left."""
+    common = Path(git(root, "rev-parse", "--path-format=absolute", "--git-common-dir"))
+    for lock in (common / "packed-refs.lock", common / "config.lock", *(common / "refs").rglob("*.lock")):
+        with suppress(FileNotFoundError):
+            while time.time() - lock.stat().st_mtime < STALE_SECONDS:
+                time.sleep(0.2)
+            lock.unlink()
+
+
+def full_commit(root: Path, commit: str) -> str:
+    """The full name of a commit. Raises ValueError where this clone has no such commit."""
+    try:
+        if commit.startswith(("-", "^")):
+            raise ValueError
+        return git(root, "rev-parse", "--verify", "--quiet", "--end-of-options", f"{commit}^{{commit}}")
+    except ValueError:
+        raise ValueError(f"{commit!r} is no commit, branch or tag here; git log --oneline --all lists them") from None
+
+
+def fetch(root: Path, ref: str) -> None:
+    """Fetches the remote that a ref like `origin/main` begins with. Raises ValueError where it does not answer."""
+    remote = ref.partition("/")[0]
+    if "/" in ref and remote in git(root, "remote").splitlines():
+        unlock(root)
+        git(root, "fetch", "--quiet", "--end-of-options", remote)
+
+
+def is_dirty(root: Path) -> bool:
+    """Whether files differ from HEAD that a worktree would lack; dvc.lock is a result."""
+    return bool(git(root, "status", "--porcelain", "--", ".", ":!dvc.lock"))

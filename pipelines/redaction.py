@@ -1,0 +1,43 @@
+"""What must not be shown or committed: users and passwords in URLs, and what the environment holds of secrets."""
+
+import json
+import os
+import re
+from urllib.parse import quote, unquote
+
+SECRET = re.compile(  # in a variable's name
+    r"KEY|TOKEN|SECRET|PASS|_PWD|CREDENTIAL|AUTH(?!ORS?(_|$))|WEBHOOK|CONNECTION_STRING|DSN", re.IGNORECASE
+)
+USER_IN_URL = re.compile(r"(?<=://)[^/\s'\"?#]+@")
+PASSWORD_IN_URL = re.compile(r"://[^/\s:@]*:([^/\s]+)@|https?://([^/\s:@]+)@")  # or a token in its place
+SHORTEST_SECRET = 6  # shorter ones would make holes in every text
+
+
+def hidden(text: str) -> str:
+    """Text without users and passwords in URLs, and without what the environment holds of secrets.
+
+    These are the variables with the name of a secret, line by line, and passwords in the URLs of others.
+    """
+    text = USER_IN_URL.sub("", text)
+    for secret in sorted(_secrets(), key=len, reverse=True):
+        text = text.replace(secret, "***")
+    return text
+
+
+def _secrets() -> set[str]:
+    """What must not be shown, as it is and as it stands in a URL or in JSON."""
+    found = {line.strip() for name, value in os.environ.items() if SECRET.search(name) for line in value.splitlines()}
+    for value in os.environ.values():
+        found |= {unquote(password or token) for password, token in PASSWORD_IN_URL.findall(value)}
+    written = (lambda text: quote(text, safe=""), quote, lambda text: json.dumps(text)[1:-1])
+    found |= {write(secret) for secret in found for write in written}
+    return {secret for secret in found if len(secret) >= SHORTEST_SECRET}
+
+
+def refuse_password(key: str, text: str) -> None:
+    """Raises ValueError for text with a user or password in a URL."""
+    if USER_IN_URL.search(text):
+        raise ValueError(
+            f"{key} has a URL with a user or password ({hidden(text)[:200]}), and params.yaml is committed; "
+            "give the URL without it, and put it into ~/.netrc: machine HOST login USER password PASSWORD"
+        )
