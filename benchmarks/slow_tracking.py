@@ -36,8 +36,8 @@ def train(data: Path, epochs: int, tracked: bool) -> dict[str, float]:
     from detr.model import ModelConfig, build_model
     from detr.train import TrainConfig, fit
     from detr.transforms import TrainTransform
+    from pipelines.mirror import Mirror
     from pipelines.params import from_document, merged
-    from pipelines.tracking import Mirror
 
     torch.set_num_threads(1)
     document = merged(ROOT, None, [f"train.epochs={epochs}", "train.log_steps=2", "train.evaluate_epochs=0"])

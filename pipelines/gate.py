@@ -212,7 +212,7 @@ def champions_matches(
     reason = "it was evaluated on other data"
     if same_images(best.tags, version.tags):
         try:
-            content = registry.run_file(best.run_id, "evaluate/detections.json")
+            content = registry.run_file(client, best.run_id, "evaluate/detections.json")
             expected = best.tags.get("detections_sha256")
             if expected not in (None, hashlib.sha256(content).hexdigest()):
                 raise ValueError("they are not those that it was registered with")

@@ -1,8 +1,10 @@
 """Champion, challenger and the champion before; and whose turn it is to change them."""
 
 import contextlib
+import json
 import os
 import platform
+import tempfile
 import threading
 import time
 import uuid
@@ -53,27 +55,19 @@ def champions_file(path: str) -> Any:
     best = champion(client)
     if best is None:
         return None
-    import mlflow
-
     try:
-        return mlflow.artifacts.load_dict(f"runs:/{best.run_id}/{path}")
-    except Exception as error:
-        reason = " ".join(str(error).split())[:300]
-        raise ValueError(f"{path} of version {best.version}, the champion, cannot be read: {reason}") from error
+        return json.loads(run_file(client, best.run_id, path))
+    except ValueError as error:
+        raise ValueError(f"{path} of version {best.version}, the champion, cannot be read: {error}") from error
 
 
-def run_file(run_id: str, path: str) -> bytes:
-    """A file among a run's artifacts; what is raised where there is none depends on the store."""
-    import tempfile
-
-    import mlflow
-
+def run_file(client: "MlflowClient", run_id: str, path: str) -> bytes:
+    """A file among a run's artifacts. Raises ValueError where it has none, or it cannot be had."""
     with tempfile.TemporaryDirectory() as folder:
-        return Path(
-            mlflow.artifacts.download_artifacts(
-                run_id=run_id, artifact_path=path, dst_path=folder, tracking_uri=tracking.tracking_uri()
-            )
-        ).read_bytes()
+        found = tracking.fetch_artifact(client, run_id, path, Path(folder))
+        if found is None:
+            raise ValueError(f"MLflow's run {run_id} has no {path}")
+        return found.read_bytes()
 
 
 def has_files(client: "MlflowClient", version: "ModelVersion") -> bool:

@@ -111,30 +111,35 @@ def differences_here(tags: dict[str, str]) -> list[str]:
 
 def fetch(client: Any, registered: Registered, folder: Path) -> None:
     """Downloads what the version's artifacts hold; a warning for each that cannot be had."""
-    run = f"runs:/{registered.run_id}"
-    wanted = {"model.safetensors": f"{registered.name}/artifacts/model.safetensors", "dvc.lock": f"{run}/dvc.lock"}
+    wanted = {"dvc.lock": "dvc.lock"}
     if registered.is_dirty:
-        wanted |= {name: f"{run}/{name}" for name in ("params.yaml", "git.diff")}
+        wanted |= {name: name for name in ("params.yaml", "git.diff")}
     try:
         weights = client.get_run(registered.run_id).data.tags.get("weights_sha256")
         if weights == registered.tags.get("weights_sha256"):
-            wanted |= {
-                "history.jsonl": f"{run}/train/history.jsonl",
-                "detections.json": f"{run}/evaluate/detections.json",
-            }
+            wanted |= {"history.jsonl": "train/history.jsonl", "detections.json": "evaluate/detections.json"}
         else:
             registered.warnings.append("history and detections of its run are of another version: not compared")
     except Exception as error:
         registered.warnings.append(f"its run cannot be had: {' '.join(str(error).split())[:300]}")
-    for name, uri in wanted.items():
+    number = registered.name.rpartition("/")[2]
+    try:
+        registered.files["model.safetensors"] = tracking.fetch_model_file(number, "artifacts/model.safetensors", folder)
+    except ValueError as error:
+        registered.warnings.append(str(error))
+    for name, path in wanted.items():
+        found, reason = None, f"MLflow's run {registered.run_id} has no {path}"
         try:
-            registered.files[name] = tracking.download_artifact(uri, folder)
+            found = tracking.fetch_artifact(client, registered.run_id, path, folder)
         except ValueError as error:
-            if name != "git.diff":
-                registered.warnings.append(str(error))
-            elif "git_diff_sha256" in registered.tags or "params_sha256" not in registered.tags:
-                lost = "uncommitted changes that were part of it, other than of params.yaml, are lost"
-                registered.warnings.append(f"{lost}: {error}")
+            reason = str(error)
+        if found:
+            registered.files[name] = found
+        elif name != "git.diff":
+            registered.warnings.append(reason)
+        elif "git_diff_sha256" in registered.tags or "params_sha256" not in registered.tags:
+            lost = "uncommitted changes that were part of it, other than of params.yaml, are lost"
+            registered.warnings.append(f"{lost}: {reason}")
 
 
 def restore(root: Path, place: Path, registered: Registered) -> None:

@@ -38,8 +38,9 @@ from detr.official import fetch, initialize
 from detr.train import TrainConfig, fit
 from detr.transforms import EvalTransform, TrainTransform
 from pipelines import params
+from pipelines.mirror import Mirror
 from pipelines.stage import DATA, EXPECTED, command, explain
-from pipelines.tracking import Mirror, sha256
+from pipelines.tracking import sha256
 from pipelines.training_log import Log
 
 PASSED = Path("artifacts/validate/passed.json")

@@ -136,7 +136,7 @@ def assert_whole(root, folder):
         call(root, "git", "worktree", "add", "--quiet", "--detach", str(place), version.tags["git_commit"])
         lock = place / "dvc.lock"
         if not lock.exists() or tracking.sha256(lock) != version.tags["dvc_lock_sha256"]:
-            tracking.download_artifact(f"runs:/{version.run_id}/dvc.lock", place)
+            tracking.fetch_artifact(client, version.run_id, "dvc.lock", place)
         (place / ".dvc" / "config.local").write_text(f"[cache]\n    dir = {root}/.dvc/cache\n")
         call(place, "dvc", "checkout")
         assert tracking.sha256(place / "artifacts/train/model.safetensors") == version.tags["weights_sha256"]

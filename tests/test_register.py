@@ -207,7 +207,7 @@ def test_the_better_takes_the_place_an_equal_does_not_and_protection_holds(proje
     assert "registered detr version 4 as challenger" in said
     assert f"{name} loses " in said
     client = at_uri(uri)
-    page = registry.run_file(client.get_model_version(MODEL, "4").run_id, "register/decision.md").decode()
+    page = registry.run_file(client, client.get_model_version(MODEL, "4").run_id, "register/decision.md").decode()
     assert f"| {name} | 0.0000 |" in page
     assert look(uri)[0] == {"champion": 2, "previous_champion": 1, "challenger": 4}
 

@@ -15,10 +15,9 @@ from torchvision.io import write_png
 
 from detr.checkpoint import Category, InputSize, save_model
 from detr.model import build_model
-from pipelines import tracking
+from pipelines.mirror import Mirror
 from pipelines.params import merged, to_yaml
 from pipelines.tracking import (
-    Mirror,
     connect,
     fill_in,
     fill_in_pictures,
@@ -153,7 +152,7 @@ def test_without_a_row_there_is_no_run(local):
 
 
 def test_system_metrics_go_along(local, monkeypatch):
-    monkeypatch.setattr(tracking, "TICK_SECONDS", 0.1)
+    monkeypatch.setattr("pipelines.mirror.TICK_SECONDS", 0.1)
     mirror = mirrored(ROWS[:2])
     eventually(lambda: not mirror._rows and mirror._client)
     client, name = connect(), "system/cpu_utilization_percentage"
@@ -174,7 +173,7 @@ def test_system_metrics_go_along(local, monkeypatch):
 
 
 def test_the_mirror_goes_on_once_a_store_is_there(local, pictures, monkeypatch, capsys):
-    monkeypatch.setattr(tracking, "TICK_SECONDS", 0.1)
+    monkeypatch.setattr("pipelines.mirror.TICK_SECONDS", 0.1)
     with absent_server() as uri, monkeypatch.context() as away:
         away.setenv("MLFLOW_TRACKING_URI", uri)
         mirror = mirrored(ROWS[:3], pictures[:1])
@@ -202,7 +201,7 @@ def test_the_mirror_survives_a_server_that_is_not_there(monkeypatch, capsys):
 
 
 def test_the_mirror_does_not_wait_for_a_server_that_hangs(monkeypatch):
-    monkeypatch.setattr(tracking, "ANSWER_SECONDS", 600)
+    monkeypatch.setattr("pipelines.mirror.ANSWER_SECONDS", 600)
     with silent_server() as uri:
         monkeypatch.setenv("MLFLOW_TRACKING_URI", uri)
         mirror = mirrored(ROWS)
@@ -214,9 +213,9 @@ def test_the_mirror_does_not_wait_for_a_server_that_hangs(monkeypatch):
 def test_a_process_ends_while_its_server_hangs_and_never_imports_mlflow(tmp_path):
     code = f"""
 import sys
-from pipelines import tracking
-tracking.ANSWER_SECONDS = 600
-mirror = tracking.Mirror("abc", "train abc", {{}})
+import pipelines.mirror
+pipelines.mirror.ANSWER_SECONDS = 600
+mirror = pipelines.mirror.Mirror("abc", "train abc", {{}})
 for row in {ROWS}:
     mirror.put(row)
 mirror.close()

@@ -59,7 +59,7 @@ def test_the_library_meets_nobody(path):
     [
         ("dvc", {"cache", "history", "worktree"}),
         ("prefect", {"automations", "flow"}),
-        ("mlflow", {"packaging", "registry", "served_model", "tracking"}),
+        ("mlflow", {"mirror", "packaging", "registry", "served_model", "tracking"}),
         ("great_expectations", {"validate"}),
         ("subprocess", {"git", "packaging", "processes", "register", "services"}),
     ],
