@@ -10,6 +10,7 @@ should run on the machine.
 import argparse
 import json
 import os
+import signal
 import socket
 import statistics
 import subprocess
@@ -35,9 +36,9 @@ def call(folder: Path, *command: str, **env: str) -> str:
 def plain(clone: Path, overrides: list[str], mlflow: str) -> float:
     """Seconds of `dvc repro`."""
     settings = [part for override in overrides for part in ("--set", override)]
+    subprocess.run(["git", "checkout", "--quiet", "params.yaml"], cwd=clone, check=True)  # those of the round before
     merged = call(clone, "pipelines", "params", *settings)
     started = time.perf_counter()
-    subprocess.run(["git", "checkout", "--quiet", "params.yaml"], cwd=clone, check=True)
     (clone / "params.yaml").write_text(merged)
     call(clone, "dvc", "repro", MLFLOW_TRACKING_URI=mlflow)
     return time.perf_counter() - started
@@ -79,6 +80,7 @@ def main() -> None:
             ports.append(str(free.getsockname()[1]))
     api, mlflow = f"http://127.0.0.1:{ports[0]}/api", f"http://127.0.0.1:{ports[1]}"
     os.environ.pop("PREFECT_HOME", None)  # each clone has its own
+    signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))  # as an exception, which stops the servers
     with tempfile.TemporaryDirectory() as folder:
         clones = {name: Path(folder, name) for name in ("plain", "prefect")}
         for clone in clones.values():

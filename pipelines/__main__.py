@@ -42,19 +42,22 @@ def check(document: Any) -> None:
 def run(preset: str | None, overrides: list[str], refresh: bool) -> None:
     """Runs the pipeline as a Prefect flow: here, or in a worktree of its own with a preset or overrides."""
     root = Path.cwd()
-    check(parameters(root, preset, overrides))
+    here = preset is None and not overrides
+    dirty = not here and is_dirty(root)
+    if not dirty:  # else the code of the commit checks what it has
+        check(parameters(root, preset, overrides))
     os.environ.setdefault("PREFECT_HOME", str(root / ".prefect"))
     os.environ.setdefault("PREFECT_SERVER_EPHEMERAL_STARTUP_TIMEOUT_SECONDS", "120")
     os.environ.setdefault("MLFLOW_TRACKING_URI", f"sqlite:///{root / 'mlflow.db'}")
     leave_on_signals()
-    if preset is None and not overrides:
+    if here:
         with worktree.only_one(root, lambda line: print(line, flush=True)):
             from pipelines import flow
 
             flow.run(flow.pipeline, "params.yaml", root, refresh)
         summarize(root / "artifacts/evaluate", root / "artifacts/register/version.json")
         return
-    if is_dirty(root):
+    if dirty:
         print("warning: uncommitted changes are not part of this run; it works at the last commit", file=sys.stderr)
     from pipelines import flow
 

@@ -16,21 +16,11 @@ from pipelines import params
 from pipelines.archive import check_space, copy, extract, opened, pack
 from pipelines.fetch import Remote, claimed, fetch_all, shown, sizes_of
 from pipelines.shapes import ShapesParams, write_shapes
+from pipelines.sources import PICTURES, FileSources, is_url, sources_in
 from pipelines.stage import DATA, FILES, command
 
 DOWNLOADS = Path("scratch/downloads")
-PICTURES = (".jpg", ".jpeg", ".png")
 NOT_JSON = re.compile(rb"(?<=[:,\[\s])(?:NaN|-?Infinity)(?=[,\]}\s])")  # but Python writes and reads it
-
-
-@dataclass(frozen=True)
-class FileSources:
-    """Where the four files come from: a URL or path each; `archive.zip#member` takes one file out of a zip."""
-
-    train_images: str  # a zip, or a folder of pictures
-    val_images: str
-    train_annotations: str
-    val_annotations: str
 
 
 @dataclass(frozen=True)
@@ -48,7 +38,7 @@ class DownloadParams:
             if len(digest) != 64:
                 raise ValueError(f"download.sha256 of {shown(place)} has {len(digest)} characters, expected 64")
         for url in (*self.mirrors, *(mirror for mirrors in self.mirrors.values() for mirror in mirrors)):
-            if not _is_url(url):
+            if not is_url(url):
                 raise ValueError(f"download.mirrors has {url!r}, expected the beginning of an http or https URL")
         if self.max_images < 0:
             raise ValueError(f"download.max_images is {self.max_images}, expected a number of images, or 0 for all")
@@ -84,7 +74,7 @@ def download(config: DownloadParams, data: Path, downloads: Path) -> None:
         with _all_or_none(data) as partial:
             write_shapes(config.shapes, partial)
         return
-    source = config.source if isinstance(config.source, FileSources) else _sources_in(config.source)
+    source = config.source if isinstance(config.source, FileSources) else sources_in(config.source)
     remotes = _remotes(config, source)
     with claimed(remotes, downloads):
         sizes = sizes_of(remotes)
@@ -120,40 +110,12 @@ def _all_or_none(data: Path) -> Iterator[Path]:
         shutil.rmtree(partial, ignore_errors=True)
 
 
-def _sources_in(place: str) -> FileSources:
-    """The four files of a user's folder; images as {train,val}.zip or folders {train,val}/."""
-    folder = Path(place)
-    if _is_url(place) or not folder.is_dir():
-        raise ValueError(f"download.source is {shown(place)!r}: no such folder; give shapes, a folder, or four files")
-    places: dict[str, str] = {}
-    for split in ("train", "val"):
-        annotations = folder / f"instances_{split}.json"
-        if not annotations.is_file():
-            raise ValueError(
-                f"{annotations} is missing: a source folder holds instances_train.json and instances_val.json"
-            )
-        images = [path for path in (folder / f"{split}.zip", folder / split) if path.exists()]
-        if not images:
-            raise ValueError(f"{folder} has neither {split}.zip nor a folder {split}/ with pictures")
-        places |= {f"{split}_annotations": str(annotations), f"{split}_images": str(images[0])}
-    return FileSources(**places)
-
-
-def _is_url(place: str) -> bool:
-    scheme, separator, _ = place.partition("://")
-    if separator and scheme.lower() not in ("http", "https"):
-        raise ValueError(
-            f"{shown(place)} has the scheme {scheme!r}; http, https and local paths work: mount it, and give its path"
-        )
-    return bool(separator)
-
-
 def _remotes(config: DownloadParams, source: FileSources) -> list[Remote]:
     """What is to be fetched. Raises ValueError for local files that do not exist or differ from their checksum."""
     remotes = []
     for place in dict.fromkeys(place.partition("#")[0] for place in asdict(source).values()):
         sha256 = config.sha256.get(place, "").lower()
-        if _is_url(place):
+        if is_url(place):
             known = [(start, mirror) for start, mirrors in config.mirrors.items() for mirror in mirrors]
             mirrored = (mirror + place.removeprefix(start) for start, mirror in known if place.startswith(start))
             remotes.append(Remote((place, *mirrored), sha256))

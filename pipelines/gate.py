@@ -254,7 +254,8 @@ def as_markdown(decision: Decision, config: RegisterParams) -> str:
 
     lines = [f"# Version {decision.candidate.version}: {decision.alias}", "", f"{decision.sentence}.", ""]
     lines += [f"| | version | AP | {config.confidence:.0%} interval | from |", "|---|---|---|---|---|"]
-    for role, one in (("candidate", decision.candidate), ("champion before", decision.champion)):
+    rival = "champion before" if decision.alias == "champion" else "champion"
+    for role, one in (("candidate", decision.candidate), (rival, decision.champion)):
         if one is not None:
             lines.append(f"| {role} | {one.version} | {number(one.ap)} | {span(one.low, one.high)} | {one.source} |")
     if decision.gain is not None:

@@ -66,6 +66,11 @@ class Registration:
     champion: Version | None
     decision: dict[str, Any]
 
+    @property
+    def rival(self) -> str:
+        """What the champion that the version was judged against is called, now that the decision is made."""
+        return "champion before" if self.decision.get("alias") == "champion" else "champion"
+
 
 def result(place: Path, root: Path, branch: str, note: str, stages: Sequence[Stage]) -> Result:
     """The result of the run in the worktree `place`: against the champion, what changed, where it all is.
@@ -135,13 +140,13 @@ def title_of(number: int, ap: float, known: Registration | None, branch: str) ->
 
 
 def against(metrics: dict[str, float], known: Registration | None, share: float) -> str:
-    """AP with its interval, that of the champion before, and the gain, on the same validation images."""
+    """AP with its interval, that of the champion it was judged against, and the gain, on the same images."""
     header = ["", "version", "AP", f"{share:.0%} interval"]
     decision = known.decision if known else {}
-    if not decision:
+    if not known or not decision:
         return table([header, ["new", "", fixed(metrics["AP"]), span(metrics["AP_low"], metrics["AP_high"])]])
     rows = [header]
-    for role, one in (("new", decision["candidate"]), ("champion before", decision["champion"])):
+    for role, one in (("new", decision["candidate"]), (known.rival, decision["champion"])):
         if one:
             rows.append([role, one["version"], fixed(one["ap"]), span(one["low"], one["high"])])
     if decision["gain"] is not None:
@@ -151,28 +156,29 @@ def against(metrics: dict[str, float], known: Registration | None, share: float)
 
 
 def what_changed(known: Registration, root: Path, missing: list[str]) -> list[str]:
-    """The section on parameters and data, against the champion before."""
+    """The section on parameters and data, against the champion that the version was judged against."""
     new, old = known.new, known.champion
     if old is None:
         return []
     lines = [f"## What changed against version {old.number}", ""]
     if differing := unequal([old.params, new.params]):
-        lines += ["**Parameters:**", "", *differences(differing, old, new)]
+        lines += ["**Parameters:**", "", *differences(differing, known)]
     else:
         lines += ["**Parameters:** nothing", ""]
     if old.data is not None and new.data is not None and old.data.content == new.data.content:
         return [*lines, "**Data:** nothing", ""]
-    lines += ["**Data:**", "", *differences(unequal([old.statistics, new.statistics]), old, new)]
+    lines += ["**Data:**", "", *differences(unequal([old.statistics, new.statistics]), known)]
     details = data_changes(old, new, root, missing)
     return [*lines, fenced(details.splitlines()), ""] if details else lines
 
 
-def differences(rows: dict[str, list[Any]], old: Version, new: Version) -> list[str]:
+def differences(rows: dict[str, list[Any]], known: Registration) -> list[str]:
     """The first of what differs as a table."""
-    if not rows:
+    old, new = known.champion, known.new
+    if not rows or old is None:
         return []
     shown = [[plain(name), *(plain(text(value)) for value in values)] for name, values in rows.items()]
-    names = ["", f"{old.number}, the champion before", f"{new.number}, new"]
+    names = ["", f"{old.number}, the {known.rival}", f"{new.number}, new"]
     lines = [table([names, *shown[:NUM_DIFFERENCES]]), ""]
     if len(shown) > NUM_DIFFERENCES:
         command = f"python -m pipelines compare {old.number} {new.number}"

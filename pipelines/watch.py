@@ -7,6 +7,7 @@ import tempfile
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from dataclasses import asdict
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -17,12 +18,11 @@ from pipelines import params
 from pipelines.fetch import AS_IT_IS, shown
 from pipelines.git import full_commit, git
 from pipelines.history import data_version
+from pipelines.sources import PICTURES, sources_in
 from pipelines.stage import FILES, write_json
-from pipelines.versions import SPLITS
 
 Look = dict[str, dict[str, Any]]  # what was seen, by what it is about
 TIMEOUT = (5.0, 5.0)  # seconds to connect, and without an answer after that
-PICTURES = (".jpg", ".jpeg", ".png")  # which the download stage takes out of a folder
 
 
 @contextmanager
@@ -72,23 +72,11 @@ def look(root: Path, document: Any) -> Look:
     source = download["source"]
     if source == "shapes":
         return {"download.shapes": dict(download["shapes"])}
-    places = dict(source) if isinstance(source, dict) else _places_in(root, source)
+    places = dict(source) if isinstance(source, dict) else asdict(sources_in(source, root))
     seen: Look = {"download": {"max_images": download["max_images"]}}
     with ThreadPoolExecutor(len(places)) as pool:
         found = pool.map(lambda place: _look_at(root, place, download["mirrors"]), places.values())
         return seen | {f"download.source.{name}": one for name, one in zip(places, found, strict=True)}
-
-
-def _places_in(root: Path, source: str) -> dict[str, str]:
-    """The files of a source folder, as the download stage chooses them."""
-    if not (root / source).is_dir():
-        raise ValueError(f"download.source is {shown(source)!r}: no such folder; put it back, or correct params.yaml")
-    places = {}
-    for split in SPLITS:
-        archive = f"{source}/{split}.zip"
-        places[f"{split}_images"] = archive if (root / archive).exists() else f"{source}/{split}"
-        places[f"{split}_annotations"] = f"{source}/instances_{split}.json"
-    return places
 
 
 def _look_at(root: Path, place: str, mirrors: dict[str, list[str]]) -> dict[str, Any]:

@@ -69,6 +69,10 @@ class Services:
         found = self.ask("POST", "artifacts/filter", artifacts={"flow_run_id": {"any_": [run_id]}})
         return {one["key"]: one for one in found}
 
+    def percent(self, run_id: str) -> float:
+        """Where the progress of a run's training stands; 0 before it has any."""
+        return float(self.artifacts(run_id).get("training", {"data": 0})["data"])
+
     def training(self, *overrides: str) -> str:
         """A run that has begun to train, and has saved a state: its id."""
         before = {path: path.stat().st_mtime_ns for path in self.states()}
@@ -157,12 +161,10 @@ class Services:
 
         return again
 
-    def up(self) -> None:
-        ports = (address.rpartition(":")[2] for address in (self.prefect, self.mlflow))
-        options = [
-            part for name, port in zip(("prefect", "mlflow"), ports, strict=True) for part in (f"--{name}-port", port)
-        ]
-        call(self.project, "python", "-m", "pipelines", "up", *options)
+    def up(self, **env: str) -> None:
+        prefect, mlflow = (address.rpartition(":")[2] for address in (self.prefect, self.mlflow))
+        ports = ("--prefect-port", prefect, "--mlflow-port", mlflow)
+        call(self.project, "python", "-m", "pipelines", "up", *ports, **env)
 
     def assert_sound(self) -> None:
         """What holds whatever has happened: no worktree, lock or process is left, every version is a commit."""
@@ -219,20 +221,9 @@ class Services:
 @contextlib.contextmanager
 def services(project: Path, **env: str) -> Iterator[Services]:
     """Runs `up` for a small project on free ports, and `down` afterwards."""
-    ports = free_port(), free_port()
+    found = Services(project, *(f"http://127.0.0.1:{free_port()}" for _ in range(2)))
     try:
-        call(
-            project,
-            "python",
-            "-m",
-            "pipelines",
-            "up",
-            "--prefect-port",
-            str(ports[0]),
-            "--mlflow-port",
-            str(ports[1]),
-            **env,
-        )
-        yield Services(project, *(f"http://127.0.0.1:{port}" for port in ports))
+        found.up(**env)
+        yield found
     finally:
         call(project, "python", "-m", "pipelines", "down")

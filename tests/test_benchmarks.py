@@ -53,6 +53,14 @@ def test_the_memory_of_annotations_is_measured():
     assert all(result["figures"][f"worker by {method}, MB"][1] < 50 for method in ("fork", "spawn"))
 
 
+def test_what_prefect_adds_is_measured():
+    result = json.loads(call(ROOT, sys.executable, "benchmarks/orchestration.py", "--quick").splitlines()[-1])
+    assert result["benchmark"] == "orchestration"
+    assert result["ratios"].keys() == {"dvc repro"}
+    assert result["figures"].keys() == {"first", "total", "waited"}
+    assert all(figure > 0 for figure in (*result["ratios"].values(), *result["figures"].values()))
+
+
 def test_the_drawn_data_has_no_fault(tmp_path):
     counts = {"train": (300, 2000), "val": (90, 200)}
     for name in ("one", "two"):

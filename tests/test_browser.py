@@ -138,7 +138,7 @@ def test_the_artifacts_are_rendered(served, page):
 
     visit("result")
     expect(page.get_by_role("heading", name=re.compile(r"^Version \d is "))).to_be_visible()
-    for text in ("champion before", "train.epochs", "How long it took", "Is it the number of epochs?"):
+    for text in ("1, the champion", "train.epochs", "How long it took", "Is it the number of epochs?"):
         expect(page.get_by_text(text).first).to_be_visible()
     picture(page, "result")
     for link in ("^Data Docs$", "^the dataset's page$", "^model version", "^run$", "^compared with version"):

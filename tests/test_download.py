@@ -14,8 +14,9 @@ import pytest
 from urllib3.util import Retry
 
 import pipelines.fetch
-from pipelines.download import DownloadParams, FileSources, download
+from pipelines.download import DownloadParams, download
 from pipelines.params import from_document, merged, to_yaml
+from pipelines.sources import FileSources
 from pipelines.stage import FILES
 from tests.bad_line import Answer, Site, serving
 from tests.conftest import ROOT, SHAPES, environment

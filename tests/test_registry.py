@@ -71,12 +71,13 @@ def test_the_gate(candidate, before, gains, changes, alias, said):
         in page
     )
     assert "| cat | 0.4000 | 0.5000 | -0.1000 |" in page
+    assert f"| {'champion before' if alias == 'champion' else 'champion'} | 1 | {before:.4f} |" in page
 
 
 def test_the_first_is_the_champion():
     decision = decide(numbers("1", 0.0), None, None, CONFIG)
     assert (decision.alias, decision.sentence) == ("champion", "there was no champion")
-    assert "champion before" not in as_markdown(decision, CONFIG)
+    assert "| champion" not in as_markdown(decision, CONFIG)
 
 
 @pytest.mark.parametrize(

@@ -9,6 +9,7 @@ LONG = ("train.epochs=30", "train.evaluate_epochs=0")
 
 def test_cancelled_in_the_middle_all_ends_in_30_seconds_and_the_next_run_resumes(served):
     run_id = served.training(*LONG)
+    served.wait_until(lambda: served.percent(run_id) > 10, 120, "progress")
     stage = served.processes("DETR_WORKTREE")
     assert len([one for one in stage if "pipelines.train" in " ".join(one.cmdline())]) >= 3  # torchrun and its children
     served.ask("POST", f"flow_runs/{run_id}/set_state", state={"type": "CANCELLING"})
@@ -18,8 +19,11 @@ def test_cancelled_in_the_middle_all_ends_in_30_seconds_and_the_next_run_resumes
     assert served.states()
     served.assert_sound()
     again = served.start("retrain/on-demand", overrides=list(LONG))
+    served.wait_until(lambda: served.percent(again), 200, "progress of what goes on")
+    assert served.percent(again) >= served.percent(run_id) > 10
     served.completed(again)
     assert "resuming at step" in served.log(again)
+    assert served.percent(again) == 100
     assert not served.states()
     served.assert_sound()
 
@@ -38,6 +42,18 @@ def test_prefects_server_may_be_away_while_a_run_goes_on(served):
     run_id = served.training(*LONG, "train.seed=2")
     again = served.stop("prefect server")
     time.sleep(20)  # in which a state may have to be told
+    again()
+    served.completed(run_id)
+    assert served.tasks(run_id)["register"] == "Ran"
+    served.assert_sound()
+
+
+def test_prefects_server_may_be_away_when_a_result_is_to_be_shown(served):
+    before = served.versions().keys()
+    run_id = served.training(*LONG, "train.seed=4")
+    served.wait_until(lambda: served.versions().keys() - before, 200, "the registration")
+    again = served.stop("prefect server")
+    time.sleep(20)
     again()
     served.completed(run_id)
     assert served.tasks(run_id)["register"] == "Ran"

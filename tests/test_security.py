@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 import sqlite3
 import subprocess
 from contextlib import closing
@@ -321,7 +322,7 @@ def loud(tmp_path_factory):
     call(project, "git", "remote", "add", "origin", "https://planted-git-token-6@127.0.0.1:9/x.git")
     call(project, "python", "-m", "dvc", "remote", "add", "--local", "--default", "far", "https://127.0.0.1:9/x")
     call(project, "python", "-m", "dvc", "remote", "modify", "--local", "far", "password", "planted-dvc-7")
-    with services(project, **PLANTED) as found:
+    with services(project, DETR_DATA_ROOTS=str(project.parent / "shared"), **PLANTED) as found:
         yield found
 
 
@@ -368,6 +369,16 @@ def test_no_secret_of_the_environment_is_kept_of_runs_that_print_it(loud: Servic
                 text = f"{one['description']} {one['data']}"
                 assert not re.search(r"(?<!\\)<(script|img)|1337", text)  # a backslash has Markdown show it as it is
     assert not outside.exists()
+
+
+def test_a_run_may_take_data_from_the_folders_that_its_worker_names(loud: Services, drawn):
+    folder = shutil.copytree(drawn, loud.project.parent / "shared" / "coco")
+    other = shutil.copytree(drawn, loud.project.parent / "other")
+    taken = loud.start("retrain/on-demand", overrides=[f"download.source={folder}", "train.epochs=1"])
+    refused = loud.start("retrain/on-demand", overrides=[f"download.source={other}", "train.epochs=1"])
+    branch = loud.completed(taken)
+    assert f"source: {folder}\n" in call(loud.project, "git", "show", f"{branch}:params.yaml")
+    assert "outside of the project" in loud.wait(refused)["state"]["message"]
 
 
 def test_hostile_strings_from_the_form_run_nothing_and_are_told_in_one_line(loud: Services, tmp_path):

@@ -6,16 +6,16 @@ import shutil
 import threading
 from dataclasses import asdict, replace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from pathlib import Path
 
 import pytest
 import requests
 
-from pipelines import download, watch
+from pipelines import watch
 from pipelines.history import data_version
 from pipelines.markdown import plain
 from pipelines.params import merged, to_yaml
 from pipelines.shapes import write_shapes
+from pipelines.sources import sources_in
 from tests.conftest import ROOT, SHAPES, call, free_port, small_project
 from tests.orchestra import services
 
@@ -164,13 +164,12 @@ def local(source):
 def test_local_files_are_told_apart_as_the_download_stage_takes_them(source):
     before = local(source)
     places = {one["place"] for name, one in before.items() if name != "download"}
-    taken = asdict(download._sources_in(str(source))).values()
-    assert places == {Path(place).relative_to(source.parent).as_posix() for place in taken}
+    assert places == set(asdict(sources_in("source", source.parent)).values())
     (source / "instances_val.json").write_bytes((source / "instances_val.json").read_bytes())
     (line,) = watch.changes(before, local(source))
     assert line.startswith("download.source.val_annotations: modified was ")
     (source / "instances_val.json").unlink()
-    with pytest.raises(ValueError, match="source/instances_val.json does not exist"):
+    with pytest.raises(ValueError, match="source/instances_val.json is missing: a source folder holds"):
         local(source)
     shutil.rmtree(source)
     with pytest.raises(ValueError, match="'source': no such folder"):
@@ -183,7 +182,6 @@ def test_a_folder_of_pictures_is_told_apart_by_names_sizes_and_times(source):
     (source / "train.zip").unlink()
     last = local(source)
     assert "download.source.train_images: pictures was none, is 24" in watch.changes(before, last)
-    assert watch.PICTURES == download.PICTURES
     picture, other = sorted(path for path in (source / "train").rglob("*") if path.is_file())[:2]
     (source / "train" / "notes.txt").write_text("no picture")
     assert watch.changes(last, local(source)) == []
