@@ -221,7 +221,7 @@ def trained_project(folder: Path, data: Path, mark: str, detections: list[dict],
     return folder
 
 
-PROGRAMS = {"chromium": "chromium", "iproute2": "ip", "postgresql": "postgres"}
+PROGRAMS = {"chromium": "chromium", "docker-compose": "docker-compose", "postgresql": "postgres"}
 
 
 def needs(package: str) -> Path:

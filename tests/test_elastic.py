@@ -18,7 +18,8 @@ from tests.conftest import ROOT, environment
 
 HOSTS = {"detr-one": "10.213.0.1", "detr-two": "10.213.0.2"}
 pytestmark = pytest.mark.skipif(
-    os.geteuid() != 0 or not shutil.which("ip"), reason="network namespaces need root and iproute2: sudo, apt-get install iproute2"
+    os.geteuid() != 0 or not shutil.which("ip"),
+    reason="network namespaces need root and iproute2: sudo, apt-get install iproute2",
 )
 
 

@@ -323,6 +323,32 @@ def test_what_runs_in_production_is_published_to_this_machine_alone_and_comes_ba
     assert any(volume.endswith(":/project") for volume in COMPOSE["services"]["worker"]["volumes"])
 
 
+def test_compose_reads_the_file_as_these_tests_do(tmp_path):
+    program, given = needs("docker-compose"), {name: f"{k}@/:-" for k, name in enumerate(SECRETS)}
+    (tmp_path / ".env").write_text("".join(f"{name}={value}\n" for name, value in given.items()))
+
+    def config(file):
+        command = [program, "--env-file", file, "config"]
+        return subprocess.run(command, cwd=ROOT, env=environment(), capture_output=True, text=True, check=False)
+
+    done = config(tmp_path / ".env")
+    assert (done.returncode, done.stderr) == (0, "")
+    read = YAML(typ="safe").load(done.stdout)
+    assert read["services"].keys() == COMPOSE["services"].keys()
+    assert read["volumes"].keys() == COMPOSE["volumes"].keys()
+    for name, one in COMPOSE["services"].items():
+        there = read["services"][name]
+        wanted = {key: interpolated(text, given) for key, text in one.get("environment", {}).items()}
+        assert there.get("environment", {}) == wanted, name
+        assert there.get("command") == one.get("command"), name
+        assert there.get("healthcheck", {}).get("test") == one.get("healthcheck", {}).get("test"), name
+        conditions = {other: how["condition"] for other, how in there.get("depends_on", {}).items()}
+        assert conditions == {other: how["condition"] for other, how in one.get("depends_on", {}).items()}
+    done = config(ROOT / "deploy/env.example")
+    assert done.returncode
+    assert "choose the password of the database, in .env" in done.stderr
+
+
 def test_no_password_is_in_the_repository_and_a_missing_one_is_asked_for():
     text = to_yaml(COMPOSE["services"])
     asked = set(re.findall(r"\$\{(\w+):\?", text))
