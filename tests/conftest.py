@@ -250,10 +250,9 @@ def mlflow_server(folder: Path, port: int | None = None) -> Iterator[tuple[str, 
     port = port or free_port()
     command = [sys.executable, "-m", "mlflow", "server", "--host", "127.0.0.1", "--port", str(port), "--workers", "1"]
     command += ["--backend-store-uri", f"sqlite:///{folder}/server.db", "--artifacts-destination", f"{folder}/store"]
+    env = environment(MLFLOW_SERVER_ENABLE_JOB_EXECUTION="false")  # eight processes that nothing here uses
     with (folder / "log").open("a") as log:
-        server = subprocess.Popen(
-            command, cwd=folder, env=environment(), stdout=log, stderr=log, start_new_session=True
-        )
+        server = subprocess.Popen(command, cwd=folder, env=env, stdout=log, stderr=log, start_new_session=True)
     try:
         deadline = time.monotonic() + 180
         while True:

@@ -58,10 +58,10 @@ def served(browser, tmp_path_factory):
         yield SimpleNamespace(services=found, first=first)
 
 
-def picture(page, name):
-    """Keeps a picture of the page where it is asked for, in few colours."""
+def picture(page, name, height=900):
+    """Keeps a picture of the top of the page where it is asked for, in few colours."""
     if PICTURES:
-        content = page.screenshot(animations="disabled")
+        content = page.screenshot(animations="disabled", clip={"x": 0, "y": 0, "width": 1280, "height": height})
         path = Path(PICTURES) / f"{name}.png"
         Image.open(io.BytesIO(content)).convert("RGB").quantize(128).save(path, optimize=True)
         assert path.stat().st_size < 150_000
@@ -177,6 +177,7 @@ def test_mlflow_shows_the_version_and_compares_two(served, page):
     urls = {name.rstrip(" 0123456789"): url for name, url in re.findall(r"\[([^\]]+)\]\((http[^)]+)\)", text)}
     page.goto(urls["model version"])
     expect(page.get_by_text(re.compile("champion|challenger")).first).to_be_visible()
+    picture(page, "version", 700)
     page.goto(urls["compared with version"])
     expect(page.get_by_text(re.compile("Comparing 2 Runs")).first).to_be_visible()
     if (assistant := page.get_by_role("button", name="Close", exact=True)).is_visible():
@@ -186,4 +187,4 @@ def test_mlflow_shows_the_version_and_compares_two(served, page):
         expect(page.get_by_role("link", name=metric, exact=True)).to_be_visible()
     for run in re.findall(r"(?<=%22)[0-9a-f]{32}", urls["compared with version"]):
         expect(page.locator(f"a[href$='/runs/{run}']").first).to_be_attached()
-    picture(page, "compare")
+    picture(page, "compare", 420)
