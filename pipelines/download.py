@@ -16,7 +16,7 @@ from pipelines import params
 from pipelines.archive import check_space, copy, extract, opened, pack
 from pipelines.fetch import Remote, claimed, fetch_all, shown, sizes_of
 from pipelines.shapes import ShapesParams, write_shapes
-from pipelines.sources import PICTURES, FileSources, is_url, sources_in
+from pipelines.sources import PICTURES, FileSources, addresses, is_url, sources_in
 from pipelines.stage import DATA, FILES, command
 
 DOWNLOADS = Path("scratch/downloads")
@@ -116,9 +116,7 @@ def _remotes(config: DownloadParams, source: FileSources) -> list[Remote]:
     for place in dict.fromkeys(place.partition("#")[0] for place in asdict(source).values()):
         sha256 = config.sha256.get(place, "").lower()
         if is_url(place):
-            known = [(start, mirror) for start, mirrors in config.mirrors.items() for mirror in mirrors]
-            mirrored = (mirror + place.removeprefix(start) for start, mirror in known if place.startswith(start))
-            remotes.append(Remote((place, *mirrored), sha256))
+            remotes.append(Remote(addresses(place, config.mirrors), sha256))
         elif not Path(place).exists():
             raise ValueError(f"download.source: {place} does not exist")
         elif sha256:

@@ -254,8 +254,7 @@ def as_markdown(decision: Decision, config: RegisterParams) -> str:
 
     lines = [f"# Version {decision.candidate.version}: {decision.alias}", "", f"{decision.sentence}.", ""]
     lines += [f"| | version | AP | {config.confidence:.0%} interval | from |", "|---|---|---|---|---|"]
-    rival = "champion before" if decision.alias == "champion" else "champion"
-    for role, one in (("candidate", decision.candidate), (rival, decision.champion)):
+    for role, one in (("candidate", decision.candidate), (registry.rival(decision.alias), decision.champion)):
         if one is not None:
             lines.append(f"| {role} | {one.version} | {number(one.ap)} | {span(one.low, one.high)} | {one.source} |")
     if decision.gain is not None:

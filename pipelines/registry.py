@@ -33,6 +33,11 @@ def champion(client: "MlflowClient") -> "ModelVersion | None":
     return with_alias(client, "champion")
 
 
+def rival(alias: str | None) -> str:
+    """What the champion that a version was judged against is called once the version has its alias."""
+    return "champion before" if alias == "champion" else "champion"
+
+
 def with_alias(client: "MlflowClient", alias: str) -> "ModelVersion | None":
     from mlflow.exceptions import MlflowException
 

@@ -68,8 +68,7 @@ class Registration:
 
     @property
     def rival(self) -> str:
-        """What the champion that the version was judged against is called, now that the decision is made."""
-        return "champion before" if self.decision.get("alias") == "champion" else "champion"
+        return registry.rival(self.decision.get("alias"))
 
 
 def result(place: Path, root: Path, branch: str, note: str, stages: Sequence[Stage]) -> Result:

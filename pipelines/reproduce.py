@@ -11,7 +11,7 @@ from importlib.metadata import version as installed
 from pathlib import Path
 from typing import Any
 
-from pipelines import repro, tracking, verdict, worktree
+from pipelines import registry, repro, tracking, verdict, worktree
 from pipelines.git import full_commit
 from pipelines.overrides import absolute_paths
 from pipelines.params import read_yaml, to_yaml
@@ -111,13 +111,13 @@ def differences_here(tags: dict[str, str]) -> list[str]:
 
 def fetch(client: Any, registered: Registered, folder: Path) -> None:
     """Downloads what the version's artifacts hold; a warning for each that cannot be had."""
-    wanted = {"dvc.lock": "dvc.lock"}
+    wanted = ["dvc.lock"]
     if registered.is_dirty:
-        wanted |= {name: name for name in ("params.yaml", "git.diff")}
+        wanted += ["params.yaml", "git.diff"]
     try:
         weights = client.get_run(registered.run_id).data.tags.get("weights_sha256")
         if weights == registered.tags.get("weights_sha256"):
-            wanted |= {"history.jsonl": "train/history.jsonl", "detections.json": "evaluate/detections.json"}
+            wanted += ["train/history.jsonl", "evaluate/detections.json"]
         else:
             registered.warnings.append("history and detections of its run are of another version: not compared")
     except Exception as error:
@@ -127,19 +127,17 @@ def fetch(client: Any, registered: Registered, folder: Path) -> None:
         registered.files["model.safetensors"] = tracking.fetch_model_file(number, "artifacts/model.safetensors", folder)
     except ValueError as error:
         registered.warnings.append(str(error))
-    for name, path in wanted.items():
-        found, reason = None, f"MLflow's run {registered.run_id} has no {path}"
+    for path in wanted:
+        copy = folder / Path(path).name
         try:
-            found = tracking.fetch_artifact(client, registered.run_id, path, folder)
+            copy.write_bytes(registry.run_file(client, registered.run_id, path))
+            registered.files[copy.name] = copy
         except ValueError as error:
-            reason = str(error)
-        if found:
-            registered.files[name] = found
-        elif name != "git.diff":
-            registered.warnings.append(reason)
-        elif "git_diff_sha256" in registered.tags or "params_sha256" not in registered.tags:
-            lost = "uncommitted changes that were part of it, other than of params.yaml, are lost"
-            registered.warnings.append(f"{lost}: {reason}")
+            if copy.name != "git.diff":
+                registered.warnings.append(str(error))
+            elif "git_diff_sha256" in registered.tags or "params_sha256" not in registered.tags:
+                lost = "uncommitted changes that were part of it, other than of params.yaml, are lost"
+                registered.warnings.append(f"{lost}: {error}")
 
 
 def restore(root: Path, place: Path, registered: Registered) -> None:

@@ -36,6 +36,12 @@ def sources_in(place: str, root: Path = Path()) -> FileSources:
     return FileSources(**places)
 
 
+def addresses(url: str, mirrors: dict[str, list[str]]) -> tuple[str, ...]:
+    """A URL, and what may stand in its place: mirrors are given by the beginning of a URL, and tried in order."""
+    known = ((start, mirror) for start, some in mirrors.items() for mirror in some if url.startswith(start))
+    return url, *(mirror + url.removeprefix(start) for start, mirror in known)
+
+
 def is_url(place: str) -> bool:
     scheme, separator, _ = place.partition("://")
     if separator and scheme.lower() not in ("http", "https"):

@@ -4,7 +4,7 @@ import hashlib
 import json
 import os
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import asdict
@@ -18,7 +18,7 @@ from pipelines import params
 from pipelines.fetch import AS_IT_IS, shown
 from pipelines.git import full_commit, git
 from pipelines.history import data_version
-from pipelines.sources import PICTURES, sources_in
+from pipelines.sources import PICTURES, addresses, sources_in
 from pipelines.stage import FILES, write_json
 
 Look = dict[str, dict[str, Any]]  # what was seen, by what it is about
@@ -82,8 +82,7 @@ def look(root: Path, document: Any) -> Look:
 def _look_at(root: Path, place: str, mirrors: dict[str, list[str]]) -> dict[str, Any]:
     address = place.partition("#")[0]
     if "://" in address:
-        known = [(start, mirror) for start, some in mirrors.items() for mirror in some if address.startswith(start)]
-        return {"place": shown(place)} | _ask_any([address, *(m + address.removeprefix(s) for s, m in known)])
+        return {"place": shown(place)} | _ask_any(addresses(address, mirrors))
     path = root / address
     if path.is_dir():
         return {"place": place} | _folder(path)
@@ -117,10 +116,10 @@ def _time(nanoseconds: int) -> str:
     return f"{datetime.fromtimestamp(seconds, UTC):%Y-%m-%d %H:%M:%S}.{rest:09d}"
 
 
-def _ask_any(addresses: list[str]) -> dict[str, Any]:
+def _ask_any(places: Collection[str]) -> dict[str, Any]:
     """What the first server that answers says of a file."""
     failures = []
-    for address in addresses:
+    for address in places:
         try:
             return {"address": shown(address)} | _ask(address)
         except requests.RequestException as error:

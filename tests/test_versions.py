@@ -237,10 +237,10 @@ def test_old_versions_are_read_from_the_remote_of_today(history, copied):
     shutil.rmtree(copied / "scratch")
     shutil.rmtree(remote)
     assert "nor in the remote storage; push it from where it is: dvc push --all-commits" in pipelines(copied, "data")
-    call(copied, "dvc", "remote", "modify", "storage", "url", "s3://nowhere/data")
-    if find_spec("dvc_s3") is None:
+    call(copied, "dvc", "remote", "modify", "storage", "url", "gs://nowhere/data")
+    if find_spec("dvc_gs") is None:
         said = pipelines(copied, "data", "HEAD~1", code=1)
-        assert "cannot be read (remote: storage): s3 is supported, but requires 'dvc-s3' to be installed" in said
+        assert "cannot be read (remote: storage): gs is supported, but requires 'dvc-gs' to be installed" in said
 
 
 def test_a_version_that_is_nowhere_is_listed_without_counts(history, copied):

@@ -14,6 +14,7 @@ from pipelines.repro import stages
 from tests.conftest import ROOT, environment
 
 STAGES = ("download", "validate", "train", "evaluate", "register")
+OPERATORS = ["__main__", "automations", "cache", "flow", "git", "history", "report", "repro", "services", "worktree"]
 GRAPH = read_yaml(ROOT / "dvc.yaml")["stages"]
 
 
@@ -70,23 +71,7 @@ def test_each_tool_has_one_home(package, homes):
 
 def test_stages_never_import_each_other_nor_the_flow():
     for stage in STAGES:
-        others = {
-            f"pipelines/{name}.py"
-            for name in (
-                *STAGES,
-                "automations",
-                "cache",
-                "flow",
-                "git",
-                "history",
-                "report",
-                "repro",
-                "services",
-                "worktree",
-                "__main__",
-            )
-            if name != stage
-        }
+        others = {f"pipelines/{name}.py" for name in (*STAGES, *OPERATORS) if name != stage}
         assert not reach(ROOT / f"pipelines/{stage}.py") & others
     assert not reach(ROOT / "pipelines/flow.py") & {f"pipelines/{stage}.py" for stage in STAGES}
 
