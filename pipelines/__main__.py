@@ -109,6 +109,7 @@ def ui(which: str, port: int | None) -> None:
     print(f"http://127.0.0.1:{port}  (Ctrl-C ends it)", flush=True)
     env = os.environ | QUIET
     env.setdefault("PREFECT_HOME", str(root / ".prefect"))
+    env.setdefault(services.ORIGINS, services.origins(services.HOST, port))
     os.execve(sys.executable, [sys.executable, *arguments], env)
 
 
@@ -127,7 +128,7 @@ Data Docs  {python} -m pipelines ui docs       the dataset's page: ui dataset
 Stop       {python} -m pipelines down          a training goes on with the next `up`
 
 In this shell, for the commands below:
-export DO_NOT_TRACK=1 PREFECT_API_URL={urls["Prefect"]}/api MLFLOW_TRACKING_URI={urls["MLflow"]}
+export DO_NOT_TRACK=true PREFECT_API_URL={urls["Prefect"]}/api MLFLOW_TRACKING_URI={urls["MLflow"]}
 
 {python} -m prefect deployment run retrain/on-demand --param 'overrides=["train.epochs=4"]' --watch
 {python} -m prefect deployment schedule ls retrain/nightly    # it is off; `schedule resume` turns it on""")
@@ -171,6 +172,7 @@ def main() -> None:
     one.add_argument("--host", default="127.0.0.1", help="name or address to serve at; there is no authentication")
     verbs.add_parser("down", help="stop all that `up` has started")
     one = verbs.add_parser("automate", help="make work pool, queue and automations on the server of PREFECT_API_URL")
+    one.add_argument("--deploy", action="store_true", help="prefect deploy --all, with schedules left on or off as they are")
     one.add_argument("--resume", action="store_true", help="have runs that died go on; no worker may be alive")
     one = verbs.add_parser("data", help="print the versions of the data, or what changed between two")
     one.add_argument("old", nargs="?", metavar="OLD", help="a commit")
@@ -205,8 +207,12 @@ def main() -> None:
             print(f"{services.down(Path.cwd())} processes stopped")
         elif arguments.verb == "automate":
             from pipelines import automations, services
+            from pipelines.repro import call
 
             automations.prepare(os.environ.get(services.WEBHOOK))
+            if arguments.deploy:
+                with automations.schedules_kept():
+                    call(automations.DEPLOY, Path.cwd(), print)
             if arguments.resume:
                 automations.resume_interrupted()
         elif arguments.verb == "data":

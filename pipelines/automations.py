@@ -3,7 +3,7 @@
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
-from datetime import datetime, timedelta
+from datetime import UTC, datetime, timedelta
 from typing import Any
 
 from prefect.blocks.webhook import Webhook
@@ -26,8 +26,11 @@ from prefect.states import AwaitingRetry, Cancelled, Crashed
 from pydantic import SecretStr
 
 POOL, QUEUE = "detr", "training"
+DEPLOY = ["prefect", "--no-prompt", "deploy", "--all"]  # a Python module and its arguments
 SILENT = "DETR_SILENT_SECONDS"  # in the environment: without a heartbeat, after which a run counts as dead
 HEARTBEAT = "prefect.flow-run.heartbeat"  # every 30 seconds by prefect.yaml, the least that Prefect takes
+SILENCE = "no sign of life"  # begins why a silent run has crashed
+RESUMED = timedelta(hours=1)  # since its crash by silence, in which a run is taken for one that its machine interrupted
 MOST_ATTEMPTS = 5  # after which a run that died each time is not resumed by itself
 RUN: dict[str, str | list[str]] = {"prefect.resource.id": "prefect.flow-run.*"}
 OURS = ResourceSpecification({"prefect.resource.id": "prefect.tag.detr"})  # the tag of all deployments of prefect.yaml
@@ -73,7 +76,7 @@ def prepare(webhook: str | None = None) -> None:
             name="Crashed",
             state=StateType.CRASHED,
             force=False,
-            message=f"no sign of life for {seconds} seconds; retry it: it goes on from its last state",
+            message=f"{SILENCE} for {seconds} seconds; retry it: it goes on from its last state",
         )
         automate(client, "A silent run has crashed", silent, crashed)
         if webhook:
@@ -104,31 +107,34 @@ def schedules_kept() -> Iterator[None]:
     with get_client(sync_client=True) as client:
         before = client.read_deployments(work_pool_filter=pool)
         on = {deployment.id for deployment in before if any(schedule.active for schedule in deployment.schedules)}
-        yield
-        for deployment in client.read_deployments(work_pool_filter=pool):
-            for schedule in deployment.schedules if deployment.id in on else ():
-                client.update_deployment_schedule(deployment.id, schedule.id, active=True)
+        try:
+            yield
+        finally:
+            for deployment in client.read_deployments(work_pool_filter=pool):
+                for schedule in deployment.schedules if deployment.id in on else ():
+                    client.update_deployment_schedule(deployment.id, schedule.id, active=True)
 
 
-def resume_interrupted(since: datetime | None = None) -> list[str]:
+def resume_interrupted() -> list[str]:
     """Has the runs that died with their machine run again, from their last state; their names.
 
-    Nothing of the pool may be alive, nor have been after `since`: a run that crashed later was silent, and goes on too.
+    Nothing of the pool may be alive. Of crashed runs those go on that fell silent within the last hour: while the
+    machine was away, the server told them apart from the living before this did.
     """
-    states = FlowRunFilterStateType(any_=[StateType.RUNNING, StateType.PENDING, StateType.CANCELLING])
-    crashed = FlowRunFilterState(type=FlowRunFilterStateType(any_=[StateType.CRASHED]))
+    alive = FlowRunFilterStateType(any_=[StateType.RUNNING, StateType.PENDING, StateType.CANCELLING])
+    crashed = FlowRunFilterStateType(any_=[StateType.CRASHED])
+    lately = FlowRunFilterEndTime.model_validate({"after_": datetime.now(UTC) - RESUMED})
     pool = WorkPoolFilter(name=WorkPoolFilterName(any_=[POOL]))
     found = []
     with get_client(sync_client=True) as client:
         runs = client.read_flow_runs(
-            flow_run_filter=FlowRunFilter(state=FlowRunFilterState(type=states)),
+            flow_run_filter=FlowRunFilter(state=FlowRunFilterState(type=alive)), work_pool_filter=pool
+        )
+        silent = client.read_flow_runs(
+            flow_run_filter=FlowRunFilter(state=FlowRunFilterState(type=crashed), end_time=lately),
             work_pool_filter=pool,
         )
-        if since:
-            after = FlowRunFilterEndTime.model_validate({"after_": since})
-            runs += client.read_flow_runs(
-                flow_run_filter=FlowRunFilter(state=crashed, end_time=after), work_pool_filter=pool
-            )
+        runs += [run for run in silent if run.state and (run.state.message or "").startswith(SILENCE)]
         for run in runs:
             if run.state_type == StateType.CANCELLING:
                 client.set_flow_run_state(

@@ -190,7 +190,7 @@ def publish(place: Path, root: Path, branch: str, note: str, went: list[report.S
         return
     get_run_logger().info(found.headline)
     for one in found.missing:
-        get_run_logger().warning(f"the report lacks {one}")
+        get_run_logger().warning(f"the report lacks {hidden(one)}")
     description = "COCO's numbers on the validation images"
     made: dict[str, Callable[[], Any]] = {
         "result": lambda: create_markdown_artifact(found.markdown, "result", "What came out, and where it is"),

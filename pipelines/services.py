@@ -8,7 +8,6 @@ import sys
 import time
 from collections.abc import Mapping
 from contextlib import suppress
-from datetime import UTC, datetime
 from pathlib import Path
 
 import psutil
@@ -21,8 +20,15 @@ MARK = "DETR_SERVICES"  # in the environment of all that `up` starts, and of wha
 SERVICE = "DETR_SERVICE"  # and which of them it is, or was started by
 SERVERS = ("prefect", "mlflow")
 WEBHOOK = "DETR_WEBHOOK_URL"  # the address that failures are told; a secret: Prefect's server gets it, encrypted
+ORIGINS = "PREFECT_SERVER_CORS_ALLOWED_ORIGINS"
 START_SECONDS = 180
 HOST = "127.0.0.1"
+
+
+def origins(host: str, port: int) -> str:
+    """The pages that may call Prefect's server from a browser: its own. By default it would answer every page."""
+    names = (host, "localhost") if host == HOST else (host,)
+    return ",".join(f"http://{name}:{port}" for name in names)
 
 
 def up(root: Path, prefect_port: int, mlflow_port: int, host: str = HOST) -> dict[str, str]:
@@ -31,7 +37,7 @@ def up(root: Path, prefect_port: int, mlflow_port: int, host: str = HOST) -> dic
     What runs already is stopped first; runs that this, or a crash, interrupts go on. Raises RuntimeError or ValueError,
     and leaves nothing running then.
     """
-    since, webhook = datetime.now(UTC), os.environ.pop(WEBHOOK, None)
+    webhook = os.environ.pop(WEBHOOK, None)
     down(root)
     for name, port in (("prefect", prefect_port), ("mlflow", mlflow_port)):
         check_free(host, port, f"--{name}-port")
@@ -43,6 +49,7 @@ def up(root: Path, prefect_port: int, mlflow_port: int, host: str = HOST) -> dic
         "MLFLOW_TRACKING_URI": urls["MLflow"],
         "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false",  # eight processes that nothing here uses
     }
+    os.environ.setdefault(ORIGINS, origins(host, prefect_port))
     if host != HOST:  # MLflow answers a browser that calls it by a name which it knows, and nobody else
         os.environ.setdefault("MLFLOW_SERVER_ALLOWED_HOSTS", f"{host}:{mlflow_port}")
         os.environ.setdefault("MLFLOW_SERVER_CORS_ALLOWED_ORIGINS", urls["MLflow"])
@@ -59,9 +66,9 @@ def up(root: Path, prefect_port: int, mlflow_port: int, host: str = HOST) -> dic
 
         automations.prepare(webhook)
         with automations.schedules_kept():
-            if start(root, "deploy", ["prefect", "--no-prompt", "deploy", "--all"]).wait():
+            if start(root, "deploy", automations.DEPLOY).wait():
                 raise RuntimeError(f"prefect deploy --all failed: {end_of(log_of(root, 'deploy'))}")
-        automations.resume_interrupted(since)
+        automations.resume_interrupted()
         wait_for(f"{urls['MLflow']}/health", tracking, log_of(root, "mlflow"))
         start(root, "worker", ["prefect", "worker", "start", "--pool", automations.POOL, "--name", "here"])
     except BaseException:

@@ -15,7 +15,7 @@ DATA = Path("data/coco")
 FILES = ("train.zip", "val.zip", "instances_train.json", "instances_val.json")
 EXPECTED = (ValueError, OSError, ArithmeticError, RuntimeError)
 QUIET = {
-    "DO_NOT_TRACK": "1",
+    "DO_NOT_TRACK": "true",
     "DVC_NO_ANALYTICS": "true",
     "GX_ANALYTICS_ENABLED": "false",
     "MLFLOW_DISABLE_TELEMETRY": "true",
