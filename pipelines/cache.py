@@ -60,6 +60,7 @@ def _name_all(project: Path, cache: Path, locks: Mapping[str, str]) -> None:
     (project / ".dvc").mkdir()
     with Config(str(project / ".dvc"), validate=False).edit("repo") as settings:
         settings["cache"]["dir"] = str(cache)
+        settings["core"]["site_cache_dir"] = str(project / ".dvc" / "site")
     for name, text in locks.items():
         stages = YAML(typ="safe").load(text)["stages"].values()
         made = [out for stage in stages for out in stage.get("outs", []) if _in_cache(cache, out).exists()]

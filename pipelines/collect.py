@@ -2,6 +2,7 @@
 
 import fcntl
 import hashlib
+import json
 import os
 import re
 import shutil
@@ -61,13 +62,14 @@ def collect(root: Path, keep_days: int, dry_run: bool, shared_cache: bool, log: 
     """Removes what no registered version needs and nobody has touched for `keep_days`; killed, it can be repeated.
 
     Waits for the run that is under way. Raises ValueError, with nothing removed, where MLflow does not say which
-    versions there are, and StageFailed where DVC fails.
+    versions there are or is not the one that this project registered in, and StageFailed where DVC fails.
     """
     found = Collected(dry_run)
     with worktree.only_one(root, log), tempfile.TemporaryDirectory() as folder:
         client = tracking.connect_to_models()
         with registry.plainly("the collection"):
             versions = tracking.versions(client)
+            check_registry(root, client, versions)
         before = time.time() - 86400 * keep_days
         for place in sorted((root / "scratch" / "worktrees").glob("*")):
             found.went["worktrees"].append((place.name, bytes_in(place)))
@@ -92,6 +94,21 @@ def collect(root: Path, keep_days: int, dry_run: bool, shared_cache: bool, log: 
         if dry_run and doomed:
             found.remarks.append("what only those branches hold in the DVC cache is not counted")
     return found
+
+
+def check_registry(root: Path, client: Any, versions: Collection[Any]) -> None:
+    """Raises ValueError where MLflow knows nothing of what was registered from here: what it needs cannot be known."""
+    known = {version.tags.get("fingerprint") for version in versions}
+    for path in (root / "artifacts/register/version.json", *sorted(root.glob("scratch/runs/*/version.json"))):
+        try:
+            mark = json.loads(path.read_text())["fingerprint"]
+        except (OSError, ValueError, KeyError, TypeError):  # not there, or cut off by a kill
+            continue
+        if mark not in known and not tracking.has_run(client, mark):
+            raise ValueError(
+                f"MLflow at {tracking.tracking_uri()} does not know the run that {path.relative_to(root)} tells of; "
+                "set MLFLOW_TRACKING_URI to where it was registered, or remove that file where its model is not needed"
+            )
 
 
 def unneeded_branches(root: Path, versions: Collection[Any], before: float) -> list[str]:

@@ -173,8 +173,16 @@ def retrain(
             name = f"{chosen or 'overrides'}-{time.strftime('%Y%m%d-%H%M%S')}"
             with worktree.worktree(root, name, ref, asked, note) as (place, branch):
                 repro.check(place)
-                last = repro.stages(place)[-1]
-                went = run_stages(place, refresh, lambda stage: worktree.keep_results(place) if stage == last else None)
+                first, *_, last = repro.stages(place)
+                done, me = worktree.refreshed(place), str(runtime.flow_run.id)  # which an attempt before may have been
+
+                def before(stage: str) -> None:
+                    if stage != first:
+                        done.write_text(me)
+                    if stage == last:
+                        worktree.keep_results(place)
+
+                went = run_stages(place, refresh and not (done.exists() and done.read_text() == me), before)
                 publish(place, root, branch, note, went)
     except (ValueError, OSError, repro.StageFailed) as error:
         return Failed(message=hidden(str(error)))

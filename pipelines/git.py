@@ -1,5 +1,6 @@
 """Git, called as a command."""
 
+import fcntl
 import os
 import subprocess
 import time
@@ -40,11 +41,17 @@ def full_commit(root: Path, commit: str) -> str:
 
 
 def fetch(root: Path, ref: str) -> None:
-    """Fetches the remote that a ref like `origin/main` begins with. Raises ValueError where it does not answer."""
+    """Fetches the remote that a ref like `origin/main` begins with, one at a time.
+
+    Raises ValueError where it does not answer.
+    """
     remote = ref.partition("/")[0]
     if "/" in ref and remote in git(root, "remote").splitlines():
-        unlock(root)
-        git(root, "fetch", "--quiet", "--end-of-options", remote)
+        (root / "scratch").mkdir(exist_ok=True)
+        with (root / "scratch" / "fetch.lock").open("a") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            unlock(root)
+            git(root, "fetch", "--quiet", "--end-of-options", remote)
 
 
 def is_dirty(root: Path) -> bool:

@@ -5,7 +5,7 @@ from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Any
 
-from pipelines.params import merged, to_yaml
+from pipelines.params import checked, merged, to_yaml
 from pipelines.redaction import refuse_password
 
 DATA_ROOTS = "DETR_DATA_ROOTS"  # in a worker's environment: folders outside the project that parameters may name
@@ -83,20 +83,24 @@ def absolute_paths(document: Any, root: Path, worktree: Path | None = None) -> N
 
 
 def _each_place(document: Any, visit: Callable[[str, str], str | None]) -> None:
-    """Calls `visit` with the key and the value of every file that params name, which becomes what it returns."""
+    """Calls `visit` with the key and the value of every file that params name, which becomes what it returns.
 
-    def visited(key: str, place: Any) -> Any:
-        if not isinstance(place, str) or place in NAMES or place.lower().startswith(("http://", "https://")):
+    Raises ValueError for params of another version of the project, which lack a key that names files.
+    """
+
+    def visited(key: str, place: str) -> str:
+        if place in NAMES or place.lower().startswith(("http://", "https://")):
             return place
         return visit(key, place) or place
 
-    download, model, train = document["download"], document["model"], document["train"]
+    download = checked(document, "download", {"source": str | dict[str, str], "sha256": dict[str, str]})
+    model = checked(document, "model", {"backbone_weights": str})
+    train = checked(document, "train", {"initial_weights": str})
     if isinstance(download["source"], dict):
         download["source"] = {name: visited(f"download.source.{name}", x) for name, x in download["source"].items()}
     else:
         download["source"] = visited("download.source", download["source"])
-    if isinstance(download["sha256"], dict):
-        download["sha256"] = {visited("download.sha256", x): digest for x, digest in download["sha256"].items()}
+    download["sha256"] = {visited("download.sha256", x): digest for x, digest in download["sha256"].items()}
     model["backbone_weights"] = visited("model.backbone_weights", model["backbone_weights"])
-    if "/" in str(train["initial_weights"]) or Path(str(train["initial_weights"])).suffix:  # others are names
+    if "/" in train["initial_weights"] or Path(train["initial_weights"]).suffix:  # others are names
         train["initial_weights"] = visited("train.initial_weights", train["initial_weights"])

@@ -3,7 +3,7 @@
 import difflib
 import types
 import typing
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import fields, is_dataclass
 from io import StringIO
 from pathlib import Path
@@ -56,6 +56,18 @@ def from_document(document: Any, section: str, kind: type[T]) -> T:
     if section not in document:
         raise ValueError(f"params.yaml lacks the section {section!r}")
     return typing.cast(T, _convert(document[section], kind, section))
+
+
+def checked(document: Any, section: str, kinds: Mapping[str, Any]) -> Any:
+    """A section of any commit's params.yaml, of which only the keys in `kinds` are looked at. Errors as in `load`."""
+    found = document.get(section)
+    if not isinstance(found, dict):
+        raise ValueError(f"params.yaml lacks the section {section!r}{nearest(section, document)}")
+    for key, kind in kinds.items():
+        if key not in found:
+            raise ValueError(f"{section} lacks the key {key!r}{nearest(key, found)}")
+        _convert(found[key], kind, f"{section}.{key}")
+    return found
 
 
 def _convert(value: Any, kind: Any, where: str) -> Any:

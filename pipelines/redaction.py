@@ -9,6 +9,7 @@ SECRET = re.compile(  # in a variable's name
     r"KEY|TOKEN|SECRET|PASS|_PWD|CREDENTIAL|AUTH(?!ORS?(_|$))|WEBHOOK|CONNECTION_STRING|DSN", re.IGNORECASE
 )
 USER_IN_URL = re.compile(r"(?<=://)[^/\s'\"?#]+@")
+USER_IN_PARAMETER = re.compile(r"://[^/\s?#]+@")  # quotes are part of it: nothing is quoted around it
 PASSWORD_IN_URL = re.compile(r"://[^/\s:@]*:([^/\s]+)@|https?://([^/\s:@]+)@")  # or a token in its place
 SHORTEST_SECRET = 6  # shorter ones would make holes in every text
 
@@ -36,8 +37,9 @@ def _secrets() -> set[str]:
 
 def refuse_password(key: str, text: str) -> None:
     """Raises ValueError for text with a user or password in a URL."""
-    if USER_IN_URL.search(text):
+    if USER_IN_PARAMETER.search(text):
+        shown = hidden(USER_IN_PARAMETER.sub("://", text))[:200]
         raise ValueError(
-            f"{key} has a URL with a user or password ({hidden(text)[:200]}), and params.yaml is committed; "
+            f"{key} has a URL with a user or password ({shown}), and params.yaml is committed; "
             "give the URL without it, and put it into ~/.netrc: machine HOST login USER password PASSWORD"
         )

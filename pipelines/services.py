@@ -13,6 +13,7 @@ from pathlib import Path
 import psutil
 import requests
 
+from pipelines import tracking
 from pipelines.processes import STOP_SECONDS, WORKTREE, environment, stop
 from pipelines.redaction import hidden
 
@@ -53,14 +54,17 @@ def up(root: Path, prefect_port: int, mlflow_port: int, host: str = HOST) -> dic
     if host != HOST:  # MLflow answers a browser that calls it by a name which it knows, and nobody else
         os.environ.setdefault("MLFLOW_SERVER_ALLOWED_HOSTS", f"{host}:{mlflow_port}")
         os.environ.setdefault("MLFLOW_SERVER_CORS_ALLOWED_ORIGINS", urls["MLflow"])
+    database = root / "mlflow.db"
     stores = {  # not on the command line, which everybody on this machine can read
-        "MLFLOW_BACKEND_STORE_URI": f"sqlite:///{root / 'mlflow.db'}",
+        "MLFLOW_BACKEND_STORE_URI": f"sqlite:///{database}",
         "MLFLOW_ARTIFACTS_DESTINATION": str(root / "mlartifacts"),
-    }
-    mlflow = ["mlflow", "server", "--host", host, "--port", str(mlflow_port), "--workers", "1"]
+    } | os.environ
+    command = ["mlflow", "server", "--host", host, "--port", str(mlflow_port), "--workers", "1"]
+    if stores["MLFLOW_BACKEND_STORE_URI"] == f"sqlite:///{database}" and not database.exists():
+        tracking.make_database(database)
     try:
         prefect = start(root, "prefect", ["prefect", "server", "start", "--host", host, "--port", str(prefect_port)])
-        tracking = start(root, "mlflow", mlflow, stores | os.environ)
+        mlflow = start(root, "mlflow", command, stores)
         wait_for(f"{urls['Prefect']}/api/health", prefect, log_of(root, "prefect"))
         from pipelines import automations
 
@@ -69,7 +73,7 @@ def up(root: Path, prefect_port: int, mlflow_port: int, host: str = HOST) -> dic
             if start(root, "deploy", automations.DEPLOY).wait():
                 raise RuntimeError(f"prefect deploy --all failed: {end_of(log_of(root, 'deploy'))}")
         automations.resume_interrupted()
-        wait_for(f"{urls['MLflow']}/health", tracking, log_of(root, "mlflow"))
+        wait_for(f"{urls['MLflow']}/health", mlflow, log_of(root, "mlflow"))
         start(root, "worker", ["prefect", "worker", "start", "--pool", automations.POOL, "--name", "here"])
     except BaseException:
         down(root)

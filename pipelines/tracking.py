@@ -35,12 +35,9 @@ def connect() -> "MlflowClient":
     """A client whose server has answered. Raises ValueError that names the server when it does not."""
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "2")
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "20")
-    import logging
-
     import mlflow
 
-    for name in ("alembic", "mlflow.store.db.utils"):
-        logging.getLogger(name).setLevel(logging.CRITICAL)  # errors are raised too, and told in one line
+    _quieten()
     uri = tracking_uri()
     mlflow.set_tracking_uri(uri)
     mlflow.set_registry_uri(uri)
@@ -55,16 +52,43 @@ def connect() -> "MlflowClient":
     return client
 
 
+def _quieten() -> None:
+    import logging
+
+    for name in ("alembic", "mlflow.store.db.utils"):
+        logging.getLogger(name).setLevel(logging.CRITICAL)  # errors are raised too, and told in one line
+
+
 def make_database(path: Path) -> None:
-    """Makes MLflow's SQLite file, whole or not at all: a process that ends in the middle would leave one for good."""
+    """Makes MLflow's SQLite file with the experiment, its artifacts in files beside it, so that they can be read
+    with and without a server. Whole or not at all: a process that ends in the middle would leave one for good.
+    """
     import mlflow
 
+    _quieten()
     partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
     partial.unlink(missing_ok=True)
-    mlflow.MlflowClient(f"sqlite:///{partial}", f"sqlite:///{partial}").search_experiments(max_results=1)
+    client = mlflow.MlflowClient(f"sqlite:///{partial}", f"sqlite:///{partial}")
+    client.create_experiment(EXPERIMENT, artifacts_beside(path))
     with contextlib.suppress(FileExistsError):  # another process was faster
         os.link(partial, path)
     partial.unlink()
+
+
+def artifacts_beside(database: Path) -> str:
+    """Where the artifacts of a SQLite file lie."""
+    return (database.parent / "mlartifacts").as_uri()
+
+
+def has_run(client: "MlflowClient", fingerprint: str) -> bool:
+    """Whether there is a run of the training with this fingerprint, or was before somebody deleted it."""
+    from mlflow.entities import ViewType
+
+    experiment = client.get_experiment_by_name(EXPERIMENT)
+    if experiment is None:
+        return False
+    wanted = f"tags.fingerprint = '{fingerprint}'"
+    return bool(client.search_runs([experiment.experiment_id], wanted, ViewType.ALL, max_results=1))
 
 
 def find_run(client: "MlflowClient", fingerprint: str, name: str) -> str:
@@ -72,9 +96,9 @@ def find_run(client: "MlflowClient", fingerprint: str, name: str) -> str:
     experiment = client.get_experiment_by_name(EXPERIMENT)
     if experiment is None:
         uri = tracking_uri()
-        store = Path(uri.removeprefix("sqlite:///")).parent / "mlartifacts" if uri.startswith("sqlite:///") else None
+        store = artifacts_beside(Path(uri.removeprefix("sqlite:///"))) if uri.startswith("sqlite:///") else None
         try:
-            experiment_id = client.create_experiment(EXPERIMENT, store.as_uri() if store else None)
+            experiment_id = client.create_experiment(EXPERIMENT, store)
         except Exception:  # another process may have been faster
             experiment = client.get_experiment_by_name(EXPERIMENT)
             if experiment is None:

@@ -68,7 +68,8 @@ def locked(root: Path, commit: str) -> dict[str, str]:
 
 def look(root: Path, document: Any) -> Look:
     """What the download stage would take, as its places tell it now; of `shapes`, the parameters."""
-    download = document["download"]
+    kinds = {"source": str | dict[str, str], "max_images": int, "mirrors": dict[str, list[str]], "shapes": dict}
+    download = params.checked(document, "download", kinds)
     source = download["source"]
     if source == "shapes":
         return {"download.shapes": dict(download["shapes"])}

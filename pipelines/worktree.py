@@ -171,7 +171,7 @@ def _mend(place: Path) -> None:
     from dvc.schema import COMPILED_LOCKFILE_SCHEMA  # type: ignore[import-untyped]
     from voluptuous import Invalid
 
-    own = Path(git(place, "rev-parse", "--absolute-git-dir"))
+    own = _own_git(place)
     branch = own.parent.parent / "refs" / "heads" / _branch(place)
     for lock in (*own.glob("*.lock"), branch.with_name(f"{branch.name}.lock")):
         lock.unlink(missing_ok=True)
@@ -182,6 +182,16 @@ def _mend(place: Path) -> None:
         (place / "dvc.lock").unlink(missing_ok=True)
         with suppress(ValueError):
             git(place, "checkout", "--", "dvc.lock")
+
+
+def _own_git(place: Path) -> Path:
+    """Git's folder of a worktree, which is removed with it."""
+    return Path(git(place, "rev-parse", "--absolute-git-dir"))
+
+
+def refreshed(place: Path) -> Path:
+    """A file of a worktree that names the flow run which has downloaded in it again."""
+    return _own_git(place) / "refreshed"
 
 
 def _settle(root: Path, place: Path) -> None:
@@ -215,6 +225,7 @@ def _share_settings(root: Path, place: Path) -> None:
             for level in ("repo", "local"):
                 merge(settings, ours.load_one(level))
             settings["cache"].setdefault("dir", str(root / ".dvc" / "cache"))
+            settings["core"]["site_cache_dir"] = str(_own_git(place) / "dvc")  # goes with it, unlike /var/tmp/dvc
     except ConfigError as error:
         raise ValueError(f"the settings of DVC in {root}/.dvc cannot be read: {error}") from error
 
