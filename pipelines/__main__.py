@@ -172,7 +172,7 @@ def main() -> None:
     one.add_argument("--host", default="127.0.0.1", help="name or address to serve at; there is no authentication")
     verbs.add_parser("down", help="stop all that `up` has started")
     one = verbs.add_parser("automate", help="make work pool, queue and automations on the server of PREFECT_API_URL")
-    one.add_argument("--deploy", action="store_true", help="prefect deploy --all, with schedules left on or off as they are")
+    one.add_argument("--deploy", action="store_true", help="prefect deploy --all, and keep schedules on that are")
     one.add_argument("--resume", action="store_true", help="have runs that died go on; no worker may be alive")
     one = verbs.add_parser("data", help="print the versions of the data, or what changed between two")
     one.add_argument("old", nargs="?", metavar="OLD", help="a commit")

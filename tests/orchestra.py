@@ -4,9 +4,11 @@ import contextlib
 import hashlib
 import json
 import subprocess
+import threading
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
@@ -73,10 +75,10 @@ class Services:
         """Where the progress of a run's training stands; 0 before it has any."""
         return float(self.artifacts(run_id).get("training", {"data": 0})["data"])
 
-    def training(self, *overrides: str) -> str:
+    def training(self, *overrides: str, **parameters: Any) -> str:
         """A run that has begun to train, and has saved a state: its id."""
         before = {path: path.stat().st_mtime_ns for path in self.states()}
-        run_id = self.start("retrain/on-demand", overrides=list(overrides))
+        run_id = self.start("retrain/on-demand", overrides=list(overrides), **parameters)
 
         def trains() -> bool:
             assert self.run(run_id)["state_type"] not in FINAL, self.log(run_id)
@@ -227,3 +229,36 @@ def services(project: Path, **env: str) -> Iterator[Services]:
         yield found
     finally:
         call(project, "python", "-m", "pipelines", "down")
+
+
+def answers_page(url: str, origin: str) -> bool:
+    """Whether a server has a browser let a page of `origin` send JSON to `url`."""
+    asked = {"Access-Control-Request-Method": "POST", "Access-Control-Request-Headers": "content-type"}
+    answer = requests.options(url, headers={"Origin": origin} | asked, timeout=30)
+    return answer.headers.get("Access-Control-Allow-Origin") in ("*", origin)
+
+
+@contextlib.contextmanager
+def listening() -> Iterator[tuple[str, list[tuple[str, str, bytes]]]]:
+    """A local HTTP server that takes everything: its address, and what came, as (method, target, body)."""
+    came: list[tuple[str, str, bytes]] = []
+
+    class Handler(BaseHTTPRequestHandler):
+        def take(self) -> None:
+            body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
+            came.append((self.command, self.path, body))
+            self.send_response(200)
+            self.send_header("Content-Length", "0")
+            self.end_headers()
+
+        do_GET = do_POST = do_PUT = do_CONNECT = take
+
+        def log_message(self, *_: Any) -> None:
+            pass
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
+        threading.Thread(target=server.serve_forever).start()
+        try:
+            yield f"http://127.0.0.1:{server.server_port}", came
+        finally:
+            server.shutdown()

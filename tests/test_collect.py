@@ -2,6 +2,7 @@
 
 import contextlib
 import hashlib
+import json
 import os
 import shutil
 import signal
@@ -26,7 +27,10 @@ seed = int(sys.argv[1])
 for number, name in enumerate(sys.argv[2:]):
     path = Path(name)
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_bytes(random.Random(f"{seed} {number}").randbytes(50_000))
+    if path.suffix == ".json":
+        path.write_text('{"fingerprint": "%016x"}' % seed)
+    else:
+        path.write_bytes(random.Random(f"{seed} {number}").randbytes(50_000))
 """
 GRAPH = """
 stages:
@@ -87,12 +91,17 @@ def parameters(seed, _):
     }
 
 
+def train(place):
+    """The run that the training leaves in MLflow, of what is in `place`; its fingerprint."""
+    mark = json.loads((place / "artifacts/register/version.json").read_text())["fingerprint"]
+    return tracking.connect().get_run(tracking.find_run(tracking.connect(), mark, "a training")), mark
+
+
 def register(place):
     """What the register stage leaves in MLflow, of what is in `place`; the version's number."""
-    client = tracking.connect()
+    client, (run, mark) = tracking.connect(), train(place)
     with contextlib.suppress(Exception):
         client.create_registered_model(tracking.MODEL)
-    run = client.create_run("0")
     client.log_artifact(run.info.run_id, str(place / "dvc.lock"))
     weights = tracking.sha256(place / "artifacts/train/model.safetensors")
     client.set_tag(run.info.run_id, "weights_sha256", weights)
@@ -101,6 +110,7 @@ def register(place):
         "git_branch": call(place, "git", "branch", "--show-current").strip() or "none",
         "dvc_lock_sha256": tracking.sha256(place / "dvc.lock"),
         "weights_sha256": weights,
+        "fingerprint": mark,
     }
     source = f"{run.info.artifact_uri}/model"
     return client.create_model_version(tracking.MODEL, source, run.info.run_id, tags=tags).version
@@ -114,8 +124,7 @@ def run(root, name, seed, ends=lambda: None, registered=False, ref="HEAD"):
     ):
         call(place, "dvc", "--wait-for-lock", "repro")
         worktree.keep_results(place)
-        if registered:
-            register(place)
+        (register if registered else train)(place)
         ends()
     return branch
 
@@ -206,7 +215,7 @@ def test_versions_stay_whole_and_all_else_goes(project, tmp_path):
     done = collected(project)
     assert branches(project) == kept
     (freed,) = [size for _, size in done.went["DVC cache"]]
-    assert freed == size - bytes_in(project / ".dvc/cache") > 4 * 150_000
+    assert freed == size - bytes_in(project / ".dvc/cache") > 4 * 100_000
     assert dict(done.went["results of runs"]).keys() == {"runs/unregistered", "runs/on-top"}
     assert f"| DVC cache | 1 | {freed:,} |" in done.markdown
     for kind, name in (("downloads", "downloads/a.part"), ("logs", "services/worker.log")):
@@ -294,6 +303,36 @@ def test_nothing_is_removed_where_the_need_is_not_known(project, tmp_path, monke
     assert "may be shared with other clones" in done.headline
     assert (branches(project), bytes_in(shared)) == ([], size)
     assert collected(project, shared_cache=True).went["DVC cache"][0][1] > 0
+
+
+def test_with_another_registry_nothing_is_removed(project, tmp_path, monkeypatch):
+    """One that is empty, and one that another project fills: neither knows what this one needs."""
+    kept = run(project, "good", 1, registered=True)
+    run(project, "other", 4)
+    client = tracking.connect()
+    age(project)
+    before = everything(project)
+    for versions in (0, 1):
+        monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path}/{versions}.db")
+        another = tracking.connect()
+        another.create_registered_model(tracking.MODEL)
+        if versions:
+            run_id = tracking.find_run(another, f"{9:016x}", "of somebody else")
+            another.create_model_version(tracking.MODEL, "file:///nowhere", run_id, tags={"fingerprint": f"{9:016x}"})
+        with pytest.raises(
+            ValueError, match=r"does not know the run that scratch/runs/good/version.json tells of; set"
+        ):
+            collected(project)
+        assert everything(project) == before
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{project}/mlflow.db")
+
+    (version,) = tracking.versions(client)
+    client.delete_model_version(tracking.MODEL, version.version)
+    client.delete_run(version.run_id)  # by a person, who wants no more of it
+    (project / "scratch/runs/other/version.json").write_text('{"fing')  # torn by a kill
+    collected(project)
+    assert branches(project) == []
+    assert kept == "runs/good"
 
 
 def test_what_is_in_use_stays(project, tmp_path):

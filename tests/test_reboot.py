@@ -6,12 +6,13 @@ LONG = ("train.epochs=30", "train.evaluate_epochs=0")
 
 
 def test_killed_in_the_middle_of_training_with_its_machine(served):
-    run_id = served.training(*LONG)
+    run_id = served.training(*LONG, refresh=True)
     served.kill()
     assert not served.processes("DETR_WORKTREE")
     served.up()
     served.completed(run_id)
     assert "resuming at step" in served.log(run_id)
+    assert served.tasks(run_id)["download"] == "Unchanged"  # it was downloaded again by the first attempt
     served.assert_sound()
 
 

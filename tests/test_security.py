@@ -85,6 +85,8 @@ WITH_PASSWORDS = [
     "download.mirrors={https://host/: ['https://u:p%40ss@mirror/']}",
     "download.sha256={https://u:p@host/x: a}",
     "train.initial_weights=http://u:p@host/x.pth",
+    """download.source="https://u:pass'w@host/data\"""",
+    "download.source='https://us\"er:p@host/data'",
 ]
 
 
@@ -252,6 +254,22 @@ def test_no_parameter_leads_out_of_the_project(place, override, said):
 def test_what_lies_in_the_project_or_where_the_worker_allows_is_taken(place, override):
     shared = place.parent / "shared"
     confined(place, override.replace("{shared}", str(shared)))
+
+
+@pytest.mark.parametrize(
+    ("section", "value", "said"),
+    [
+        ("download", {"sources": "shapes", "sha256": {}}, "download lacks the key 'source'; did you mean 'sources'?"),
+        ("download", {"source": "shapes", "sha256": 5}, "download.sha256 is 5: expected `object`, got `int`"),
+        ("model", {}, "model lacks the key 'backbone_weights'"),
+        ("train", None, "params.yaml lacks the section 'train'"),
+    ],
+)
+def test_parameters_of_another_version_of_the_project_are_refused_by_name(place, section, value, said):
+    document = read_yaml(ROOT / "params.yaml") | {section: value}
+    with pytest.raises(ValueError, match=re.escape(said)) as caught:
+        confine(document, place)
+    assert "\n" not in str(caught.value)
 
 
 def test_mirrors_are_addresses_of_the_web():

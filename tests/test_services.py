@@ -11,7 +11,6 @@ import subprocess
 import sys
 import threading
 import time
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from ipaddress import ip_address
 
 import psutil
@@ -23,38 +22,12 @@ from pipelines.services import MARK, SERVICE, environment, marked
 from pipelines.stage import QUIET
 from tests.conftest import ROOT, call, free_port, small_project
 from tests.conftest import environment as shell
-from tests.orchestra import services
+from tests.orchestra import answers_page, listening, services
 
 SECRET = "T0-7hf93kd8-secret"
 SILENT = 45  # seconds; heartbeats come every 30
 TRAINING = ["train.epochs=12"]
 PYTHON = "python", "-m"
-
-
-@contextlib.contextmanager
-def listening():
-    """A local HTTP server that takes everything: its address, and what came, as (method, target, body)."""
-    came = []
-
-    class Handler(BaseHTTPRequestHandler):
-        def take(self):
-            body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
-            came.append((self.command, self.path, body))
-            self.send_response(200)
-            self.send_header("Content-Length", "0")
-            self.end_headers()
-
-        do_GET = do_POST = do_PUT = do_CONNECT = take
-
-        def log_message(self, *_):
-            pass
-
-    with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
-        threading.Thread(target=server.serve_forever).start()
-        try:
-            yield f"http://127.0.0.1:{server.server_port}", came
-        finally:
-            server.shutdown()
 
 
 @pytest.fixture(scope="module")
@@ -166,6 +139,24 @@ def test_it_listens_on_loopback_only_and_runs_what_is_needed(served):
 def test_telemetry_is_off_in_every_process(served):
     for process in marked(served.project):
         assert QUIET.items() <= environment(process).items(), process.cmdline()
+
+
+def test_a_page_that_a_person_visits_cannot_call_the_server(served):
+    deployment = deployments(served)["on-demand"]["id"]
+    start = f"{served.prefect}/api/deployments/{deployment}/create_flow_run"
+    port = served.prefect.rpartition(":")[2]
+    for origin, expected in ((served.prefect, True), (f"http://localhost:{port}", True), ("http://elsewhere", False)):
+        assert answers_page(start, origin) is expected, origin
+    before = served.runs()
+    for kind in (
+        "text/plain",
+        "application/x-www-form-urlencoded",
+        "multipart/form-data",
+        "",
+    ):  # without a question before
+        headers = {"Origin": "http://elsewhere", "Content-Type": kind}
+        assert requests.post(start, data='{"parameters": {}}', headers=headers, timeout=30).status_code >= 400, kind
+    assert served.runs() == before
 
 
 def test_the_deployments_are_those_of_prefect_yaml_and_stay_one_each(served, env):
@@ -365,6 +356,8 @@ def test_two_projects_side_by_side_and_one_at_another_address(served, tmp_path):
                 == code
             )
         (prefect,) = re.findall(r"^Prefect +(\S+)", page, re.MULTILINE)
+        for origin, expected in ((prefect, True), ("http://elsewhere", False)):
+            assert answers_page(f"{prefect}/api/flow_runs/filter", origin) is expected
         assert requests.get(f"{prefect}/ui-settings", timeout=30).json()["api_url"] == f"{prefect}/api"
     finally:
         call(other, *PYTHON, "pipelines", "down")
@@ -385,6 +378,11 @@ def test_down_and_up_after_kills(served, env):
     kill(marked(served.project))
     call(served.project, *PYTHON, "pipelines", "down")
     assert_nothing_runs(served)
+
+
+def test_what_was_registered_with_a_server_can_be_used_without(served):
+    call(served.project, *PYTHON, "pipelines", "predict", str(ROOT / "docs"), "--threshold", "0")
+    assert (served.project / "scratch/predictions/detections.json").exists()
 
 
 @pytest.mark.parametrize("which", [0, 1])
@@ -439,4 +437,4 @@ def test_every_schedule_and_trigger_is_as_the_file_says():
     declared = {one["name"]: one for one in read_yaml(ROOT / "prefect.yaml")["deployments"]}
     crons = {name: one["schedules"][0]["cron"] for name, one in declared.items() if "schedules" in one}
     assert crons == {"nightly": "0 2 * * *", "watch-data": "*/15 * * * *", "collect": "0 5 * * 0"}
-    assert os.environ["DO_NOT_TRACK"] == "1"
+    assert os.environ["DO_NOT_TRACK"] == "true"

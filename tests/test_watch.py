@@ -88,6 +88,20 @@ def seen(site, mirrors=None, place="train.zip?signature=hush"):
     return watch.look(ROOT, document({"train_images": f"{site.url}{place}"}, mirrors))
 
 
+@pytest.mark.parametrize(
+    ("section", "said"),
+    [
+        ({"source": "shapes", "max_images": 0, "mirrors": {}}, "download lacks the key 'shapes'"),
+        ({"source": 5, "max_images": 0, "mirrors": {}, "shapes": {}}, "download.source is 5"),
+        ({"source": "x", "max_images": 0, "mirrors": ["x"], "shapes": {}}, "download.mirrors is \\['x'\\]"),
+        (None, "params.yaml lacks the section 'download'"),
+    ],
+)
+def test_parameters_of_another_version_of_the_project_are_refused_by_name(section, said):
+    with pytest.raises(ValueError, match=said):
+        watch.look(ROOT, {"download": section})
+
+
 def test_an_address_is_told_apart_by_etag_date_and_size(site):
     known = {"ETag": '"a"', "Last-Modified": DAYS[0], "Content-Length": "7"}
     site.head = dict(known)

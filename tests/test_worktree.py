@@ -1,13 +1,16 @@
 """Worktrees of runs, and what kills leave of them: real git, no servers."""
 
 import contextlib
+import fcntl
 import os
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import psutil
 import pytest
+from dvc.repo import Repo
 
 from pipelines import worktree
 from pipelines.git import STALE_SECONDS
@@ -16,7 +19,7 @@ from pipelines.processes import WORKTREE
 from tests.conftest import ROOT, call, environment
 
 PARAMS = {
-    "download": {"source": "shapes", "sha256": None},
+    "download": {"source": "shapes", "sha256": {}},
     "model": {"backbone_weights": "none"},
     "train": {"initial_weights": "none", "epochs": 1},
 }
@@ -214,3 +217,32 @@ def test_a_hostile_or_unknown_ref_is_refused(root, ref):
     with pytest.raises(ValueError, match="is no commit, branch or tag here"):
         run(root, ref=ref)
     assert_clean(root)
+
+
+def test_its_caches_are_removed_with_it(root):
+    """DVC keeps some for every directory that it has worked in, in a folder of the machine."""
+    with worktree.worktree(root, "first", "HEAD", epochs(2)) as (place, _):
+        call(place, "dvc", "status")
+        with Repo(place) as repo:
+            caches = Path(repo.site_cache_dir)
+        assert caches.is_relative_to(root / ".git/worktrees/first")
+        assert list(caches.iterdir())
+        finish(place)
+    assert not (root / ".git/worktrees").exists()
+
+
+def test_fetches_take_turns(root, tmp_path_factory):
+    far = tmp_path_factory.mktemp("far")
+    call(far, "git", "clone", "--quiet", "--bare", str(root), "far.git")
+    call(root, "git", "remote", "add", "origin", str(far / "far.git"))
+    code = (
+        "import sys; from pathlib import Path; from pipelines.git import fetch; fetch(Path(sys.argv[1]), 'origin/main')"
+    )
+    command = [sys.executable, "-c", code, str(root)]
+    with (root / "scratch/fetch.lock").open("a") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        both = [subprocess.Popen(command, cwd=ROOT) for _ in range(2)]
+        time.sleep(2)
+        assert [one.poll() for one in both] == [None, None]
+    assert [one.wait(60) for one in both] == [0, 0]
+    assert call(root, "git", "rev-parse", "origin/main") == call(root, "git", "rev-parse", "main")
