@@ -1,6 +1,7 @@
 """compose.yaml, its commands and settings run here as they are: with PostgreSQL and S3 behind Prefect and MLflow."""
 
 import contextlib
+import json
 import os
 import re
 import shutil
@@ -22,7 +23,7 @@ from pipelines import services
 from pipelines.params import to_yaml
 from pipelines.stage import QUIET
 from tests.conftest import ROOT, call, detections_like, environment, free_port, needs, small_project, trained_project
-from tests.orchestra import Services
+from tests.orchestra import Services, answers_page, listening
 
 COMPOSE = YAML(typ="safe").load(ROOT / "compose.yaml")
 PORTS = (5432, 9000, 5000, 4200, 8080)
@@ -50,6 +51,7 @@ class Team:
     folder: Path
     project: Path
     postgres: Path  # the folder of its programs
+    given: dict[str, str]  # what .env holds
     ports: dict[int, int] = field(default_factory=lambda: {port: free_port() for port in PORTS})
     running: dict[str, subprocess.Popen] = field(default_factory=dict)
 
@@ -67,7 +69,7 @@ class Team:
         """A service's environment and nothing else of it."""
         named = {}
         for key, text in COMPOSE["services"][name].get("environment", {}).items():
-            value = self.here(interpolated(text, SECRETS))
+            value = self.here(interpolated(text, self.given))
             value = re.sub(rf"(?<=[/@])({'|'.join(COMPOSE['services'])})(?=:\d)", "localhost", value)
             named[key] = "localhost" if key.endswith("_HOST") and value in COMPOSE["services"] else value
         env = environment(**named)
@@ -127,14 +129,17 @@ class Team:
     def stop_all(self):
         """Stops them as Compose does, the last first."""
         for name in reversed(list(self.running)):
-            process = self.running.pop(name)
-            with contextlib.suppress(ProcessLookupError):
-                process.send_signal(signal.SIGINT if name == "postgres" else signal.SIGTERM)
-            with contextlib.suppress(subprocess.TimeoutExpired):
-                process.wait(60 if name == "worker" else 20)
-            with contextlib.suppress(ProcessLookupError):
-                os.killpg(process.pid, signal.SIGKILL)
-            process.wait()
+            self.stop(name)
+
+    def stop(self, name):
+        process = self.running.pop(name)
+        with contextlib.suppress(ProcessLookupError):
+            process.send_signal(signal.SIGINT if name == "postgres" else signal.SIGTERM)
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.wait(60 if name == "worker" else 20)
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
 
     def log(self, name):
         return (self.folder / f"{name}.log").read_text()
@@ -183,7 +188,13 @@ def as_postgres():
 
 
 @pytest.fixture(scope="module")
-def team(tmp_path_factory):
+def hook():
+    with listening() as found:
+        yield found
+
+
+@pytest.fixture(scope="module")
+def team(tmp_path_factory, hook):
     """All services, up. Tests in this module use them in turn."""
     postgres = needs("postgresql").parent
     with tempfile.TemporaryDirectory(prefix="team") as name:
@@ -192,7 +203,7 @@ def team(tmp_path_factory):
         for inside in ("objects", "data", "prefect"):
             (folder / inside).mkdir()
         project = small_project(tmp_path_factory.mktemp("project"))
-        found = Team(folder, project, postgres)
+        found = Team(folder, project, postgres, SECRETS | {services.WEBHOOK: hook[0]})
         try:
             found.initialize()
             for service in list(COMPOSE["services"])[1:]:
@@ -208,9 +219,11 @@ def served(team):
 
 
 def client_environment(team):
-    """Of a colleague with the clone: the tracking server, and the keys of the DVC remote."""
+    """Of a colleague with the clone, behind an SSH tunnel: the servers, and the keys of the DVC remote."""
     settings = team.environment("worker")
-    return {key: settings[key] for key in settings if key.startswith(("AWS_", "MLFLOW_TRACKING"))}
+    keys = {key: settings[key] for key in settings if key.startswith("AWS_") and key != "AWS_ENDPOINT_URL"}
+    places = {"AWS_ENDPOINT_URL": "http://127.0.0.1:9000", "MLFLOW_TRACKING_URI": "http://127.0.0.1:5000"}
+    return keys | {key: team.here(place) for key, place in places.items()}
 
 
 @pytest.fixture(scope="module")
@@ -231,6 +244,10 @@ def test_a_retraining_lies_in_postgresql_and_s3(team, retrained):
     assert any(key.endswith("model.safetensors") for key in keys)
     assert any(key.endswith("dvc.lock") for key in keys)
     assert not [name for name in ("mlflow.db", "mlartifacts", "mlruns") if (team.project / name).exists()]
+    prefect = served(team)
+    (page,) = [artifacts["result"]["data"] for run in prefect.runs() if (artifacts := prefect.artifacts(run["id"]))]
+    assert f"]({prefect.mlflow}/#/" in page  # where a browser is, not what containers call it
+    assert "http://localhost" not in page
     for name in COMPOSE["services"]:
         assert not [
             secret for key, secret in SECRETS.items() if key != "AWS_ACCESS_KEY_ID" and secret in team.log(name)
@@ -239,10 +256,8 @@ def test_a_retraining_lies_in_postgresql_and_s3(team, retrained):
 
 def test_a_colleague_gets_the_data_from_the_same_storage_and_the_model_predicts(team, retrained, tmp_path):
     env = client_environment(team)
-    endpoint = team.environment("mlflow")["MLFLOW_S3_ENDPOINT_URL"]
     dvc = ("python", "-m", "dvc")
     call(team.project, *dvc, "remote", "add", "--default", "team", "s3://detr/dvc")
-    call(team.project, *dvc, "remote", "modify", "team", "endpointurl", endpoint)
     call(team.project, "git", "commit", "--quiet", "--all", "-m", "a remote", **AUTHOR)
     call(team.project, "git", "checkout", "--quiet", retrained)
     call(team.project, "git", "checkout", "--quiet", "main", "--", ".dvc/config")
@@ -279,17 +294,39 @@ def test_two_registrations_at_once_both_count(team, retrained, drawn, tmp_path):
     assert aliases["champion"] == numbers[1]
 
 
-def test_all_is_there_after_everything_was_restarted(team, retrained, tmp_path):
-    before = served(team).runs()
+def test_all_is_there_after_everything_was_restarted(team, retrained, hook):
+    """Runs, a schedule that a person has turned on, and a run that fell silent when the host did: it goes on."""
+    prefect = served(team)
+    team.stop("worker")
+    run_id = prefect.start("retrain/on-demand", overrides=["train.epochs=1"])
+    failed = prefect.start("collect/collect", dry_run=True)
+    for one, message in ((run_id, "no sign of life for 180 seconds; retry it"), (failed, "killed by a person")):
+        state = {"type": "CRASHED", "name": "Crashed", "message": message}
+        prefect.ask("POST", f"flow_runs/{one}/set_state", state=state, force=True)
+    nightly = prefect.ask("GET", "deployments/name/retrain/nightly")
+    (schedule,) = nightly["schedules"]
+    prefect.ask("PATCH", f"deployments/{nightly['id']}/schedules/{schedule['id']}", active=True)
+    ours = [one["id"] for one in prefect.runs() if one["deployment_id"] != nightly["id"]]
+    prefect.wait_until(lambda: len(hook[1]) >= 2, what="two messages")
+    for _, _, body in hook[1]:
+        assert json.loads(body)["url"].startswith(f"{prefect.prefect}/runs/flow-run/")
+
     team.stop_all()
     team.start_all()
-    after = served(team).runs()
-    assert [one["id"] for one in after] == [one["id"] for one in before]
-    run_id = served(team).start("retrain/on-demand", overrides=["train.epochs=1"])
-    run = served(team).wait(run_id, 800)
-    assert run["state_type"] == "COMPLETED", served(team).log(run_id)
-    assert set(served(team).tasks(run_id).values()) <= {"Restored", "Unchanged", "Ran"}
+    assert [one["id"] for one in prefect.runs() if one["deployment_id"] != nightly["id"]] == ours
+    (schedule,) = prefect.ask("GET", "deployments/name/retrain/nightly")["schedules"]
+    assert schedule["active"]
+    run = prefect.wait(run_id, 800)
+    assert run["state_type"] == "COMPLETED", prefect.log(run_id)
+    assert set(prefect.tasks(run_id).values()) <= {"Restored", "Unchanged", "Ran"}
+    assert prefect.run(failed)["state"]["message"] == "killed by a person"
     assert team.sql("SELECT count(*) FROM model_versions", "mlflow").strip() == "3"  # these weights were there
+
+
+def test_pages_of_others_cannot_call_prefects_server(team):
+    url = f"{served(team).prefect}/api/flow_runs/filter"
+    assert answers_page(url, served(team).prefect)
+    assert not answers_page(url, "http://elsewhere")
 
 
 def test_servers_answer_by_the_names_that_services_call_them_by(team):
