@@ -92,14 +92,14 @@ def parameters(seed, _):
 
 
 def train(place):
-    """The run that the training leaves in MLflow, of what is in `place`; its fingerprint."""
-    mark = json.loads((place / "artifacts/register/version.json").read_text())["fingerprint"]
-    return tracking.connect().get_run(tracking.find_run(tracking.connect(), mark, "a training")), mark
+    """The run that the training leaves in MLflow, of what is in `place`."""
+    client, path = tracking.connect(), place / "artifacts/register/version.json"
+    return client.get_run(tracking.find_run(client, json.loads(path.read_text())["fingerprint"], "a training"))
 
 
 def register(place):
     """What the register stage leaves in MLflow, of what is in `place`; the version's number."""
-    client, (run, mark) = tracking.connect(), train(place)
+    client, run = tracking.connect(), train(place)
     with contextlib.suppress(Exception):
         client.create_registered_model(tracking.MODEL)
     client.log_artifact(run.info.run_id, str(place / "dvc.lock"))
@@ -110,7 +110,7 @@ def register(place):
         "git_branch": call(place, "git", "branch", "--show-current").strip() or "none",
         "dvc_lock_sha256": tracking.sha256(place / "dvc.lock"),
         "weights_sha256": weights,
-        "fingerprint": mark,
+        "fingerprint": run.data.tags["fingerprint"],
     }
     source = f"{run.info.artifact_uri}/model"
     return client.create_model_version(tracking.MODEL, source, run.info.run_id, tags=tags).version
