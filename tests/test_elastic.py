@@ -89,6 +89,12 @@ def step_of(folder):
     return 0
 
 
+def history_of(folder):
+    """The history in the newest state; a kill may have left it under its previous name alone."""
+    (lock,) = folder.glob("scratch/*/lock")
+    return load_state(lock.with_name("state"))["history"]
+
+
 def test_a_host_dies_the_rest_goes_on_and_it_joins_again(hosts, tmp_path):
     prepare(tmp_path, epochs=1000)
     document = read_yaml(tmp_path / "params.yaml")
@@ -121,8 +127,7 @@ def test_a_host_dies_the_rest_goes_on_and_it_joins_again(hosts, tmp_path):
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(process.pid, signal.SIGKILL)
             process.wait()
-    (path,) = tmp_path.glob("scratch/*/state")
-    rows = load_state(path)["history"]
+    rows = history_of(tmp_path)
     assert [row["step"] for row in rows] == list(range(1, len(rows) + 1))
 
     alone = tmp_path / "alone"
@@ -133,6 +138,5 @@ def test_a_host_dies_the_rest_goes_on_and_it_joins_again(hosts, tmp_path):
     finally:
         os.killpg(process.pid, signal.SIGKILL)
         process.wait()
-    (path,) = alone.glob("scratch/*/state")
-    for row, other in zip(rows, load_state(path)["history"], strict=False):
+    for row, other in zip(rows, history_of(alone), strict=False):
         assert row["loss"] == pytest.approx(other["loss"], rel=1e-3), row["step"]
