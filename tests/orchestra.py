@@ -77,19 +77,23 @@ class Services:
 
     def training(self, *overrides: str, **parameters: Any) -> str:
         """A run that has begun to train, and has saved a state: its id."""
-        before = {path: path.stat().st_mtime_ns for path in self.states()}
+        before = self.states()
         run_id = self.start("retrain/on-demand", overrides=list(overrides), **parameters)
 
         def trains() -> bool:
             assert self.run(run_id)["state_type"] not in FINAL, self.log(run_id)
-            return any(path.stat().st_mtime_ns != before.get(path) for path in self.states())
+            return bool(self.states().items() - before.items())
 
         self.wait_until(trains, 200, "the training")
         return run_id
 
-    def states(self) -> list[Path]:
-        """The resume states of trainings."""
-        return list((self.project / "scratch").glob("*/state"))
+    def states(self) -> dict[Path, int]:
+        """The resume states of trainings, and when they were written."""
+        found = {}
+        for path in (self.project / "scratch").glob("*/state"):
+            with contextlib.suppress(FileNotFoundError):  # it is just being replaced
+                found[path] = path.stat().st_mtime_ns
+        return found
 
     def completed(self, run_id: str) -> str:
         """The branch of a run that has ended well."""
