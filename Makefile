@@ -12,7 +12,7 @@ demo: .venv/installed
 	python -m pipelines run
 
 test: .venv/installed
-	python -m pytest --numprocesses 2 --dist loadfile # much of a test's time is waiting for servers to start
+	python -m pytest --numprocesses 2 --dist loadfile # two files at a time
 
 check: .venv/installed
 	ruff check .
