@@ -127,7 +127,7 @@ class Services:
                     found.append(process)
         return found
 
-    def kill(self, mark: str = "DETR_SERVICES", words: str = "") -> list[psutil.Process]:
+    def kill(self, mark: str = "DETR_SERVICES", words: str = "") -> None:
         """Kills such processes, all before one can react to the end of another."""
         found = self.processes(mark, words)
         for action in ("suspend", "kill"):
@@ -135,10 +135,9 @@ class Services:
                 with contextlib.suppress(psutil.NoSuchProcess):
                     getattr(process, action)()
         psutil.wait_procs(found, timeout=30)
-        return found
 
     def stop(self, words: str) -> Callable[[], None]:
-        """Kills a server or the worker, which `down` started; what starts it again as it was, and waits for health."""
+        """Kills a server or the worker. To call what this returns starts it again as it was, and waits for its health."""
         (process, *_) = sorted(self.processes("DETR_SERVICES", words), key=lambda one: one.create_time())
         command, env = process.cmdline(), process.environ()
         parts = process.children(recursive=True) if words == "mlflow server" else []  # a worker's runs are its children
