@@ -118,8 +118,12 @@ def up(prefect_port: int, mlflow_port: int, host: str) -> None:
     from pipelines import services
 
     leave_on_signals()
-    urls = services.up(Path.cwd(), prefect_port, mlflow_port, host)
+    urls, died = services.up(Path.cwd(), prefect_port, mlflow_port, host)
     python = os.path.relpath(sys.executable)
+    settings = {"PREFECT_API_URL": f"{urls['Prefect']}/api", "MLFLOW_TRACKING_URI": urls["MLflow"]}
+    settings |= {"DO_NOT_TRACK": "true"} | services.past_proxies(host)
+    for line in died:
+        print(f"Run        {line}")
     print(f"""\
 Prefect    {urls["Prefect"]}    runs; start one with a form: Deployments, on-demand, Run
 MLflow     {urls["MLflow"]}    models and their training
@@ -128,7 +132,7 @@ Data Docs  {python} -m pipelines ui docs       the dataset's page: ui dataset
 Stop       {python} -m pipelines down          a training goes on with the next `up`
 
 In this shell, for the commands below:
-export DO_NOT_TRACK=true PREFECT_API_URL={urls["Prefect"]}/api MLFLOW_TRACKING_URI={urls["MLflow"]}
+export {" ".join(f"{name}={value}" for name, value in settings.items())}
 
 {python} -m prefect deployment run retrain/on-demand --param 'overrides=["train.epochs=4"]' --watch
 {python} -m prefect deployment schedule ls retrain/nightly    # it is off; `schedule resume` turns it on""")
@@ -211,10 +215,11 @@ def main() -> None:
 
             automations.prepare(os.environ.get(services.WEBHOOK))
             if arguments.deploy:
-                with automations.schedules_kept():
+                with automations.choices_kept():
                     call(automations.DEPLOY, Path.cwd(), print)
             if arguments.resume:
-                automations.resume_interrupted()
+                for line in automations.resume_interrupted(automations.MOST_ATTEMPTS):
+                    print(line)
         elif arguments.verb == "data":
             data(arguments.old, arguments.new, arguments.json)
         elif arguments.verb == "predict":

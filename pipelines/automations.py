@@ -8,7 +8,7 @@ from typing import Any
 
 from prefect.blocks.webhook import Webhook
 from prefect.client.orchestration import SyncPrefectClient, get_client
-from prefect.client.schemas.actions import WorkPoolCreate
+from prefect.client.schemas.actions import DeploymentScheduleCreate, WorkPoolCreate
 from prefect.client.schemas.filters import (
     FlowRunFilter,
     FlowRunFilterEndTime,
@@ -17,11 +17,12 @@ from prefect.client.schemas.filters import (
     WorkPoolFilter,
     WorkPoolFilterName,
 )
-from prefect.client.schemas.objects import StateType
+from prefect.client.schemas.objects import DeploymentSchedule, State, StateType
 from prefect.events.actions import CallWebhook, ChangeFlowRunState
 from prefect.events.schemas.automations import AutomationCore, EventTrigger, Posture
 from prefect.events.schemas.events import ResourceSpecification
 from prefect.exceptions import ObjectNotFound
+from prefect.settings import get_current_settings
 from prefect.states import AwaitingRetry, Cancelled, Crashed
 from pydantic import SecretStr
 
@@ -31,7 +32,8 @@ SILENT = "DETR_SILENT_SECONDS"  # in the environment: without a heartbeat, after
 HEARTBEAT = "prefect.flow-run.heartbeat"  # every 30 seconds by prefect.yaml, the least that Prefect takes
 SILENCE = "no sign of life"  # begins why a silent run has crashed
 RESUMED = timedelta(hours=1)  # since its crash by silence, in which a run is taken for one that its machine interrupted
-MOST_ATTEMPTS = 5  # after which a run that died each time is not resumed by itself
+DAY = timedelta(days=1)
+MOST_ATTEMPTS = 5  # within a day, after which a run that may be what kills its machine waits for a person
 RUN: dict[str, str | list[str]] = {"prefect.resource.id": "prefect.flow-run.*"}
 OURS = ResourceSpecification({"prefect.resource.id": "prefect.tag.detr"})  # the tag of all deployments of prefect.yaml
 TOLD = """
@@ -46,9 +48,12 @@ def prepare(webhook: str | None = None) -> None:
 
     Failures are told to the address `webhook`; without one it stays as it is there. Raises ValueError.
     """
-    seconds = int(os.environ.get(SILENT, "180"))
+    said = os.environ.get(SILENT, "180")
+    seconds = int(said) if said.isdecimal() else 0
     if seconds <= 30:
-        raise ValueError(f"{SILENT} is {seconds}; heartbeats come every 30 seconds, so take 60 or more")
+        raise ValueError(f"{SILENT} is {said!r}; heartbeats come every 30 seconds, so take 60 or more")
+    if not get_current_settings().api.url:
+        raise ValueError("PREFECT_API_URL is not set: which server? `make up` prints its own")
     with get_client(sync_client=True) as client:
         try:
             client.read_work_pool(POOL)
@@ -101,25 +106,40 @@ def automate(client: SyncPrefectClient, name: str, trigger: EventTrigger, action
 
 
 @contextmanager
-def schedules_kept() -> Iterator[None]:
-    """Has the schedules that a person has turned on be on after the block, which deploys: prefect.yaml has them off."""
+def choices_kept() -> Iterator[None]:
+    """Has what a person has chosen hold after the block, which deploys prefect.yaml.
+
+    Where a schedule of a deployment is on, its schedules stay as they are; automations that are off stay off.
+    """
     pool = WorkPoolFilter(name=WorkPoolFilterName(any_=[POOL]))
     with get_client(sync_client=True) as client:
-        before = client.read_deployments(work_pool_filter=pool)
-        on = {deployment.id for deployment in before if any(schedule.active for schedule in deployment.schedules)}
+        deployments = client.read_deployments(work_pool_filter=pool)
+        on = {one.id: one.schedules for one in deployments if any(schedule.active for schedule in one.schedules)}
+        off = {automation.name for automation in client.read_automations() if not automation.enabled}
         try:
             yield
         finally:
             for deployment in client.read_deployments(work_pool_filter=pool):
-                for schedule in deployment.schedules if deployment.id in on else ():
-                    client.update_deployment_schedule(deployment.id, schedule.id, active=True)
+                if deployment.id in on and deployment.schedules != on[deployment.id]:
+                    for schedule in deployment.schedules:
+                        client.delete_deployment_schedule(deployment.id, schedule.id)
+                    client.create_deployment_schedules(deployment.id, [copied(one) for one in on[deployment.id]])
+            for automation in client.read_automations():
+                if automation.name in off and automation.enabled:
+                    client.pause_automation(automation.id)
 
 
-def resume_interrupted() -> list[str]:
-    """Has the runs that died with their machine run again, from their last state; their names.
+def copied(schedule: DeploymentSchedule) -> DeploymentScheduleCreate:
+    fields = DeploymentScheduleCreate.model_fields.keys() & DeploymentSchedule.model_fields.keys()
+    return DeploymentScheduleCreate(**{name: getattr(schedule, name) for name in fields})
+
+
+def resume_interrupted(most_attempts: int | None = None) -> list[str]:
+    """Has the runs that died with their machine run again, from their last state; a line on each.
 
     Nothing of the pool may be alive. Of crashed runs those go on that fell silent within the last hour: while the
-    machine was away, the server told them apart from the living before this did.
+    machine was away, the server told them apart from the living before this did. One that was attempted as often as
+    `most_attempts` within a day stays crashed.
     """
     alive = FlowRunFilterStateType(any_=[StateType.RUNNING, StateType.PENDING, StateType.CANCELLING])
     crashed = FlowRunFilterStateType(any_=[StateType.CRASHED])
@@ -136,15 +156,15 @@ def resume_interrupted() -> list[str]:
         )
         runs += [run for run in silent if run.state and (run.state.message or "").startswith(SILENCE)]
         for run in runs:
+            states = client.read_flow_run_states(run.id)
+            attempts = [one for one in states if one.is_running() and one.timestamp > datetime.now(UTC) - DAY]
             if run.state_type == StateType.CANCELLING:
-                client.set_flow_run_state(
-                    run.id, Cancelled(message="it was being cancelled when all stopped"), force=True
-                )
-            elif run.run_count >= MOST_ATTEMPTS:
-                said = f"it died in {run.run_count} attempts; retry it by hand when the cause is found"
-                client.set_flow_run_state(run.id, Crashed(message=said), force=True)
+                state: State = Cancelled(message="it was being cancelled when all stopped")
+            elif most_attempts and len(attempts) >= most_attempts:
+                said = f"it died in {len(attempts)} attempts within a day; retry it by hand when the cause is found"
+                state = Crashed(message=said)
             else:
-                said = "it was interrupted and goes on from its last state"
-                client.set_flow_run_state(run.id, AwaitingRetry(message=said), force=True)
-                found.append(run.name)
+                state = AwaitingRetry(message="it was interrupted and goes on from its last state")
+            client.set_flow_run_state(run.id, state, force=True)
+            found.append(f"{run.name}: {state.message}")
     return found

@@ -242,7 +242,7 @@ def collect_cache(
             f"the DVC cache stays as it is: what {', '.join(f'version {number}' for number in lost)} of "
             f"{tracking.MODEL} needs is neither in a commit nor in MLflow; commit its dvc.lock, or delete the version"
         )
-    elif cache != (root / ".dvc" / "cache").resolve() and not shared_cache:
+    elif not cache.is_relative_to(root.resolve()) and not shared_cache:
         found.remarks.append(
             f"the DVC cache stays as it is: {cache} may be shared with other clones, whose data would go; "
             "say shared_cache where it is not"

@@ -5,15 +5,15 @@ from typing import Annotated, Any
 
 from pydantic import AfterValidator, Field
 
-from pipelines.redaction import USER_IN_PARAMETER, refuse_password
+from pipelines.redaction import SECRET_IN_PARAMETER, refuse_password
 
 NOTE_LENGTH = 1000
 PRESETS = sorted(path.stem for path in (Path(__file__).parent.parent / "presets").glob("*.yaml"))
 LINES = r"[^\x00-\x08\x0b-\x1f\x7f]*$"  # what a person types: no control characters but tabs and ends of lines
 NO_PASSWORD: Any = {  # for the server, which refuses what it would store
     "not": {
-        "pattern": USER_IN_PARAMETER.pattern,
-        "description": "A URL with a password is committed: put it into ~/.netrc.",
+        "pattern": SECRET_IN_PARAMETER.pattern,
+        "description": "A URL with a password or signature is committed: put a password into ~/.netrc.",
     }
 }
 

@@ -10,11 +10,19 @@ from pathlib import Path
 from pipelines.redaction import hidden
 
 STALE_SECONDS = 60  # after which a lock of git is that of a killed process: it holds one for less than a second
+FETCH_SECONDS = 600  # after which a remote does not answer
 
 
-def git(root: Path, *arguments: str) -> str:
+def git(root: Path, *arguments: str, seconds: float | None = None) -> str:
+    """What git prints; a person's hooks, which may ask or fail, do not run. Raises ValueError."""
     env = os.environ | {"GIT_TERMINAL_PROMPT": "0", "GIT_OPTIONAL_LOCKS": "0"}
-    answer = subprocess.run(["git", *arguments], cwd=root, capture_output=True, text=True, check=False, env=env)
+    command = ["git", "-c", f"core.hooksPath={os.devnull}", *arguments]
+    try:
+        answer = subprocess.run(
+            command, cwd=root, capture_output=True, text=True, check=False, env=env, timeout=seconds
+        )
+    except subprocess.TimeoutExpired:
+        raise ValueError(f"git {' '.join(arguments)} did not end within {seconds:.0f} seconds in {root}") from None
     if answer.returncode:
         raise ValueError(hidden(f"git {' '.join(arguments)} failed in {root}: {answer.stderr.strip()}"))
     return answer.stdout.strip()
@@ -40,7 +48,7 @@ def full_commit(root: Path, commit: str) -> str:
         raise ValueError(f"{commit!r} is no commit, branch or tag here; git log --oneline --all lists them") from None
 
 
-def fetch(root: Path, ref: str) -> None:
+def fetch(root: Path, ref: str, seconds: float = FETCH_SECONDS) -> None:
     """Fetches the remote that a ref like `origin/main` begins with, one at a time.
 
     Raises ValueError where it does not answer.
@@ -51,7 +59,7 @@ def fetch(root: Path, ref: str) -> None:
         with (root / "scratch" / "fetch.lock").open("a") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX)
             unlock(root)
-            git(root, "fetch", "--quiet", "--end-of-options", remote)
+            git(root, "fetch", "--quiet", "--end-of-options", remote, seconds=seconds)
 
 
 def is_dirty(root: Path) -> bool:

@@ -35,7 +35,14 @@ def group(
         termios.tcsetwinsize(errors, termios.tcgetwinsize(sys.stderr.fileno()))
         follower = threading.Thread(target=_follow, args=(master, lines), daemon=True)
     process = subprocess.Popen(
-        command, cwd=root, env=env, stdout=subprocess.PIPE, stderr=errors, text=True, start_new_session=True
+        command,
+        cwd=root,
+        env=env,
+        stdout=subprocess.PIPE,
+        stderr=errors,
+        encoding="utf-8",
+        errors="replace",
+        start_new_session=True,
     )
     if follower:
         os.close(errors)

@@ -9,7 +9,9 @@ SECRET = re.compile(  # in a variable's name
     r"KEY|TOKEN|SECRET|PASS|_PWD|CREDENTIAL|AUTH(?!ORS?(_|$))|WEBHOOK|CONNECTION_STRING|DSN", re.IGNORECASE
 )
 USER_IN_URL = re.compile(r"(?<=://)[^/\s'\"?#]+@")
-USER_IN_PARAMETER = re.compile(r"://[^/\s?#]+@")  # quotes are part of it: nothing is quoted around it
+SECRET_IN_PARAMETER = re.compile(  # before the path, where quotes are part of it, or in the query; JavaScript reads it
+    r"://(?:[^/\s?#]+@|[^\s#]*[?&](?:[^\s#=&]*(?:[Ss]ignature|[Tt]oken|[Ss]ecret|[Pp]assword|[Kk]ey(?:[Ii]d)?)|sig)=)"
+)
 PASSWORD_IN_URL = re.compile(r"://[^/\s:@]*:([^/\s]+)@|https?://([^/\s:@]+)@")  # or a token in its place
 SHORTEST_SECRET = 6  # shorter ones would make holes in every text
 
@@ -36,10 +38,10 @@ def _secrets() -> set[str]:
 
 
 def refuse_password(key: str, text: str) -> None:
-    """Raises ValueError for text with a user or password in a URL."""
-    if USER_IN_PARAMETER.search(text):
-        shown = hidden(USER_IN_PARAMETER.sub("://", text))[:200]
+    """Raises ValueError for text with a user, password or signature in a URL."""
+    if SECRET_IN_PARAMETER.search(text):
+        shown = hidden(re.sub(r"\?\S*", "?...", re.sub(r"://[^/\s?#]+@", "://", text)))[:200]
         raise ValueError(
-            f"{key} has a URL with a user or password ({shown}), and params.yaml is committed; "
-            "give the URL without it, and put it into ~/.netrc: machine HOST login USER password PASSWORD"
+            f"{key} has a URL with a user, password or signature ({shown}), and params.yaml is committed; give the URL "
+            "without it, and put a password into ~/.netrc: machine HOST login USER password PASSWORD"
         )

@@ -32,8 +32,17 @@ def origins(host: str, port: int) -> str:
     return ",".join(f"http://{name}:{port}" for name in names)
 
 
-def up(root: Path, prefect_port: int, mlflow_port: int, host: str = HOST) -> dict[str, str]:
-    """Starts both servers, prepares Prefect's, deploys, starts a worker; the URLs by name.
+def past_proxies(host: str) -> dict[str, str]:
+    """The variables that have requests to the servers here pass by a proxy, where the environment has one."""
+    if not {"http_proxy", "all_proxy"} & {name.lower() for name in os.environ}:
+        return {}
+    known = os.environ.get("no_proxy") or os.environ.get("NO_PROXY") or HOST
+    names = ",".join(dict.fromkeys([*known.replace(" ", "").split(","), HOST, "localhost", host]))
+    return {"NO_PROXY": names, "no_proxy": names}
+
+
+def up(root: Path, prefect_port: int, mlflow_port: int, host: str = HOST) -> tuple[dict[str, str], list[str]]:
+    """Starts both servers, prepares Prefect's, deploys, starts a worker; the URLs, and a line on each run that died.
 
     What runs already is stopped first; runs that this, or a crash, interrupts go on. Raises RuntimeError or ValueError,
     and leaves nothing running then.
@@ -50,6 +59,7 @@ def up(root: Path, prefect_port: int, mlflow_port: int, host: str = HOST) -> dic
         "MLFLOW_TRACKING_URI": urls["MLflow"],
         "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false",  # eight processes that nothing here uses
     }
+    os.environ |= past_proxies(host)
     os.environ.setdefault(ORIGINS, origins(host, prefect_port))
     if host != HOST:  # MLflow answers a browser that calls it by a name which it knows, and nobody else
         os.environ.setdefault("MLFLOW_SERVER_ALLOWED_HOSTS", f"{host}:{mlflow_port}")
@@ -69,16 +79,16 @@ def up(root: Path, prefect_port: int, mlflow_port: int, host: str = HOST) -> dic
         from pipelines import automations
 
         automations.prepare(webhook)
-        with automations.schedules_kept():
+        with automations.choices_kept():
             if start(root, "deploy", automations.DEPLOY).wait():
                 raise RuntimeError(f"prefect deploy --all failed: {end_of(log_of(root, 'deploy'))}")
-        automations.resume_interrupted()
+        died = automations.resume_interrupted()
         wait_for(f"{urls['MLflow']}/health", mlflow, log_of(root, "mlflow"))
         start(root, "worker", ["prefect", "worker", "start", "--pool", automations.POOL, "--name", "here"])
     except BaseException:
         down(root)
         raise
-    return urls
+    return urls, died
 
 
 def check_free(host: str, port: int, option: str) -> None:

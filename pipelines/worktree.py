@@ -120,7 +120,7 @@ def settle_left_behind(root: Path) -> None:
 
 def _add(root: Path, place: Path, commit: str) -> None:
     try:
-        git(root, "-c", f"core.hooksPath={os.devnull}", "worktree", "add", "--detach", str(place), commit)
+        git(root, "worktree", "add", "--detach", str(place), commit)
     except ValueError as error:
         _remove(root, place)
         if "unable to write" in str(error):
@@ -245,4 +245,4 @@ def _commit(place: Path, file: str, message: str) -> None:
     except ValueError:
         identity = ("-c", "user.name=pipelines", "-c", "user.email=pipelines@localhost")
     git(place, "add", file)
-    git(place, *identity, "commit", "--quiet", "--allow-empty", "--no-verify", "--no-gpg-sign", "-m", message)
+    git(place, *identity, "commit", "--quiet", "--allow-empty", "--no-gpg-sign", "-m", message)

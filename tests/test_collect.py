@@ -302,6 +302,10 @@ def test_nothing_is_removed_where_the_need_is_not_known(project, tmp_path, monke
     done = collected(project)
     assert "may be shared with other clones" in done.headline
     assert (branches(project), bytes_in(shared)) == ([], size)
+    (project / ".dvc/config.local").unlink()
+    (project / ".dvc/cache").symlink_to(shared)
+    assert "may be shared with other clones" in collected(project).headline
+    assert bytes_in(shared) == size
     assert collected(project, shared_cache=True).went["DVC cache"][0][1] > 0
 
 

@@ -87,6 +87,10 @@ WITH_PASSWORDS = [
     "train.initial_weights=http://u:p@host/x.pth",
     """download.source="https://u:pass'w@host/data\"""",
     "download.source='https://us\"er:p@host/data'",
+    "download.source=https://bucket.s3.amazonaws.com/train.zip?X-Amz-Expires=3600&X-Amz-Signature=s1gned",
+    "download.source=https://bucket.s3.amazonaws.com/x?AWSAccessKeyId=s1gned&Expires=1",
+    "download.source='https://account.blob.core.windows.net/x.zip?sv=2024-11-04&sig=s1gned'",
+    "train.initial_weights=https://host/model.pth?download=true&access_token=s1gned",
 ]
 
 
@@ -148,7 +152,14 @@ def test_a_password_in_a_url_is_refused_before_it_is_stored_by_form_flow_and_com
             TypeAdapter(TYPES[name]).validate_python(value)
     with pytest.raises(ValueError, match="put it into ~/.netrc") as caught:
         parameters(ROOT, None, [override])
-    assert not re.search("pa55word|to-ken|p%40ss|u:p", str(caught.value))
+    assert not re.search("pa55word|to-ken|p%40ss|u:p|s1gned", str(caught.value))
+
+
+@pytest.mark.parametrize("query", ["version=3&design=a", "versionId=aB3", "path=a;b=c", "keys=3", "x=1#token=2"])
+def test_an_address_with_a_query_that_is_no_secret_is_taken(query):
+    override = f"download.source=https://host/data.zip?{query}"
+    assert not refused("overrides", [override])
+    assert parameters(ROOT, None, [override])["download"]["source"].endswith(query)
 
 
 def test_the_command_refuses_a_password_too(tmp_path):

@@ -46,8 +46,7 @@ def outside():
 @pytest.fixture(scope="module")
 def env(hook, outside):
     proxy = dict.fromkeys(("HTTP_PROXY", "HTTPS_PROXY", "http_proxy", "https_proxy"), outside[0])
-    loopback = dict.fromkeys(("NO_PROXY", "no_proxy"), "127.0.0.1,localhost")
-    return proxy | loopback | {"DETR_WEBHOOK_URL": f"{hook[0]}/{SECRET}", "DETR_SILENT_SECONDS": str(SILENT)}
+    return proxy | {"DETR_WEBHOOK_URL": f"{hook[0]}/{SECRET}", "DETR_SILENT_SECONDS": str(SILENT)}
 
 
 @pytest.fixture(scope="module")
@@ -183,7 +182,7 @@ def test_the_deployments_are_those_of_prefect_yaml_and_stay_one_each(served, env
         ]
         assert one["work_queue_name"] == ("default" if name == "watch-data" else "training")
 
-    api = {"PREFECT_API_URL": f"{served.prefect}/api"}  # what a team types
+    api = {"PREFECT_API_URL": f"{served.prefect}/api", "NO_PROXY": "127.0.0.1"}  # what a team types
     call(served.project, *PYTHON, "pipelines", "automate", **env, **api)
     call(served.project, "prefect", "--no-prompt", "deploy", "--all", **api)
     assert {name: one["id"] for name, one in deployments(served).items()} == {
@@ -192,6 +191,22 @@ def test_the_deployments_are_those_of_prefect_yaml_and_stay_one_each(served, env
     assert [name for name, _ in automations(served)] == [name for name, _ in automated]
     queues = served.ask("POST", "work_pools/detr/queues/filter")
     assert {one["name"]: one["concurrency_limit"] for one in queues} == {"default": None, "training": 1}
+
+
+@pytest.mark.parametrize(
+    ("env", "said"),
+    [
+        ({"PREFECT_API_URL": ""}, "error: PREFECT_API_URL is not set: which server? `make up` prints its own\n"),
+        ({"DETR_SILENT_SECONDS": "3m"}, "error: DETR_SILENT_SECONDS is '3m'; heartbeats come every 30 seconds"),
+        ({"DETR_SILENT_SECONDS": "30"}, "error: DETR_SILENT_SECONDS is '30'; heartbeats come every 30 seconds"),
+    ],
+)
+def test_what_automate_needs_is_asked_for(tmp_path, env, said):
+    """Without an address Prefect would start a server of its own, and all would be gone with it."""
+    assert call(
+        ROOT, *PYTHON, "pipelines", "automate", "--deploy", code=1, PREFECT_HOME=str(tmp_path), **env
+    ).startswith(said)
+    assert not (tmp_path / "prefect.db").exists()
 
 
 def test_the_form_says_what_each_parameter_is(served):
@@ -273,9 +288,14 @@ def test_the_address_that_is_told_stays_a_secret(served):
 
 def test_down_in_a_training_and_the_next_up_goes_on(served, env, connections, outside, hook):
     before = len(told(hook))
-    nightly = deployments(served)["nightly"]
+    nightly, look = (deployments(served)[name] for name in ("nightly", "watch-data"))
+    at_four = {"cron": "0 4 * * *", "timezone": "Europe/Berlin"}
     schedule = f"deployments/{nightly['id']}/schedules/{nightly['schedules'][0]['id']}"
-    served.ask("PATCH", schedule, active=True)
+    served.ask("PATCH", schedule, active=True, schedule=at_four)
+    own = {"schedule": {"interval": 3600}, "active": True, "parameters": {"preset": "photos"}}
+    requests.post(f"{served.prefect}/api/deployments/{look['id']}/schedules", json=[own], timeout=30).raise_for_status()
+    trigger = dict(automations(served))["on-data-change__automation_1"]
+    served.ask("PATCH", f"automations/{trigger}", enabled=False)
     run_id = start_training(served)
     started = time.monotonic()
     assert re.fullmatch(r"\d+ processes stopped\n", call(served.project, *PYTHON, "pipelines", "down"))
@@ -292,7 +312,17 @@ def test_down_in_a_training_and_the_next_up_goes_on(served, env, connections, ou
     run = served.wait(run_id)
     assert (run["state_type"], run["run_count"]) == ("COMPLETED", 2), served.log(run_id)
     assert "resuming at step" in served.log(run_id)
-    assert [s["active"] for s in deployments(served)["nightly"]["schedules"]] == [True]
+    (kept,) = deployments(served)["nightly"]["schedules"]
+    assert kept["active"]
+    assert at_four.items() <= kept["schedule"].items()
+    found = sorted(
+        (s["active"], s["schedule"].get("cron"), s["parameters"])
+        for s in deployments(served)["watch-data"]["schedules"]
+    )
+    assert found == [(False, "*/15 * * * *", {}), (True, None, {"preset": "photos"})]
+    off = [one["name"] for one in served.ask("POST", "automations/filter") if not one["enabled"]]
+    assert off == ["on-data-change__automation_1"]
+    assert f"Run        {run['name']}: it was interrupted and goes on from its last state" in page
     assert [one for one in told(hook)[before:] if one["state"] != "Crashed"] == []
     assert {ip for ip in connections if not ip_address(ip.removeprefix("::ffff:")).is_loopback} == set()
     assert outside[1] == []

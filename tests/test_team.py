@@ -20,6 +20,7 @@ import pytest
 from ruamel.yaml import YAML
 
 from pipelines import services
+from pipelines.automations import MOST_ATTEMPTS
 from pipelines.params import to_yaml
 from pipelines.stage import QUIET
 from tests.conftest import ROOT, call, detections_like, environment, free_port, needs, small_project, trained_project
@@ -295,19 +296,25 @@ def test_two_registrations_at_once_both_count(team, retrained, drawn, tmp_path):
 
 
 def test_all_is_there_after_everything_was_restarted(team, retrained, hook):
-    """Runs, a schedule that a person has turned on, and a run that fell silent when the host did: it goes on."""
+    """Runs, a schedule that a person has turned on, and a run that fell silent when the host did: it goes on.
+
+    One that fell silent again and again does not: it may be what the host dies of.
+    """
     prefect = served(team)
     team.stop("worker")
     run_id = prefect.start("retrain/on-demand", overrides=["train.epochs=1"])
-    failed = prefect.start("collect/collect", dry_run=True)
-    for one, message in ((run_id, "no sign of life for 180 seconds; retry it"), (failed, "killed by a person")):
+    failed, tired = (prefect.start("collect/collect", dry_run=True) for _ in range(2))
+    for _ in range(MOST_ATTEMPTS):
+        prefect.ask("POST", f"flow_runs/{tired}/set_state", state={"type": "RUNNING"}, force=True)
+    silent = "no sign of life for 180 seconds; retry it"
+    for one, message in ((run_id, silent), (tired, silent), (failed, "killed by a person")):
         state = {"type": "CRASHED", "name": "Crashed", "message": message}
         prefect.ask("POST", f"flow_runs/{one}/set_state", state=state, force=True)
     nightly = prefect.ask("GET", "deployments/name/retrain/nightly")
     (schedule,) = nightly["schedules"]
     prefect.ask("PATCH", f"deployments/{nightly['id']}/schedules/{schedule['id']}", active=True)
     ours = [one["id"] for one in prefect.runs() if one["deployment_id"] != nightly["id"]]
-    prefect.wait_until(lambda: len(hook[1]) >= 2, what="two messages")
+    prefect.wait_until(lambda: len(hook[1]) >= 3, what="three messages")
     for _, _, body in hook[1]:
         assert json.loads(body)["url"].startswith(f"{prefect.prefect}/runs/flow-run/")
 
@@ -320,6 +327,9 @@ def test_all_is_there_after_everything_was_restarted(team, retrained, hook):
     assert run["state_type"] == "COMPLETED", prefect.log(run_id)
     assert set(prefect.tasks(run_id).values()) <= {"Restored", "Unchanged", "Ran"}
     assert prefect.run(failed)["state"]["message"] == "killed by a person"
+    ended = prefect.run(tired)["state"]
+    assert ended["message"] == "it died in 5 attempts within a day; retry it by hand when the cause is found"
+    assert ended["type"] == "CRASHED"
     assert team.sql("SELECT count(*) FROM model_versions", "mlflow").strip() == "3"  # these weights were there
 
 

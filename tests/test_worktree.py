@@ -3,6 +3,7 @@
 import contextlib
 import fcntl
 import os
+import socket
 import subprocess
 import sys
 import time
@@ -13,7 +14,7 @@ import pytest
 from dvc.repo import Repo
 
 from pipelines import worktree
-from pipelines.git import STALE_SECONDS
+from pipelines.git import STALE_SECONDS, fetch
 from pipelines.params import read_yaml, to_yaml
 from pipelines.processes import WORKTREE
 from tests.conftest import ROOT, call, environment
@@ -229,6 +230,28 @@ def test_its_caches_are_removed_with_it(root):
         assert list(caches.iterdir())
         finish(place)
     assert not (root / ".git/worktrees").exists()
+
+
+def test_a_persons_hooks_do_not_run(root):
+    """Those that `dvc install` makes fail where a commit's data is not in the cache."""
+    for name in ("post-checkout", "pre-commit", "prepare-commit-msg", "commit-msg", "post-commit"):
+        hook = root / ".git/hooks" / name
+        hook.write_text("#!/bin/sh\necho ran >> scratch/hooks\nexit 1\n")
+        hook.chmod(0o755)
+    with pytest.raises(AssertionError):
+        call(root, "git", "switch", "--create", "by-hand")
+    assert (root / "scratch/hooks").read_text() == "ran\n"
+    with worktree.worktree(root, "a", "HEAD", epochs(2)) as (place, branch):
+        finish(place)
+    assert branch == "runs/a"
+    assert (root / "scratch/hooks").read_text() == "ran\n"
+
+
+def test_a_remote_that_does_not_answer_is_an_error(root):
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        call(root, "git", "remote", "add", "origin", f"http://127.0.0.1:{silent.getsockname()[1]}/x.git")
+        with pytest.raises(ValueError, match="git fetch .* did not end within 2 seconds"):
+            fetch(root, "origin/main", seconds=2)
 
 
 def test_fetches_take_turns(root, tmp_path_factory):
