@@ -145,12 +145,12 @@ def test_a_ref_that_names_no_commit_is_told_in_one_line(ref):
 @pytest.mark.parametrize("override", WITH_PASSWORDS)
 def test_a_password_in_a_url_is_refused_before_it_is_stored_by_form_flow_and_command(override, tmp_path):
     schema = {"properties": {"overrides": SCHEMA["properties"]["overrides"]}}
-    with pytest.raises(jsonschema.ValidationError, match="put it into ~/.netrc"):
+    with pytest.raises(jsonschema.ValidationError, match="put a password into ~/.netrc"):
         jsonschema.validate({"overrides": [override]}, schema)
     for name, value in (("overrides", [override]), ("note", override)):
-        with pytest.raises(ValidationError, match="put it into ~/.netrc"):
+        with pytest.raises(ValidationError, match="put a password into ~/.netrc"):
             TypeAdapter(TYPES[name]).validate_python(value)
-    with pytest.raises(ValueError, match="put it into ~/.netrc") as caught:
+    with pytest.raises(ValueError, match="put a password into ~/.netrc") as caught:
         parameters(ROOT, None, [override])
     assert not re.search("pa55word|to-ken|p%40ss|u:p|s1gned", str(caught.value))
 
@@ -422,7 +422,7 @@ def test_hostile_strings_from_the_form_run_nothing_and_are_told_in_one_line(loud
     for text in ("--upload-pack=touch x", "HEAD:params.yaml", "@{upstream}", "../x", "-x"):
         with pytest.raises(requests.HTTPError, match=r"^(409|422): "):
             loud.start("retrain/on-demand", ref=text)
-    with pytest.raises(requests.HTTPError, match="put it into ~/.netrc"):
+    with pytest.raises(requests.HTTPError, match="put a password into ~/.netrc"):
         loud.start("retrain/on-demand", overrides=WITH_PASSWORDS[:1])
     assert len(loud.runs()) == before
 
