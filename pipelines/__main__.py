@@ -3,6 +3,7 @@
 import argparse
 import json
 import os
+import shlex
 import signal
 import sys
 from functools import partial
@@ -132,7 +133,7 @@ Data Docs  {python} -m pipelines ui docs       the dataset's page: ui dataset
 Stop       {python} -m pipelines down          a training goes on with the next `up`
 
 In this shell, for the commands below:
-export {" ".join(f"{name}={value}" for name, value in settings.items())}
+export {" ".join(f"{name}={shlex.quote(value)}" for name, value in settings.items())}
 
 {python} -m prefect deployment run retrain/on-demand --param 'overrides=["train.epochs=4"]' --watch
 {python} -m prefect deployment schedule ls retrain/nightly    # it is off; `schedule resume` turns it on""")
@@ -176,7 +177,9 @@ def main() -> None:
     one.add_argument("--host", default="127.0.0.1", help="name or address to serve at; there is no authentication")
     verbs.add_parser("down", help="stop all that `up` has started")
     one = verbs.add_parser("automate", help="make work pool, queue and automations on the server of PREFECT_API_URL")
-    one.add_argument("--deploy", action="store_true", help="prefect deploy --all, and keep schedules on that are")
+    one.add_argument(
+        "--deploy", action="store_true", help="deploy prefect.yaml; schedules that are on stay as they are"
+    )
     one.add_argument("--resume", action="store_true", help="have runs that died go on; no worker may be alive")
     one = verbs.add_parser("data", help="print the versions of the data, or what changed between two")
     one.add_argument("old", nargs="?", metavar="OLD", help="a commit")
@@ -215,8 +218,7 @@ def main() -> None:
 
             automations.prepare(os.environ.get(services.WEBHOOK))
             if arguments.deploy:
-                with automations.choices_kept():
-                    call(automations.DEPLOY, Path.cwd(), print)
+                call(automations.deploy_command(Path.cwd()), Path.cwd(), print)
             if arguments.resume:
                 for line in automations.resume_interrupted(automations.MOST_ATTEMPTS):
                     print(line)

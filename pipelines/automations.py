@@ -1,14 +1,13 @@
 """What a Prefect server needs besides the deployments: the work pool, its queue of one, the automations."""
 
 import os
-from collections.abc import Iterator
-from contextlib import contextmanager
 from datetime import UTC, datetime, timedelta
+from pathlib import Path
 from typing import Any
 
 from prefect.blocks.webhook import Webhook
 from prefect.client.orchestration import SyncPrefectClient, get_client
-from prefect.client.schemas.actions import DeploymentScheduleCreate, WorkPoolCreate
+from prefect.client.schemas.actions import WorkPoolCreate
 from prefect.client.schemas.filters import (
     FlowRunFilter,
     FlowRunFilterEndTime,
@@ -17,7 +16,7 @@ from prefect.client.schemas.filters import (
     WorkPoolFilter,
     WorkPoolFilterName,
 )
-from prefect.client.schemas.objects import DeploymentSchedule, State, StateType
+from prefect.client.schemas.objects import State, StateType
 from prefect.events.actions import CallWebhook, ChangeFlowRunState
 from prefect.events.schemas.automations import AutomationCore, EventTrigger, Posture
 from prefect.events.schemas.events import ResourceSpecification
@@ -25,9 +24,11 @@ from prefect.exceptions import ObjectNotFound
 from prefect.settings import get_current_settings
 from prefect.states import AwaitingRetry, Cancelled, Crashed
 from pydantic import SecretStr
+from ruamel.yaml import YAML
+
+from pipelines.stage import write_json
 
 POOL, QUEUE = "detr", "training"
-DEPLOY = ["prefect", "--no-prompt", "deploy", "--all"]  # a Python module and its arguments
 SILENT = "DETR_SILENT_SECONDS"  # in the environment: without a heartbeat, after which a run counts as dead
 HEARTBEAT = "prefect.flow-run.heartbeat"  # every 30 seconds by prefect.yaml, the least that Prefect takes
 SILENCE = "no sign of life"  # begins why a silent run has crashed
@@ -105,40 +106,34 @@ def automate(client: SyncPrefectClient, name: str, trigger: EventTrigger, action
     client.create_automation(AutomationCore(name=name, enabled=enabled, trigger=trigger, actions=[action]))
 
 
-@contextmanager
-def choices_kept() -> Iterator[None]:
-    """Has what a person has chosen hold after the block, which deploys prefect.yaml.
+def deploy_command(root: Path) -> list[str]:
+    """The Python module, and its arguments, that deploys prefect.yaml but for what a person has chosen otherwise.
 
-    Where a schedule of a deployment is on, its schedules stay as they are; automations that are off stay off.
+    Where a schedule of a deployment is on, or has a slug, which only a person gives, its schedules stay as they are on
+    the server; automations that are off stay off.
     """
+    document = YAML(typ="safe", pure=True).load(root / "prefect.yaml")
     pool = WorkPoolFilter(name=WorkPoolFilterName(any_=[POOL]))
     with get_client(sync_client=True) as client:
         deployments = client.read_deployments(work_pool_filter=pool)
-        on = {one.id: one.schedules for one in deployments if any(schedule.active for schedule in one.schedules)}
+        chosen = {one.name for one in deployments if any(each.active or each.slug for each in one.schedules)}
         off = {automation.name for automation in client.read_automations() if not automation.enabled}
-        try:
-            yield
-        finally:
-            for deployment in client.read_deployments(work_pool_filter=pool):
-                if deployment.id in on and deployment.schedules != on[deployment.id]:
-                    for schedule in deployment.schedules:
-                        client.delete_deployment_schedule(deployment.id, schedule.id)
-                    client.create_deployment_schedules(deployment.id, [copied(one) for one in on[deployment.id]])
-            for automation in client.read_automations():
-                if automation.name in off and automation.enabled:
-                    client.pause_automation(automation.id)
-
-
-def copied(schedule: DeploymentSchedule) -> DeploymentScheduleCreate:
-    fields = DeploymentScheduleCreate.model_fields.keys() & DeploymentSchedule.model_fields.keys()
-    return DeploymentScheduleCreate(**{name: getattr(schedule, name) for name in fields})
+    for deployment in document["deployments"]:
+        name = deployment["name"]
+        if name in chosen:
+            deployment.pop("schedules", None)
+        for number, trigger in enumerate(deployment.get("triggers", []), start=1):
+            trigger["enabled"] = trigger.get("name", f"{name}__automation_{number}") not in off
+    file = root / "scratch" / "services" / "prefect.json"  # which YAML reads
+    write_json(file, document)
+    return ["prefect", "--no-prompt", "deploy", "--all", "--prefect-file", str(file)]
 
 
 def resume_interrupted(most_attempts: int | None = None) -> list[str]:
     """Has the runs that died with their machine run again, from their last state; a line on each.
 
     Nothing of the pool may be alive. Of crashed runs those go on that fell silent within the last hour: while the
-    machine was away, the server told them apart from the living before this did. One that was attempted as often as
+    machine was away, the server told them apart from the living before this did. One that began as often as
     `most_attempts` within a day stays crashed.
     """
     alive = FlowRunFilterStateType(any_=[StateType.RUNNING, StateType.PENDING, StateType.CANCELLING])
@@ -161,7 +156,7 @@ def resume_interrupted(most_attempts: int | None = None) -> list[str]:
             if run.state_type == StateType.CANCELLING:
                 state: State = Cancelled(message="it was being cancelled when all stopped")
             elif most_attempts and len(attempts) >= most_attempts:
-                said = f"it died in {len(attempts)} attempts within a day; retry it by hand when the cause is found"
+                said = f"it began {len(attempts)} times within a day and never ended; find the cause, then retry it"
                 state = Crashed(message=said)
             else:
                 state = AwaitingRetry(message="it was interrupted and goes on from its last state")

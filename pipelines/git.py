@@ -2,6 +2,7 @@
 
 import fcntl
 import os
+import signal
 import subprocess
 import time
 from contextlib import suppress
@@ -17,15 +18,21 @@ def git(root: Path, *arguments: str, seconds: float | None = None) -> str:
     """What git prints; a person's hooks, which may ask or fail, do not run. Raises ValueError."""
     env = os.environ | {"GIT_TERMINAL_PROMPT": "0", "GIT_OPTIONAL_LOCKS": "0"}
     command = ["git", "-c", f"core.hooksPath={os.devnull}", *arguments]
-    try:
-        answer = subprocess.run(
-            command, cwd=root, capture_output=True, text=True, check=False, env=env, timeout=seconds
-        )
-    except subprocess.TimeoutExpired:
-        raise ValueError(f"git {' '.join(arguments)} did not end within {seconds:.0f} seconds in {root}") from None
-    if answer.returncode:
-        raise ValueError(hidden(f"git {' '.join(arguments)} failed in {root}: {answer.stderr.strip()}"))
-    return answer.stdout.strip()
+    pipe = subprocess.PIPE
+    with subprocess.Popen(
+        command, cwd=root, stdout=pipe, stderr=pipe, text=True, env=env, start_new_session=True
+    ) as process:
+        try:
+            output, errors = process.communicate(timeout=seconds)
+        except BaseException as error:
+            os.killpg(process.pid, signal.SIGKILL)  # and what speaks with the remote for it
+            if isinstance(error, subprocess.TimeoutExpired):
+                said = f"git {' '.join(arguments)} did not end within {seconds:.0f} seconds in {root}"
+                raise ValueError(said) from None
+            raise
+    if process.returncode:
+        raise ValueError(hidden(f"git {' '.join(arguments)} failed in {root}: {errors.strip()}"))
+    return output.strip()
 
 
 def unlock(root: Path) -> None:

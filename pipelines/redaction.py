@@ -9,8 +9,12 @@ SECRET = re.compile(  # in a variable's name
     r"KEY|TOKEN|SECRET|PASS|_PWD|CREDENTIAL|AUTH(?!ORS?(_|$))|WEBHOOK|CONNECTION_STRING|DSN", re.IGNORECASE
 )
 USER_IN_URL = re.compile(r"(?<=://)[^/\s'\"?#]+@")
-SECRET_IN_PARAMETER = re.compile(  # before the path, where quotes are part of it, or in the query; JavaScript reads it
-    r"://(?:[^/\s?#]+@|[^\s#]*[?&](?:[^\s#=&]*(?:[Ss]ignature|[Tt]oken|[Ss]ecret|[Pp]assword|[Kk]ey(?:[Ii]d)?)|sig)=)"
+SECRET_IN_QUERY, WHOLE_NAME = (  # in any case without a flag, which a form's pattern cannot have
+    re.sub("[a-z]", lambda found: f"[{found[0]}{found[0].upper()}]", words)
+    for words in ("signature|token|secret|password|passwd|pwd|api[-_]?key|access[-_]?key(?:[-_]?id)?", "sig|key")
+)
+SECRET_IN_PARAMETER = re.compile(  # quotes are part of it: nothing is quoted around it
+    rf"://(?:[^/\s?#]+@|[^\s#]*[?&](?:[^\s#=&?]*(?:{SECRET_IN_QUERY})|{WHOLE_NAME})=)"
 )
 PASSWORD_IN_URL = re.compile(r"://[^/\s:@]*:([^/\s]+)@|https?://([^/\s:@]+)@")  # or a token in its place
 SHORTEST_SECRET = 6  # shorter ones would make holes in every text
@@ -40,7 +44,7 @@ def _secrets() -> set[str]:
 def refuse_password(key: str, text: str) -> None:
     """Raises ValueError for text with a user, password or signature in a URL."""
     if SECRET_IN_PARAMETER.search(text):
-        shown = hidden(re.sub(r"\?\S*", "?...", re.sub(r"://[^/\s?#]+@", "://", text)))[:200]
+        shown = hidden(re.sub(r"[?&]\S*", "?...", re.sub(r"://[^/\s?#]+@", "://", text)))[:200]
         raise ValueError(
             f"{key} has a URL with a user, password or signature ({shown}), and params.yaml is committed; give the URL "
             "without it, and put a password into ~/.netrc: machine HOST login USER password PASSWORD"

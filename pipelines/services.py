@@ -22,6 +22,7 @@ SERVICE = "DETR_SERVICE"  # and which of them it is, or was started by
 SERVERS = ("prefect", "mlflow")
 WEBHOOK = "DETR_WEBHOOK_URL"  # the address that failures are told; a secret: Prefect's server gets it, encrypted
 ORIGINS = "PREFECT_SERVER_CORS_ALLOWED_ORIGINS"
+ALLOWED_HOSTS = "MLFLOW_SERVER_ALLOWED_HOSTS"
 START_SECONDS = 180
 HOST = "127.0.0.1"
 
@@ -34,9 +35,10 @@ def origins(host: str, port: int) -> str:
 
 def past_proxies(host: str) -> dict[str, str]:
     """The variables that have requests to the servers here pass by a proxy, where the environment has one."""
-    if not {"http_proxy", "all_proxy"} & {name.lower() for name in os.environ}:
-        return {}
+    kinds = ("http", "https", "all", "socks", "ws")  # a websocket takes any of them
     known = os.environ.get("no_proxy") or os.environ.get("NO_PROXY") or HOST
+    if known == "*" or not {f"{kind}_proxy" for kind in kinds} & {name.lower() for name in os.environ}:
+        return {}
     names = ",".join(dict.fromkeys([*known.replace(" ", "").split(","), HOST, "localhost", host]))
     return {"NO_PROXY": names, "no_proxy": names}
 
@@ -61,8 +63,9 @@ def up(root: Path, prefect_port: int, mlflow_port: int, host: str = HOST) -> tup
     }
     os.environ |= past_proxies(host)
     os.environ.setdefault(ORIGINS, origins(host, prefect_port))
-    if host != HOST:  # MLflow answers a browser that calls it by a name which it knows, and nobody else
-        os.environ.setdefault("MLFLOW_SERVER_ALLOWED_HOSTS", f"{host}:{mlflow_port}")
+    if host != HOST or ALLOWED_HOSTS in os.environ:  # by other names MLflow answers nobody: the worker uses this one
+        names = (f"{host}:{mlflow_port}", os.environ.get(ALLOWED_HOSTS))
+        os.environ[ALLOWED_HOSTS] = ",".join(filter(None, names))
         os.environ.setdefault("MLFLOW_SERVER_CORS_ALLOWED_ORIGINS", urls["MLflow"])
     database = root / "mlflow.db"
     stores = {  # not on the command line, which everybody on this machine can read
@@ -79,9 +82,8 @@ def up(root: Path, prefect_port: int, mlflow_port: int, host: str = HOST) -> tup
         from pipelines import automations
 
         automations.prepare(webhook)
-        with automations.choices_kept():
-            if start(root, "deploy", automations.DEPLOY).wait():
-                raise RuntimeError(f"prefect deploy --all failed: {end_of(log_of(root, 'deploy'))}")
+        if start(root, "deploy", automations.deploy_command(root)).wait():
+            raise RuntimeError(f"prefect deploy --all failed: {end_of(log_of(root, 'deploy'))}")
         died = automations.resume_interrupted()
         wait_for(f"{urls['MLflow']}/health", mlflow, log_of(root, "mlflow"))
         start(root, "worker", ["prefect", "worker", "start", "--pool", automations.POOL, "--name", "here"])

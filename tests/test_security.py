@@ -91,6 +91,8 @@ WITH_PASSWORDS = [
     "download.source=https://bucket.s3.amazonaws.com/x?AWSAccessKeyId=s1gned&Expires=1",
     "download.source='https://account.blob.core.windows.net/x.zip?sv=2024-11-04&sig=s1gned'",
     "train.initial_weights=https://host/model.pth?download=true&access_token=s1gned",
+    "download.source=https://host/data?API_KEY=s1gned",
+    "download.source=https://host/data&token=s1gned",
 ]
 
 
@@ -155,7 +157,9 @@ def test_a_password_in_a_url_is_refused_before_it_is_stored_by_form_flow_and_com
     assert not re.search("pa55word|to-ken|p%40ss|u:p|s1gned", str(caught.value))
 
 
-@pytest.mark.parametrize("query", ["version=3&design=a", "versionId=aB3", "path=a;b=c", "keys=3", "x=1#token=2"])
+@pytest.mark.parametrize(
+    "query", ["version=3&design=a", "versionId=aB3", "path=a;b=c", "keys=3&monkey=1", "x=1#token=2"]
+)
 def test_an_address_with_a_query_that_is_no_secret_is_taken(query):
     override = f"download.source=https://host/data.zip?{query}"
     assert not refused("overrides", [override])

@@ -242,9 +242,10 @@ def test_failures_are_told_once_as_json_and_successes_are_not(served, hook):
     ended = served.wait(run_id)
     assert ended["state_type"] == "FAILED"
     message = 'He said "no"\nand left \\ <b>'
-    others = {}
+    others, never = {}, {"scheduled_time": "2100-01-01T00:00:00Z"}  # so that no worker takes them meanwhile
     for name, state in (("watch-data/watch-data", "FAILED"), ("collect/collect", "CRASHED")):
-        others[name] = served.start(name)
+        create = f"deployments/{served.ask('GET', f'deployments/name/{name}')['id']}/create_flow_run"
+        others[name] = served.ask("POST", create, state={"type": "SCHEDULED", "state_details": never})["id"]
         state = {"type": state, "name": "TimedOut" if state == "FAILED" else "Crashed", "message": message}
         served.ask("POST", f"flow_runs/{others[name]}/set_state", state=state, force=True)
     completed = served.start("collect/collect")
@@ -289,11 +290,12 @@ def test_the_address_that_is_told_stays_a_secret(served):
 def test_down_in_a_training_and_the_next_up_goes_on(served, env, connections, outside, hook):
     before = len(told(hook))
     nightly, look = (deployments(served)[name] for name in ("nightly", "watch-data"))
-    at_four = {"cron": "0 4 * * *", "timezone": "Europe/Berlin"}
+    own_time = {"cron": "0 4 29 2 *", "timezone": "Europe/Berlin"}
     schedule = f"deployments/{nightly['id']}/schedules/{nightly['schedules'][0]['id']}"
-    served.ask("PATCH", schedule, active=True, schedule=at_four)
-    own = {"schedule": {"interval": 3600}, "active": True, "parameters": {"preset": "photos"}}
+    served.ask("PATCH", schedule, active=True, schedule=own_time)
+    own = {"schedule": {"cron": "0 5 29 2 *"}, "active": True, "parameters": {"preset": "photos"}, "slug": "mine"}
     requests.post(f"{served.prefect}/api/deployments/{look['id']}/schedules", json=[own], timeout=30).raise_for_status()
+    before_up = {name: one["schedules"] for name, one in deployments(served).items()}
     trigger = dict(automations(served))["on-data-change__automation_1"]
     served.ask("PATCH", f"automations/{trigger}", enabled=False)
     run_id = start_training(served)
@@ -312,14 +314,10 @@ def test_down_in_a_training_and_the_next_up_goes_on(served, env, connections, ou
     run = served.wait(run_id)
     assert (run["state_type"], run["run_count"]) == ("COMPLETED", 2), served.log(run_id)
     assert "resuming at step" in served.log(run_id)
-    (kept,) = deployments(served)["nightly"]["schedules"]
-    assert kept["active"]
-    assert at_four.items() <= kept["schedule"].items()
-    found = sorted(
-        (s["active"], s["schedule"].get("cron"), s["parameters"])
-        for s in deployments(served)["watch-data"]["schedules"]
-    )
-    assert found == [(False, "*/15 * * * *", {}), (True, None, {"preset": "photos"})]
+    after = {name: one["schedules"] for name, one in deployments(served).items()}
+    assert [after[name] == before_up[name] for name in ("nightly", "watch-data", "collect")] == [True, True, False]
+    assert own_time.items() <= after["nightly"][0]["schedule"].items()
+    assert [schedule["active"] for schedule in after["collect"]] == [False]
     off = [one["name"] for one in served.ask("POST", "automations/filter") if not one["enabled"]]
     assert off == ["on-data-change__automation_1"]
     assert f"Run        {run['name']}: it was interrupted and goes on from its last state" in page

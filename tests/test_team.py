@@ -328,7 +328,7 @@ def test_all_is_there_after_everything_was_restarted(team, retrained, hook):
     assert set(prefect.tasks(run_id).values()) <= {"Restored", "Unchanged", "Ran"}
     assert prefect.run(failed)["state"]["message"] == "killed by a person"
     ended = prefect.run(tired)["state"]
-    assert ended["message"] == "it died in 5 attempts within a day; retry it by hand when the cause is found"
+    assert ended["message"] == "it began 5 times within a day and never ended; find the cause, then retry it"
     assert ended["type"] == "CRASHED"
     assert team.sql("SELECT count(*) FROM model_versions", "mlflow").strip() == "3"  # these weights were there
 

@@ -247,11 +247,15 @@ def test_a_persons_hooks_do_not_run(root):
     assert (root / "scratch/hooks").read_text() == "ran\n"
 
 
-def test_a_remote_that_does_not_answer_is_an_error(root):
+def test_a_remote_that_does_not_answer_is_an_error_and_leaves_no_process(root, monkeypatch):
+    for name in [name for name in os.environ if name.lower().endswith("_proxy")]:
+        monkeypatch.delenv(name)
     with socket.create_server(("127.0.0.1", 0)) as silent:
-        call(root, "git", "remote", "add", "origin", f"http://127.0.0.1:{silent.getsockname()[1]}/x.git")
+        url = f"http://127.0.0.1:{silent.getsockname()[1]}/x.git"
+        call(root, "git", "remote", "add", "origin", url)
         with pytest.raises(ValueError, match="git fetch .* did not end within 2 seconds"):
             fetch(root, "origin/main", seconds=2)
+        assert not [one.pid for one in psutil.process_iter(["cmdline"]) if url in (one.info["cmdline"] or [])]
 
 
 def test_fetches_take_turns(root, tmp_path_factory):
