@@ -4,6 +4,7 @@ import os
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
+from uuid import UUID
 
 from prefect.blocks.webhook import Webhook
 from prefect.client.orchestration import SyncPrefectClient, get_client
@@ -33,7 +34,6 @@ SILENT = "DETR_SILENT_SECONDS"  # in the environment: without a heartbeat, after
 HEARTBEAT = "prefect.flow-run.heartbeat"  # every 30 seconds by prefect.yaml, the least that Prefect takes
 SILENCE = "no sign of life"  # begins why a silent run has crashed
 RESUMED = timedelta(hours=1)  # since its crash by silence, in which a run is taken for one that its machine interrupted
-DAY = timedelta(days=1)
 MOST_ATTEMPTS = 5  # within a day, after which a run that may be what kills its machine waits for a person
 RUN: dict[str, str | list[str]] = {"prefect.resource.id": "prefect.flow-run.*"}
 OURS = ResourceSpecification({"prefect.resource.id": "prefect.tag.detr"})  # the tag of all deployments of prefect.yaml
@@ -123,10 +123,17 @@ def deploy_command(root: Path) -> list[str]:
         if name in chosen:
             deployment.pop("schedules", None)
         for number, trigger in enumerate(deployment.get("triggers", []), start=1):
-            trigger["enabled"] = trigger.get("name", f"{name}__automation_{number}") not in off
+            if trigger.get("name", f"{name}__automation_{number}") in off:
+                trigger["enabled"] = False
     file = root / "scratch" / "services" / "prefect.json"  # which YAML reads
     write_json(file, document)
     return ["prefect", "--no-prompt", "deploy", "--all", "--prefect-file", str(file)]
+
+
+def attempts(client: SyncPrefectClient, run_id: UUID) -> int:
+    """How often a run began within the last day."""
+    since = datetime.now(UTC) - timedelta(days=1)
+    return sum(state.is_running() and state.timestamp > since for state in client.read_flow_run_states(run_id))
 
 
 def resume_interrupted(most_attempts: int | None = None) -> list[str]:
@@ -151,12 +158,10 @@ def resume_interrupted(most_attempts: int | None = None) -> list[str]:
         )
         runs += [run for run in silent if run.state and (run.state.message or "").startswith(SILENCE)]
         for run in runs:
-            states = client.read_flow_run_states(run.id)
-            attempts = [one for one in states if one.is_running() and one.timestamp > datetime.now(UTC) - DAY]
             if run.state_type == StateType.CANCELLING:
                 state: State = Cancelled(message="it was being cancelled when all stopped")
-            elif most_attempts and len(attempts) >= most_attempts:
-                said = f"it began {len(attempts)} times within a day and never ended; find the cause, then retry it"
+            elif most_attempts and (number := attempts(client, run.id)) >= most_attempts:
+                said = f"it began {number} times within a day and never ended; find the cause, then retry it"
                 state = Crashed(message=said)
             else:
                 state = AwaitingRetry(message="it was interrupted and goes on from its last state")

@@ -18,7 +18,7 @@ import pytest
 import requests
 
 from pipelines.params import read_yaml
-from pipelines.services import MARK, SERVICE, environment, marked
+from pipelines.services import MARK, SERVICE, environment, marked, past_proxies
 from pipelines.stage import QUIET
 from tests.conftest import ROOT, call, free_port, small_project
 from tests.conftest import environment as shell
@@ -367,11 +367,32 @@ def test_a_silent_run_has_crashed_and_the_queue_goes_on(served, hook):
         assert states[-1]["type"] == "COMPLETED"
 
 
+@pytest.mark.parametrize(
+    ("variables", "passed"),
+    [
+        ({}, None),
+        ({"NO_PROXY": "here"}, None),
+        ({"http_proxy": "http://proxy"}, "127.0.0.1,localhost,name"),
+        ({"HTTPS_PROXY": "http://proxy", "NO_PROXY": "here, there"}, "here,there,127.0.0.1,localhost,name"),
+        ({"ALL_PROXY": "http://proxy", "no_proxy": "*"}, None),
+    ],
+)
+def test_the_servers_here_are_reached_past_every_kind_of_proxy(monkeypatch, variables, passed):
+    for name in [name for name in os.environ if name.lower().endswith("_proxy")]:
+        monkeypatch.delenv(name)
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    assert past_proxies("name") == ({"NO_PROXY": passed, "no_proxy": passed} if passed else {})
+
+
 def test_two_projects_side_by_side_and_one_at_another_address(served, tmp_path):
     here, before = free_port(), {process.pid for process in marked(served.project)}
     other, url = small_project(tmp_path), f"http://127.0.0.2:{here}"
     try:
-        page = up(other, free_port(), here, "--host", "127.0.0.2")
+        page = up(other, free_port(), here, "--host", "127.0.0.2", MLFLOW_SERVER_ALLOWED_HOSTS="proxy.example")
+        for host, code in ((f"127.0.0.2:{here}", 200), ("proxy.example", 200), ("elsewhere", 403)):
+            path = f"{url}/api/2.0/mlflow/experiments/search?max_results=1"
+            assert requests.get(path, headers={"Host": host}, timeout=30).status_code == code, host
         assert "Who reaches 127.0.0.2 can read everything" in page
         assert {ip for ip, _ in listeners(other, "prefect", "mlflow")} == {"127.0.0.2"}
         assert {ip for ip, _ in listeners(other, "worker")} <= {"127.0.0.1"}  # through which it tells runs to end
