@@ -1,18 +1,23 @@
-# make demo   the whole pipeline on the embedded dataset
-# make test   the test suite
-# make check  lint and types
-# make up     Prefect, MLflow and a worker in the background; make down stops them
+# make demo      the whole pipeline on the embedded dataset
+# make test      the tests that a change wants at once, ten minutes
+# make test-all  all tests: kills, servers, installs and benchmarks too
+# make check     lint and types
+# make up        Prefect, MLflow and a worker in the background; make down stops them
 PYTHON ?= python3
 BIN := $(CURDIR)/.venv/bin
 LOCKED := $(shell command -v flock >/dev/null && echo flock .venv.lock)
+TWO := --numprocesses 2 --dist loadgroup --no-loadscope-reorder
 export PATH := $(BIN):$(PATH)
 
-.PHONY: demo test check up down
+.PHONY: demo test test-all check up down
 demo: .venv/installed
 	python -m pipelines run
 
 test: .venv/installed
-	python -m pytest --numprocesses 2 --dist loadfile # two files at a time
+	python -m pytest $(TWO) tests/detr tests/pipelines tests/stages tests/journeys
+
+test-all: .venv/installed
+	python -m pytest $(TWO) --durations=30
 
 check: .venv/installed
 	ruff check .

@@ -121,7 +121,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
     def end(self, ending: str) -> None:
         if ending == "stall":
             self.wfile.flush()
-            self.site.going_on.wait(60)
+            self.site.going_on.wait(600)
         while ending == "drip" and not self.site.going_on.wait(0.01):
             self.wfile.write(bytes(100))
         if ending == "reset":

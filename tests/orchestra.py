@@ -3,19 +3,25 @@
 import contextlib
 import hashlib
 import json
+import socket
 import subprocess
 import threading
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from ipaddress import ip_address
 from pathlib import Path
 from typing import Any
 
 import psutil
 import requests
 
-from tests.conftest import call, free_port
+from pipelines.processes import environment
+from pipelines.services import SERVICE, marked
+from tests import warm
+from tests.projects import commit
+from tests.running import call, free_port
 
 FINAL = ("COMPLETED", "FAILED", "CRASHED", "CANCELLED")
 
@@ -27,6 +33,7 @@ class Services:
     project: Path
     prefect: str  # the address of its server
     mlflow: str
+    pages: list[str] = field(default_factory=list)  # what `up` has printed, each time
 
     def ask(self, method: str, path: str, **body: Any) -> Any:
         """The JSON that Prefect's API answers; raises for a status of 400 and above."""
@@ -56,6 +63,13 @@ class Services:
         found = self.ask("POST", "task_runs/filter", flow_runs={"id": {"any_": [run_id]}})
         return {one["name"]: one["state_name"] for one in sorted(found, key=lambda one: one["start_time"] or "~")}
 
+    def deployments(self) -> dict[str, dict[str, Any]]:
+        return {one["name"]: one for one in self.ask("POST", "deployments/filter")}
+
+    def automations(self) -> list[tuple[str, str]]:
+        """Names and ids."""
+        return sorted((one["name"], one["id"]) for one in self.ask("POST", "automations/filter"))
+
     def log(self, run_id: str) -> str:
         lines: list[str] = []
         while True:
@@ -84,8 +98,35 @@ class Services:
             assert self.run(run_id)["state_type"] not in FINAL, self.log(run_id)
             return bool(self.states().items() - before.items())
 
-        self.wait_until(trains, 200, "the training")
+        self.wait_until(trains, what="the training")
         return run_id
+
+    @contextlib.contextmanager
+    def held(self, *overrides: str, after: str = "", **parameters: Any) -> Iterator[str]:
+        """A run of quick stages that stays in the middle of its training, or `after` it has registered, in the block."""
+        hold = self.project / "scratch" / ("hold_registered" if after == "register" else "hold")
+        hold.parent.mkdir(exist_ok=True)
+        hold.write_text("5")
+        try:
+            run_id = self.training(*overrides, **parameters)
+            if after == "register":
+                registered = "scratch/worktrees/*/artifacts/register/version.json"
+                self.wait_until(lambda: list(self.project.glob(registered)), what="the registration")
+            yield run_id
+        finally:
+            hold.unlink()
+
+    def end_of(self, stage: str) -> None:
+        """Waits until the process of a stage has ended, whether or not Prefect's server hears of it."""
+
+        def ended() -> bool:
+            made = False
+            for lock in (self.project / "scratch" / "worktrees").glob("*/dvc.lock"):
+                with contextlib.suppress(FileNotFoundError):
+                    made |= f"\n  {stage}:" in lock.read_text()
+            return made and not self.processes("DETR_WORKTREE")
+
+        self.wait_until(ended, what=f"the end of the stage {stage}")
 
     def states(self) -> dict[Path, int]:
         """The resume states of trainings, and when they were written."""
@@ -134,7 +175,15 @@ class Services:
             for process in found:
                 with contextlib.suppress(psutil.NoSuchProcess):
                     getattr(process, action)()
-        psutil.wait_procs(found, timeout=30)
+        psutil.wait_procs(found, timeout=300)
+
+    def kill_services(self, *services: str) -> None:
+        """Kills all processes of these services, of all where none is named."""
+        found = [one for one in marked(self.project) if not services or environment(one).get(SERVICE) in services]
+        for process in found:
+            with contextlib.suppress(psutil.Error):
+                process.kill()
+        psutil.wait_procs(found, timeout=300)
 
     def stop(self, words: str) -> Callable[[], None]:
         """Kills a server or the worker. To call what this returns starts it again as it was, and waits for its health."""
@@ -162,14 +211,30 @@ class Services:
                 stderr=subprocess.DEVNULL,
                 check=True,
             )
-            self.wait_until(healthy, 180, words)
+            self.wait_until(healthy, what=words)
 
         return again
 
-    def up(self, **env: str) -> None:
-        prefect, mlflow = (address.rpartition(":")[2] for address in (self.prefect, self.mlflow))
+    @property
+    def ports(self) -> list[str]:
+        return [address.rpartition(":")[2] for address in (self.prefect, self.mlflow)]
+
+    def up(self, *options: str, code: int = 0, **env: str) -> str:
+        """What `up` prints."""
+        prefect, mlflow = self.ports
         ports = ("--prefect-port", prefect, "--mlflow-port", mlflow)
-        call(self.project, "python", "-m", "pipelines", "up", *ports, **env)
+        page = call(self.project, "python", "-m", "pipelines", "up", *ports, *options, code=code, **env)
+        self.pages.append(page)
+        return page
+
+    def down(self) -> str:
+        return call(self.project, "python", "-m", "pipelines", "down")
+
+    def assert_nothing_runs(self) -> None:
+        assert [" ".join(process.cmdline()) for process in marked(self.project)] == []
+        for port in self.ports:
+            with socket.socket() as probe:
+                assert probe.connect_ex(("127.0.0.1", int(port))), f"something listens on {port}"
 
     def assert_sound(self) -> None:
         """What holds whatever has happened: no worktree, lock or process is left, every version is a commit."""
@@ -201,14 +266,14 @@ class Services:
         call(folder, "dvc", "checkout")
         assert json.loads(call(folder, "dvc", "status", "--json")) == {"register": ["always changed"]}
 
-    def wait_until(self, condition: Callable[[], Any], seconds: float = 300, what: str = "it") -> Any:
+    def wait_until(self, condition: Callable[[], Any], seconds: float = 600, what: str = "it") -> Any:
         deadline = time.monotonic() + seconds
         while not (found := condition()):
             assert time.monotonic() < deadline, f"{what} did not happen within {seconds} seconds"
             time.sleep(0.2)
         return found
 
-    def wait(self, run_id: str, seconds: float = 300) -> dict[str, Any]:
+    def wait(self, run_id: str, seconds: float = 600) -> dict[str, Any]:
         """The run once its state is final."""
 
         def ended() -> Any:
@@ -231,7 +296,53 @@ def services(project: Path, **env: str) -> Iterator[Services]:
         found.up(**env)
         yield found
     finally:
-        call(project, "python", "-m", "pipelines", "down")
+        found.down()
+
+
+def warm_runs(folder: Path) -> dict[str, str]:
+    """The setting for `up` by which runs start their stages as forks of the warm interpreter. For stacks without kills."""
+    folder.mkdir()
+    python = f"{warm.folder()}/python"
+    lines = ("import sys", 'if sys.orig_argv[1:3] == ["-m", "prefect.engine"]:', f"    sys.executable = {python!r}")
+    (folder / "sitecustomize.py").write_text("\n".join([*lines, ""]))
+    return {"PYTHONPATH": str(folder)}
+
+
+def branch(project: Path, name: str, change: Callable[[], Any], start: str = "main") -> None:
+    """A new branch with a commit of what `change` does to the project's files."""
+    call(project, "git", "switch", "--quiet", "--create", name, start)
+    change()
+    commit(project, name, "--update")
+    call(project, "git", "switch", "--quiet", "main")
+
+
+def listeners(project: Path, *services: str) -> set[tuple[str, str]]:
+    """Where the processes of a project listen: addresses and ports."""
+    processes = (one for one in marked(project) if not services or environment(one)[SERVICE] in services)
+    found = (process.net_connections("inet") for process in processes)
+    return {(c.laddr.ip, str(c.laddr.port)) for of in found for c in of if c.status == psutil.CONN_LISTEN}
+
+
+@contextlib.contextmanager
+def connections(project: Path) -> Iterator[set[str]]:
+    """The addresses that processes of the project are connected to meanwhile, without loopback."""
+    found: set[str] = set()
+    stop = threading.Event()
+
+    def look() -> None:
+        while not stop.wait(1):
+            for process in marked(project):
+                with contextlib.suppress(psutil.Error):
+                    found.update(c.raddr.ip for c in process.net_connections("inet") if c.raddr)
+            found.difference_update([ip for ip in found if ip_address(ip.removeprefix("::ffff:")).is_loopback])
+
+    thread = threading.Thread(target=look)
+    thread.start()
+    try:
+        yield found
+    finally:
+        stop.set()
+        thread.join()
 
 
 def answers_page(url: str, origin: str) -> bool:

@@ -2,7 +2,6 @@
 
 import base64
 import json
-import sys
 import zipfile
 from pathlib import Path
 
@@ -10,7 +9,8 @@ import torch
 
 from detr.checkpoint import Category, InputSize, save_model
 from detr.model import DETR
-from tests.conftest import ROOT, TINY_MODEL, call
+from tests.projects import TINY_MODEL
+from tests.running import ROOT, call
 
 REGISTER = """
 import sys
@@ -52,5 +52,5 @@ def register(root: Path, model: Path, alias: str, image: bytes, checkout: Path =
     """Registers a trained folder by the code of `checkout` in the registry of `root`, which the environment names."""
     store = {"MLFLOW_TRACKING_URI": f"sqlite:///{root}/mlflow.db"}
     text = base64.b64encode(image).decode()
-    call(root, sys.executable, "-c", REGISTER, str(model), alias, text, PYTHONPATH=str(checkout), **store)
+    call(root, "python", "-c", REGISTER, str(model), alias, text, PYTHONPATH=str(checkout), **store)
     return store

@@ -1,0 +1,91 @@
+"""What a training is told: learning rates, their schedules, and what cannot be meant."""
+
+import math
+from dataclasses import replace
+from functools import partial
+
+import pytest
+
+from detr.distributed import Process
+from detr.train import _sampler, build_optimizer, fit, learning_rate_factor
+from tests.detr.trainings import (
+    CONFIG,
+    CPU,
+    TINY,
+    dataset_of,
+    new_model,
+)
+
+
+@pytest.fixture
+def dataset(drawn):
+    return dataset_of(drawn)
+
+
+def test_backbone_and_transformer_have_learning_rates_of_their_own():
+    model = new_model()
+    model.backbone.conv1.requires_grad_(False)
+    others, backbone = build_optimizer(model, CONFIG).param_groups
+    assert (others["base_lr"], backbone["base_lr"]) == (CONFIG.lr, CONFIG.lr_backbone)
+    assert others["weight_decay"] == backbone["weight_decay"] == CONFIG.weight_decay
+    groups = [{id(p) for p in group["params"]} for group in (others, backbone)]
+    frozen = id(model.backbone.conv1.weight)
+    assert groups[1] == {id(p) for p in model.backbone.parameters()} - {frozen}
+    assert groups[0] | groups[1] == {id(p) for p in model.parameters()} - {frozen}
+
+
+def test_the_cosine_schedule_warms_up_and_falls_to_nothing():
+    config = replace(CONFIG, warmup_steps=4, epochs=10)
+    factors = [learning_rate_factor(step, 3, config) for step in range(30)]
+    assert factors[:5] == [0.25, 0.5, 0.75, 1.0, 1.0]
+    assert factors[4:] == sorted(set(factors[4:]), reverse=True)
+    assert factors[17] == pytest.approx(0.5)
+    assert 0 < factors[-1] < 0.01
+
+
+@pytest.mark.parametrize("warmup_steps", [0, 1000])
+def test_a_schedule_that_never_warms_up_or_never_ends_to_is_defined(warmup_steps):
+    config = replace(CONFIG, warmup_steps=warmup_steps)
+    assert all(0 < learning_rate_factor(step, 3, config) <= 1 for step in range(9))
+
+
+def test_the_step_schedule_drops_once_to_a_tenth():
+    config = replace(CONFIG, schedule="step", warmup_steps=2, epochs=4, lr_drop_epoch=3)
+    assert [learning_rate_factor(step, 3, config) for step in range(12)] == [0.5] + [1.0] * 8 + [0.1] * 3
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"schedule": "linear"}, r"train.schedule is 'linear', expected one of \['cosine', 'step'\]"),
+        ({"precision": "float16"}, r"train.precision is 'float16', expected one of \['float32', 'bfloat16'\]"),
+        ({"epochs": 0}, "train.epochs is 0, expected at least 1"),
+        ({"batch_size": 0}, "train.batch_size is 0, expected at least 1"),
+        ({"log_steps": 0}, "train.log_steps is 0, expected at least 1"),
+        ({"lr": -1e-4}, "train.lr is -0.0001, expected a number that is not negative"),
+        ({"clip_norm": math.nan}, "train.clip_norm is nan, expected a number"),
+        ({"size_multiple": 0}, "train.size_multiple is 0, expected at least 1"),
+        ({"micro_batch": 0}, "train.micro_batch is 0, expected at least 1"),
+        ({"max_skipped": -1}, "train.max_skipped is -1, expected a number that is not negative"),
+        ({"ema_decay": 1.0}, "train.ema_decay is 1.0, expected a fraction"),
+        ({"keep": "first"}, r"train.keep is 'first', expected one of \['last', 'best'\]"),
+        ({"keep": "best"}, "train.keep is 'best', which needs train.evaluate_epochs of 1 or more"),
+        ({"patience": 2}, "train.patience is 2, which needs train.evaluate_epochs of 1 or more"),
+    ],
+)
+def test_impossible_trainings_are_refused(change, message):
+    with pytest.raises(ValueError, match=message):
+        replace(CONFIG, **change)
+
+
+@pytest.mark.parametrize("batch_size", [28, 1000])
+def test_a_batch_larger_than_the_data_is_refused(dataset, batch_size):
+    with pytest.raises(ValueError, match=f"train.batch_size is {batch_size}, but there are only 24 training images"):
+        next(fit(new_model(), dataset, replace(CONFIG, batch_size=batch_size), CPU))
+
+
+@pytest.mark.parametrize(("change", "processes"), [({"max_skipped": 1}, 1), ({"batch_size": 12}, 2)])
+def test_batch_norm_refuses_what_its_statistics_cannot_do(dataset, change, processes):
+    sampler = partial(_sampler, dataset, new_model(config=replace(TINY, backbone_norm="batch")))
+    with pytest.raises(ValueError, match="model.backbone_norm is batch: its statistics need"):
+        sampler(replace(CONFIG, **change), Process(0, processes, CPU.device), 0)

@@ -1,0 +1,110 @@
+"""The flow `python -m pipelines run` on a small project: what it finds, an override, a wrong one, a second run, broken data."""
+
+import json
+import os
+import shutil
+import sqlite3
+import subprocess
+from contextlib import closing
+
+import pytest
+
+from detr.judge import METRICS
+from pipelines.git import is_dirty
+from pipelines.worktree import only_one
+from tests.projects import commit, reference, small_project
+from tests.running import call, environment
+
+
+@pytest.fixture(scope="module")
+def project(tmp_path_factory):
+    """A small project after one `dvc repro`. Tests in this module use it in turn."""
+    return reference(tmp_path_factory.mktemp("project"))
+
+
+def read(project, path):
+    return json.loads((project / path).read_text())
+
+
+def test_the_flow_finds_everything_unchanged_and_says_where_to_look(project):
+    said = call(project, "python", "-m", "pipelines", "run")
+    for stage in ("download", "validate", "train", "evaluate"):
+        assert f"Task run '{stage}' - Finished in state Unchanged" in said
+    assert "Task run 'register' - Finished in state Ran" in said
+    assert "model     detr version 1" in said
+    for line in ("AP50", "pictures  artifacts/evaluate/plots/", "ui prefect", "ui mlflow", "ui docs", "ui dataset"):
+        assert line in said
+    with closing(sqlite3.connect(project / ".prefect/prefect.db")) as store:
+        (text,) = store.execute("select data from artifact where key = 'dataset' order by created desc").fetchone()
+    counts = read(project, "artifacts/validate/statistics.json")
+    assert ["images", *(str(counts[name]["images"]) for name in ("train", "val"))] in [
+        [cell.strip() for cell in line.strip("|").split("|")] for line in json.loads(text).splitlines()
+    ]
+    assert "75 of 75 expectations hold" in text
+    assert "python -m pipelines ui dataset" in text
+
+
+def test_an_override_runs_in_a_worktree_and_is_a_commit(project, tmp_path):
+    commit(project, "lock", "dvc.lock")
+    before = {name: (project / name).read_bytes() for name in ("params.yaml", "dvc.lock")}
+    said = call(project, "python", "-m", "pipelines", "run", "--set", "train.epochs=1", "--set", "model.num_queries=9")
+    assert "Task run 'download' - Finished in state Restored" in said
+    assert "Task run 'train' - Finished in state Ran" in said
+    assert {name: (project / name).read_bytes() for name in before} == before
+    assert not is_dirty(project)
+    (branch,) = call(project, "git", "branch", "--list", "runs/*", "--format=%(refname:short)").split()
+    assert f"branch    {branch}" in said
+    kept = project / "scratch" / branch / "metrics.json"
+    assert tuple(json.loads(kept.read_text()))[:12] == METRICS
+    assert call(project, "git", "worktree", "list").count("\n") == 1
+
+    other = tmp_path / "there"
+    call(project, "git", "worktree", "add", str(other), branch)
+    (other / ".dvc" / "config.local").write_text(f"[cache]\n    dir = {project}/.dvc/cache\n")
+    call(other, "dvc", "checkout")
+    status = json.loads(call(other, "dvc", "status", "--json"))
+    assert list(status) == ["register"]
+    assert status["register"] == ["always changed"]
+    assert "num_queries: 9" in (other / "params.yaml").read_text()
+    assert len(read(other, "artifacts/evaluate/detections.json")) == 9 * 16
+    call(project, "git", "worktree", "remove", "--force", str(other))
+
+
+def test_a_wrong_override_changes_nothing(project):
+    said = call(project, "python", "-m", "pipelines", "run", "--set", "train.epoch=1", code=1)
+    assert said == "error: params.yaml: train: there is no key 'epoch' to override; did you mean 'epochs'?\n"
+
+
+def test_a_second_run_waits_and_says_so(project):
+    with only_one(project, print):
+        second = subprocess.Popen(
+            ["python", "-m", "pipelines", "run"],
+            cwd=project,
+            env=environment(),
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        said = second.stdout.readline()
+        assert said == f"another run (process {os.getpid()}) is under way in {project}; waiting for it to end\n"
+        assert second.poll() is None
+        second.kill()
+        second.communicate()
+
+
+def test_broken_data_stops_before_training(project, tmp_path):
+    broken = small_project(tmp_path / "broken")
+    shutil.copytree(project / "data/coco", tmp_path / "source", copy_function=shutil.copyfile)
+    path = tmp_path / "source/instances_train.json"
+    document = json.loads(path.read_text())
+    document["annotations"][0]["bbox"] = [90, 90, 50, 50]
+    path.write_text(json.dumps(document))
+    params = broken / "params.yaml"
+    params.write_text(params.read_text().replace("source: shapes", f"source: {tmp_path}/source", 1))
+    home = str(project / ".prefect")  # whose database is made already
+    said = call(broken, "python", "-m", "pipelines", "run", code=1, PREFECT_HOME=home)
+    last = said.strip().splitlines()[-2:]
+    assert any(line.startswith("error: validate: 1 of 75 expectations on data/coco are broken") for line in last), said
+    assert f"(ids {document['annotations'][0]['id']})" in said
+    assert "Traceback" not in said
+    assert not (broken / "artifacts/train").exists()
+    assert not (broken / "artifacts/validate/passed.json").exists()

@@ -1,0 +1,47 @@
+"""A process that fetches from a bad line, and what it fetches."""
+
+import hashlib
+import random
+import threading
+from pathlib import Path
+
+import pytest
+from urllib3.util import Retry
+
+from pipelines import fetch
+from pipelines.fetch import Remote, claimed, fetch_all, sizes_of
+from pipelines.part import Part
+from pipelines.stage import Progress
+
+CONTENT = random.Random(0).randbytes(10_000)
+OTHER = random.Random(1).randbytes(9_000)
+SUM = hashlib.sha256(CONTENT).hexdigest()
+
+
+def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It hardly waits between attempts, and asks 127.0.0.1 itself."""
+    monkeypatch.setattr(fetch, "RETRY", Retry(total=3, backoff_factor=0.001, backoff_jitter=0.001, retry_after_max=0))
+    monkeypatch.setattr(fetch, "REAL_PROGRESS", 1_000)
+    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
+
+
+def get(folder: Path, *addresses: str, sha256: str = "", keep: bool = False) -> bytes:
+    """What a process that fetches one file has at the end. With `keep` it fails later and leaves its files."""
+    remote = Remote(addresses, sha256)
+    try:
+        with claimed([remote], folder):
+            data = fetch_all([remote], folder, sizes_of([remote]))[remote.url].read_bytes()
+            if keep:
+                raise InterruptedError
+            return data
+    except InterruptedError:
+        return data
+
+
+def kept(folder: Path) -> list[str]:
+    """The endings of the files that are there."""
+    return sorted(path.suffix for path in folder.iterdir())
+
+
+def part_in(folder: Path) -> Part:
+    return Part(folder / "a.part", Progress(None, "a", 1, "B"), threading.Event())

@@ -1,0 +1,136 @@
+from dataclasses import dataclass
+
+import pytest
+from dvc.utils.serialize import parse_yaml
+
+from pipelines.__main__ import check
+from pipelines.params import from_document, load, merged, read_yaml, to_yaml
+from tests.running import ROOT
+
+PRESETS = sorted(path.stem for path in (ROOT / "presets").glob("*.yaml"))
+
+
+@dataclass(frozen=True)
+class Inner:
+    rate: float
+    sizes: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Record:
+    epochs: int
+    where: str | Inner
+    inner: Inner
+
+
+def document(**changes):
+    return {"train": {"epochs": 3, "where": "here", "inner": {"rate": 1e-4, "sizes": [1, 2]}} | changes}
+
+
+def test_a_section_becomes_its_dataclass():
+    assert from_document(document(), "train", Record) == Record(3, "here", Inner(1e-4, (1, 2)))
+
+
+def test_a_union_takes_the_mapping_as_the_record():
+    record = from_document(document(where={"rate": 1, "sizes": []}), "train", Record)
+    assert record.where == Inner(1.0, ())
+
+
+def test_numbers_without_a_point_are_numbers(tmp_path):
+    (tmp_path / "params.yaml").write_text("train: {epochs: 3, where: a, inner: {rate: 1e-4, sizes: []}}")
+    assert load("train", Record, tmp_path / "params.yaml").inner.rate == 1e-4
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({}, "train lacks the key 'epochs'"),
+        ({"epochs": 1, "epoch": 2}, "train has an unknown key 'epoch'; did you mean 'epochs'?"),
+        ({"epochs": "many"}, "train.epochs is 'many': expected `int`, got `str`"),
+        ({"epochs": 1.5}, "train.epochs is 1.5: expected `int`, got `float`"),
+        ({"epochs": True}, "train.epochs is True: expected `int`, got `bool`"),
+        ({"epochs": None}, "train.epochs is None"),
+        ({"epochs": 1, "inner": 4}, "train.inner is 4, expected a section with the keys"),
+        ({"epochs": 1, "inner": {"rate": 1.0, "sizes": ["a"]}}, "train.inner.sizes is .* expected `int`, got `str`"),
+        (
+            {"epochs": 1, "inner": {"rte": 1.0, "sizes": []}},
+            "train.inner has an unknown key 'rte'; did you mean 'rate'",
+        ),
+    ],
+)
+def test_a_wrong_key_is_named_with_the_nearest_right_one(changes, message):
+    base = document()["train"]
+    base.pop("epochs")
+    with pytest.raises(ValueError, match=message):
+        from_document({"train": base | changes}, "train", Record)
+
+
+def test_an_unknown_or_missing_section_is_named():
+    with pytest.raises(ValueError, match="unknown section 'trian'; did you mean 'train'"):
+        from_document({"trian": {}}, "train", Record)
+    with pytest.raises(ValueError, match="lacks the section 'train'"):
+        from_document({"model": {}}, "train", Record)
+
+
+@pytest.mark.parametrize(("text", "message"), [("", "is empty"), ("- a", "not a mapping"), ("a: [", "not valid YAML")])
+def test_a_file_that_is_no_mapping_is_named(tmp_path, text, message):
+    (tmp_path / "params.yaml").write_text(text)
+    with pytest.raises(ValueError, match=message):
+        read_yaml(tmp_path / "params.yaml")
+
+
+def test_a_missing_file_says_where_to_stand(tmp_path):
+    with pytest.raises(ValueError, match="does not exist; run from the root of the project"):
+        read_yaml(tmp_path / "params.yaml")
+
+
+@pytest.mark.parametrize("preset", [None, *PRESETS])
+def test_every_preset_passes_the_strict_check(preset):
+    check(merged(ROOT, preset, []))
+
+
+def test_overrides_come_last_and_presets_chain():
+    both = merged(ROOT, "coco-detr-dc5-r101", ["train.epochs=7", "model.stride=32"])
+    assert (both["model"]["backbone"], both["model"]["stride"], both["train"]["epochs"]) == ("resnet101", 32, 7)
+    assert both["train"]["batch_size"] == 64
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("train.epochs", "not of the form section.key=value"),
+        ("train.epoch=3", "there is no key 'epoch' to override; did you mean 'epochs'"),
+        ("tran.epochs=3", "there is no key 'tran' to override; did you mean 'train'"),
+        ("train.epochs=[", "the value is not valid YAML"),
+    ],
+)
+def test_a_wrong_override_is_refused(override, message):
+    with pytest.raises(ValueError, match=message):
+        merged(ROOT, None, [override])
+
+
+@pytest.mark.parametrize("override", ["train.epochs=0", "model.stride=8", "train.schedule=linear", "train=3"])
+def test_an_override_out_of_range_is_refused(override):
+    with pytest.raises(ValueError, match=override.split("=")[0]):
+        check(merged(ROOT, None, [override]))
+
+
+def test_an_unknown_preset_names_the_nearest():
+    with pytest.raises(ValueError, match="no preset 'coco-detr-r5'; did you mean 'coco-detr-r50'"):
+        merged(ROOT, "coco-detr-r5", [])
+
+
+@pytest.mark.parametrize(
+    ("preset", "overrides"),
+    [
+        *((preset, []) for preset in [None, *PRESETS]),
+        (
+            None,
+            ["download.mirrors={http://a.org/: [http://b.org/, https://c.org/x]}", "download.source=http://d.org/e#f"],
+        ),
+        (None, ["train.transform.scales=[96, 128]", "train.initial_weights=http://a.org/w.pth"]),
+    ],
+)
+def test_dvc_reads_what_a_run_writes(preset, overrides):
+    document = merged(ROOT, preset, overrides)
+    assert parse_yaml(to_yaml(document), "params.yaml") == document

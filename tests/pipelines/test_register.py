@@ -1,0 +1,62 @@
+"""What the register stage reads and words: the validation, names of metrics, the time of a training, digests."""
+
+import hashlib
+import shutil
+from pathlib import Path
+
+import pytest
+
+from pipelines.register import class_metrics, git_diff, training_seconds, val_digest, validation
+from pipelines.tracking import connect
+
+
+@pytest.mark.parametrize(
+    ("outcomes", "text"),
+    [
+        ([], "0 of 0 hold, 0 warnings"),
+        (["holds"] * 75, "75 of 75 hold, 0 warnings"),
+        (["holds", "warning"], "1 of 2 hold, 1 warning"),
+    ],
+)
+def test_the_validation_in_words(outcomes, text):
+    assert validation([{"outcome": outcome} for outcome in outcomes]) == text
+
+
+def test_names_of_categories_as_metrics(local, tmp_path):
+    rows = ["1,a/b,0.1", "2,a?b,0.2", '3,"x, y",0.3', "4,..,0.4", "5,absent,-1.0", "6,stop sign,0.5", "7,ö,0.6"]
+    (tmp_path / "t.csv").write_text("\n".join(["category_id,name,AP", *rows, ""]))
+    found = class_metrics(tmp_path / "t.csv")
+    assert found == {
+        "class_AP/a_b_1": 0.1, "class_AP/a_b_2": 0.2, "class_AP/x_ y": 0.3, "class_AP/.._4": 0.4,
+        "class_AP/stop sign": 0.5, "class_AP/ö": 0.6,
+    }  # fmt: skip
+    (tmp_path / "empty.csv").write_text("")
+    assert class_metrics(tmp_path / "empty.csv") == {}
+    client = connect()
+    run_id = client.create_run("0").info.run_id
+    for name, value in found.items():
+        client.log_metric(run_id, name, value)
+    assert client.get_run(run_id).data.metrics == found
+
+
+def test_the_seconds_of_training():
+    history = [{"step": 10, "loss": 1.0}, {"step": 20, "loss": 0.5}]
+    timings = [{"step": 10, "images_per_second": 5.0}, {"step": 20, "images_per_second": 10.0}]
+    assert training_seconds(history, timings, 2) == pytest.approx(10 * 2 / 5 + 10 * 2 / 10)
+    assert training_seconds(history, timings[1:], 2) is None
+    assert training_seconds([], timings, 2) is None
+
+
+def test_the_digest_of_the_validation_data_is_that_of_its_files(drawn, tmp_path):
+    one, two = (Path(shutil.copytree(drawn, tmp_path / name)) for name in ("one", "two"))
+    (two / "instances_train.json").write_text("{}")
+    assert val_digest(one) == val_digest(two)
+    with (two / "val.zip").open("ab") as file:
+        file.write(b"x")
+    assert val_digest(one) != val_digest(two)
+
+
+def test_without_git_there_is_no_diff(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert git_diff() == ""
+    assert hashlib.sha256(b"").hexdigest().startswith("e3b0")

@@ -1,0 +1,72 @@
+import errno
+import os
+import pty
+import subprocess
+import termios
+
+import pytest
+
+from pipelines.stage import explain, write_json
+from tests.running import ROOT, environment
+
+COUNT = "from pipelines.stage import Progress\nfor _ in Progress(range(40), 'count', 40, 'image'): pass"
+
+
+def test_progress_is_plain_lines_where_there_is_no_terminal():
+    done = subprocess.run(
+        ["python", "-c", COUNT], cwd=ROOT, env=environment(), capture_output=True, text=True, check=True
+    )
+    assert "\r" not in done.stderr
+    assert done.stderr.count("\n") == 1
+    assert done.stderr.startswith("count: 100%")
+
+
+def test_progress_is_a_bar_on_a_terminal():
+    master, slave = pty.openpty()
+    termios.tcsetwinsize(slave, (24, 80))
+    done = subprocess.Popen(["python", "-c", COUNT], cwd=ROOT, env=environment(), stderr=slave)
+    os.close(slave)
+    shown = b""
+    while True:
+        try:
+            data = os.read(master, 4096)
+        except OSError:
+            break
+        if not data:
+            break
+        shown += data
+    os.close(master)
+    assert done.wait() == 0
+    assert b"\rcount: 100%" in shown
+
+
+@pytest.mark.parametrize(
+    ("error", "message"),
+    [
+        (OSError(errno.ENOSPC, "No space left on device", "data/x"), "the disk is full at data/x; free space there"),
+        (PermissionError(errno.EACCES, "Permission denied", "data/x"), "no permission for data/x; make it writable"),
+        (
+            FileNotFoundError(errno.ENOENT, "No such file", "data/x"),
+            "data/x does not exist; run the stage that makes it",
+        ),
+        (ValueError("two\n  lines"), "two lines"),
+        (RuntimeError(), "RuntimeError"),
+        (
+            RuntimeError(
+                "Caught it in a worker.\nOriginal Traceback (most recent call last):\n  f()\nValueError: a.jpg: bad\n"
+            ),
+            "a.jpg: bad",
+        ),
+    ],
+)
+def test_an_error_is_one_line(error, message):
+    assert explain(error).startswith(message)
+    assert "\n" not in explain(error)
+
+
+def test_json_is_whole_or_absent(tmp_path):
+    write_json(tmp_path / "a.json", {"b": 1})
+    with pytest.raises(TypeError):
+        write_json(tmp_path / "a.json", {"b": object()})
+    assert (tmp_path / "a.json").read_text() == '{\n "b": 1\n}\n'
+    assert [path.name for path in tmp_path.iterdir()] == ["a.json"]

@@ -1,0 +1,95 @@
+"""Trainings as processes: a folder that one runs in, its start, how far it is, what it made."""
+
+import json
+import os
+import subprocess
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from benchmarks.kill_resume import OUTPUTS
+from detr.checkpoint import load_state
+from pipelines.params import read_yaml, to_yaml
+from tests.running import ROOT, environment
+
+COMMAND = ("python", "-m", "pipelines.train")
+
+
+def quiet(processes: int = 1) -> dict[str, str]:
+    """The environment of a training that no tracking server hears of."""
+    return {
+        "PYTHONPATH": str(ROOT),
+        "MLFLOW_TRACKING_URI": "http://127.0.0.1:9",
+        "PET_NPROC_PER_NODE": str(processes),
+        "PYTHONUNBUFFERED": "1",
+    }
+
+
+def started(folder: Path, processes: int = 1, cold: bool = False) -> subprocess.Popen:
+    """The launching process, in a group of its own and with its output in `log`."""
+    with (folder / "log").open("w") as log:
+        env = environment(cold, **quiet(processes))
+        return subprocess.Popen(COMMAND, cwd=folder, env=env, stdout=log, stderr=log, start_new_session=True)
+
+
+def wait_for(reached: Callable[[], Any], process: subprocess.Popen) -> None:
+    while not reached():
+        assert process.poll() is None, f"the training ended with {process.returncode} before"
+        time.sleep(0.002)
+
+
+class States:
+    """The resume state of the training in a folder; it is read again only when it has changed."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder, self.seen, self.state = folder, None, None
+
+    def newest(self) -> dict | None:
+        for path in self.folder.glob("scratch/*/state"):
+            try:
+                found = path.stat()
+                if (found.st_mtime_ns, found.st_ino) != self.seen:
+                    self.state = load_state(path)
+                    self.seen = (found.st_mtime_ns, found.st_ino)
+            except FileNotFoundError:  # it is just being replaced
+                continue
+        return self.state
+
+    def step(self) -> int:
+        state = self.newest()
+        return state["step"] if state else 0
+
+    def is_judged_next(self) -> bool:
+        """Whether the newest state is one of an epoch's end, after which an evaluation begins."""
+        state = self.newest()
+        return state is not None and state["step"] % 8 == 0 and "AP" not in state["history"][-1]
+
+
+def results(folder: Path) -> list[bytes]:
+    return [(folder / "artifacts/train" / name).read_bytes() for name in OUTPUTS]
+
+
+def rows(folder: Path) -> list[dict]:
+    return [json.loads(line) for line in (folder / "artifacts/train/history.jsonl").read_text().splitlines()]
+
+
+def change(folder: Path, **changes: object) -> None:
+    """Changes parameters of the training."""
+    document = read_yaml(folder / "params.yaml")
+    document["train"] |= changes
+    (folder / "params.yaml").write_text(to_yaml(document))
+
+
+def wait_until_nobody_works_in(folder: Path) -> None:
+    """Returns once no process has `folder` as its working directory: killed trainings leave no orphans."""
+    while True:  # until the time of the test is over
+        places = []
+        for link in Path("/proc").glob("[0-9]*/cwd"):
+            try:
+                places.append(os.readlink(link))
+            except OSError:
+                continue
+        if str(folder) not in places:
+            return
+        time.sleep(0.05)
