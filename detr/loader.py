@@ -3,6 +3,7 @@
 import os
 import re
 import signal
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
@@ -13,6 +14,8 @@ from torch.utils.data import DataLoader, Dataset, Sampler, get_worker_info
 
 from detr.batch import Batch, Sample, collate
 from detr.coco import CocoDataset
+
+DEATH_SECONDS = 10.0  # until Linux has told of the end of a worker whose connection has ended
 
 
 class _Watched(Dataset[Sample]):
@@ -63,9 +66,16 @@ class Loader:
 
     @contextmanager
     def deaths_explained(self) -> Iterator[None]:
-        """Names the image at which a worker died: torch raises RuntimeError for that wherever its parent just is."""
+        """Names the image at which a worker died: torch raises RuntimeError for that wherever its parent just is.
+
+        Where a batch was on its way, the connection that ends is an error of its own before that.
+        """
         try:
-            yield
+            try:
+                yield
+            except (ConnectionError, EOFError):
+                time.sleep(DEATH_SECONDS)  # which torch interrupts
+                raise
         except RuntimeError as error:
             died = re.search(r"DataLoader worker \(pid(?:\(s\))? ([\d, ]+)\)", str(error))
             if died is None:

@@ -9,6 +9,8 @@ from pathlib import Path
 import psutil
 import pytest
 
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch: models are small, and threads would wait for each other
+
 from pipelines.shapes import write_shapes
 from pipelines.stage import QUIET
 from pipelines.tracking import make_database
@@ -47,6 +49,11 @@ def pytest_itemcollected(item: pytest.Item) -> None:
     item.add_marker(tier(item))
     if item.get_closest_marker("xdist_group") is None:
         item.add_marker(pytest.mark.xdist_group(item.location[0]))
+
+
+def pytest_make_parametrize_id(val: object, argname: str) -> str | None:
+    """Long texts and bytes are called by the name of their argument."""
+    return argname if isinstance(val, str | bytes) and len(val) > 80 else None
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -310,12 +310,12 @@ class Datasets(list):
         return super().__getitem__(key[0])[key[1]]
 
 
-def test_spawned_workers_give_the_same_samples_of_archives_and_folders(tmp_path):
-    """Both in one loader, whose workers take long to start."""
+def test_a_spawned_worker_gives_the_same_samples_of_archives_and_folders(tmp_path):
+    """Both in one loader, whose worker takes long to start."""
     datasets = Datasets(dataset_in(tmp_path, kind) for kind in ("archive", "folder"))
     before = [dataset.annotations.boxes_xyxy.copy() for dataset in datasets]
     keys = [[(number, (0, index)) for index in part] for number in (0, 1) for part in ((0, 1), (2,))]
-    loader = DataLoader(datasets, batch_sampler=keys, collate_fn=list, num_workers=2, multiprocessing_context="spawn")
+    loader = DataLoader(datasets, batch_sampler=keys, collate_fn=list, num_workers=1, multiprocessing_context="spawn")
     samples = [sample for batch in loader for sample in batch]
     assert len(samples) == 6
     assert_samples(samples[:3])

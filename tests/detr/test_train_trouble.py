@@ -143,11 +143,12 @@ def _no_garbage_collection():
 
 
 @pytest.mark.usefixtures("_no_garbage_collection")
-def test_a_loader_process_that_dies_is_named_with_its_image(dataset, monkeypatch):
+@pytest.mark.parametrize("number", [0, 1, 2], ids=["no batch is on its way", "one is", "two are"])
+def test_a_loader_process_that_dies_is_named_with_its_image(dataset, monkeypatch, number):
     monkeypatch.setenv("DETR_WORKERS", "1")
     dataset = Deadly(dataset.annotations, dataset.archive, dataset.transform)
-    first = next(iter(_sampler(dataset, new_model(), CONFIG, CPU, 0)))
-    dataset.deadly = first[2][1]  # nothing is on its way yet, which a death would cut off
+    micro_batch = list(_sampler(dataset, new_model(), CONFIG, CPU, 0))[number]
+    dataset.deadly = micro_batch[2][1]
     image_id = int(dataset.annotations.image_ids[dataset.deadly])
     with pytest.raises(
         RuntimeError, match=rf"a loader process died at image {image_id} \(.*\); if memory ran out, lower DETR"

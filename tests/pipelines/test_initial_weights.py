@@ -23,11 +23,6 @@ from tests.running import ROOT
 CONFIG = from_document(merged(ROOT, None, [*TINY, "train.evaluate_epochs=0"]), "train", TrainConfig)
 
 
-@pytest.fixture(autouse=True, scope="module")
-def _one_thread():
-    torch.set_num_threads(1)
-
-
 class Silent:
     """In MLflow's place, which is not what is tested here."""
 

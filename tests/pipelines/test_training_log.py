@@ -24,11 +24,6 @@ CONFIG = replace(TINY_TRAIN, epochs=4, evaluate_epochs=1, keep="best", patience=
 GOOD, BETTER, NOTHING = 4.0, 0.5, None  # by how many pixels the boxes of an evaluation are off
 
 
-@pytest.fixture(autouse=True, scope="module")
-def _one_thread():
-    torch.set_num_threads(1)
-
-
 @pytest.fixture
 def trained(drawn, tmp_path):
     """Trains for an epoch per evaluation in `shifts`; the log at the end, and the weights after every epoch."""

@@ -1,7 +1,6 @@
 """Equality of every published model with the authors': recorded numbers always, their code where it is installed."""
 
 import pytest
-import torch
 from safetensors.torch import load_file
 
 from benchmarks import authors
@@ -10,11 +9,6 @@ from tests import golden
 present = pytest.mark.skipif(
     not (authors.FOLDER / "models").is_dir(), reason="the authors' code is absent: python benchmarks/authors.py"
 )
-
-
-@pytest.fixture(autouse=True, scope="module")
-def _one_thread():
-    torch.set_num_threads(1)
 
 
 @pytest.fixture(scope="module", params=authors.VARIANTS)
