@@ -57,7 +57,7 @@ def pytest_make_parametrize_id(val: object, argname: str) -> str | None:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    items.sort(key=lambda item: (TIERS.index(tier(item)), item.get_closest_marker("long") is None))
+    items.sort(key=lambda item: TIERS.index(tier(item)))
 
 
 def tier(item: pytest.Item) -> str:
