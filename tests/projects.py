@@ -173,7 +173,7 @@ def reference(folder: Path) -> Path:
             call(made, "dvc", "repro")
             relocate(made, place)
             made.rename(place)
-    shutil.copytree(place, folder, symlinks=True, dirs_exist_ok=True, copy_function=_Linked())
+        shutil.copytree(place, folder, symlinks=True, dirs_exist_ok=True, copy_function=_Linked())
     relocate(folder, folder, place)
     return folder
 
