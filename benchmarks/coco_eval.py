@@ -55,7 +55,7 @@ def draw(folder: Path, num_images: int, num_objects: int, per_image: int) -> Non
         "categories": [{"id": key, "name": str(key)} for key in ids],
         "annotations": annotations,
     }
-    (folder / "truth.json").write_text(json.dumps(document))
+    (folder / "truth.json").write_text(json.dumps(document), encoding="utf-8")
 
     starts = np.searchsorted(owner, np.arange(num_images + 1))
     found = []
@@ -117,7 +117,7 @@ def measure(side: str, folder: Path) -> dict:
 
 def apart(side: str, folder: Path) -> dict:
     command = [sys.executable, __file__, "--side", side, "--folder", str(folder)]
-    done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
+    done = subprocess.run(command, check=True, stdout=subprocess.PIPE, encoding="utf-8")
     return json.loads(done.stdout.splitlines()[-1])
 
 

@@ -32,12 +32,12 @@ def project(folder: Path, data: Path, single_files: bool) -> Path:
 
     subprocess.run(["git", "clone", "--quiet", str(ROOT), str(folder)], check=True)
     overrides = [f"download.source={data}", "download.sha256={}", "download.mirrors={}"]
-    (folder / "params.yaml").write_text(to_yaml(merged(folder, "coco-detr-r50", overrides)))
+    (folder / "params.yaml").write_text(to_yaml(merged(folder, "coco-detr-r50", overrides)), encoding="utf-8")
     if single_files:
         graph = read_yaml(folder / "dvc.yaml")
         graph["stages"]["download"] |= {"cmd": COPY.format(data)}
         text = to_yaml(graph).replace("data/coco/train.zip", "data/coco/train").replace("coco/val.zip", "coco/val")
-        (folder / "dvc.yaml").write_text(text)
+        (folder / "dvc.yaml").write_text(text, encoding="utf-8")
     (folder / "dvc.lock").unlink()
     run([*DVC, "repro", "validate"], folder)
     return folder
@@ -47,13 +47,13 @@ def run(command: list[str], folder: Path) -> tuple[float, float]:
     """Wall seconds of a command, and the peak in MB of what its processes together hold (shared pages once)."""
     env = os.environ | {"DVC_NO_ANALYTICS": "true", "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
     started, peak = time.perf_counter(), 0.0
-    with (folder / ".." / f"{folder.name}.log").open("a") as log:
+    with (folder / ".." / f"{folder.name}.log").open("a", encoding="utf-8") as log:
         process = psutil.Popen(command, cwd=folder, env=env, stdout=log, stderr=log)
         while process.poll() is None:
             peak = max(peak, held(process))
             time.sleep(0.1)
     if process.returncode:
-        raise RuntimeError(f"{command} failed in {folder}: {Path(log.name).read_text()[-2000:]}")
+        raise RuntimeError(f"{command} failed in {folder}: {Path(log.name).read_text(encoding='utf-8')[-2000:]}")
     return time.perf_counter() - started, peak
 
 

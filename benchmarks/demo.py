@@ -34,7 +34,7 @@ def run(seed: int, overrides: list[str]) -> dict[str, float]:
         subprocess.run(command, cwd=folder, env=env, check=True, stdout=sys.stderr)
         seconds = time.perf_counter() - started
         (found,) = Path(folder).glob("scratch/runs/*/metrics.json")
-        metrics = json.loads(found.read_text())
+        metrics = json.loads(found.read_text(encoding="utf-8"))
     return {"AP": metrics["AP"], "AP50": metrics["AP50"], "AP75": metrics["AP75"], "seconds": round(seconds, 1)}
 
 

@@ -65,7 +65,7 @@ def write_dataset(folder: Path, files: list[bytes]) -> list[str]:
     records = [record | {"image_id": image["id"]} for image in images for record in RECORDS]
     annotations = [record | {"id": k} for k, record in enumerate(records, start=1)]
     document = {"images": images, "annotations": annotations, "categories": [{"id": 1, "name": "thing"}]}
-    (folder / "instances_train.json").write_text(json.dumps(document))
+    (folder / "instances_train.json").write_text(json.dumps(document), encoding="utf-8")
     return names
 
 

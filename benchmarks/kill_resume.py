@@ -50,9 +50,9 @@ def prepare(folder: Path, epochs: int) -> None:
         shutil.copytree(ROOT / name, folder / name, ignore=shutil.ignore_patterns("__pycache__"))
     (folder / "data/coco").mkdir(parents=True)
     write_shapes(from_document(document, "download", DownloadParams).shapes, folder / "data/coco")
-    (folder / "params.yaml").write_text(to_yaml(document))
+    (folder / "params.yaml").write_text(to_yaml(document), encoding="utf-8")
     (folder / "artifacts/validate").mkdir(parents=True)
-    (folder / "artifacts/validate/passed.json").write_text('{"data": "kill_resume"}')
+    (folder / "artifacts/validate/passed.json").write_text('{"data": "kill_resume"}', encoding="utf-8")
 
 
 def start(folder: Path, processes: int) -> subprocess.Popen[bytes]:
@@ -139,17 +139,19 @@ def measure(folder: Path, processes: int, kills: int) -> tuple[Counter[str], boo
         prepare(folder / name, epochs=2 + kills)
     whole, killed = folder / "whole", folder / "killed"
     if start(whole, processes).wait():
-        raise RuntimeError((whole / "log").read_text())
+        raise RuntimeError((whole / "log").read_text(encoding="utf-8"))
     counts: Counter[str] = Counter()
     while sum(counts.values()) < kills:
         phase = PHASES[sum(counts.values()) % len(PHASES)]
         hit = kill_in(phase, start(killed, processes), killed, rng)
         if hit is None:
-            raise RuntimeError(f"it ended after {dict(counts)} kills: {(killed / 'log').read_text()[-2000:]}")
+            raise RuntimeError(
+                f"it ended after {dict(counts)} kills: {(killed / 'log').read_text(encoding='utf-8')[-2000:]}"
+            )
         counts[hit] += 1
         print(f"{processes} processes, kill {sum(counts.values())}: in {hit}", flush=True)
     if start(killed, processes).wait():
-        raise RuntimeError((killed / "log").read_text()[-2000:])
+        raise RuntimeError((killed / "log").read_text(encoding="utf-8")[-2000:])
     results = [[(side / "artifacts/train" / name).read_bytes() for name in OUTPUTS] for side in (whole, killed)]
     return counts, results[0] == results[1]
 

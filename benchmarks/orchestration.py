@@ -39,7 +39,7 @@ def plain(clone: Path, overrides: list[str], mlflow: str) -> float:
     subprocess.run(["git", "checkout", "--quiet", "params.yaml"], cwd=clone, check=True)  # those of the round before
     merged = call(clone, "pipelines", "params", *settings)
     started = time.perf_counter()
-    (clone / "params.yaml").write_text(merged)
+    (clone / "params.yaml").write_text(merged, encoding="utf-8")
     call(clone, "dvc", "repro", MLFLOW_TRACKING_URI=mlflow)
     return time.perf_counter() - started
 

@@ -64,7 +64,7 @@ def train(data: Path, epochs: int, tracked: bool) -> dict[str, float]:
 def measure(side: str, uri: str, data: Path, epochs: int) -> dict[str, float]:
     command = [sys.executable, __file__, "--side", side, "--data", str(data), "--epochs", str(epochs)]
     env = os.environ | {"MLFLOW_TRACKING_URI": uri, "MLFLOW_DISABLE_TELEMETRY": "true", "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, env=env, check=True, stdout=subprocess.PIPE, text=True)
+    done = subprocess.run(command, env=env, check=True, stdout=subprocess.PIPE, encoding="utf-8")
     seconds: dict[str, float] = json.loads(done.stdout.splitlines()[-1])
     return seconds
 

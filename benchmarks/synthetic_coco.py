@@ -53,7 +53,7 @@ def write_synthetic(
                 (first + owners[k : k + CHUNK], ranks[k : k + CHUNK], first * 100 + k)
                 for k in range(0, num_annotations, CHUNK)
             ]
-            with (folder / f"instances_{split}.json").open("w") as file:
+            with (folder / f"instances_{split}.json").open("w", encoding="utf-8") as file:
                 file.write('{"info": {"description": "drawn", "year": 2017},"licenses": [{"id": 1,"name": "none"}],')
                 file.write('"images": [')
                 file.write(",".join(map(partial(_image_record, split), numbers)))

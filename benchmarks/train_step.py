@@ -173,7 +173,9 @@ def peak_flops(precision: str, side: int) -> float:
 
 def resident_megabytes(key: str) -> float:
     """VmRSS (now) or VmHWM (the highest so far) of this process."""
-    (line,) = (line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(key))
+    (line,) = (
+        line for line in Path("/proc/self/status").read_text(encoding="utf-8").splitlines() if line.startswith(key)
+    )
     return int(line.split()[1]) / 1024
 
 
@@ -244,7 +246,7 @@ def measure(preset: str, arguments: argparse.Namespace, folder: Path) -> dict[st
 
 def in_own_process(preset: str, side: str) -> float:
     command = [sys.executable, __file__, *sys.argv[1:], "--presets", preset, "--memory", side]
-    done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
+    done = subprocess.run(command, check=True, stdout=subprocess.PIPE, encoding="utf-8")
     return float(json.loads(done.stdout.splitlines()[-1])["peak_megabytes"])
 
 

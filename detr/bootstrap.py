@@ -39,7 +39,7 @@ class Matches:
 def match(annotations: Path, detections: np.ndarray | list[dict]) -> Matches:
     """The matches of detections [n, 7], or in the form of COCO's results, with a COCO JSON file."""
     rows = from_results(detections) if isinstance(detections, list) else detections
-    document = json.loads(annotations.read_text())
+    document = json.loads(annotations.read_text(encoding="utf-8"))
     image_ids = np.sort([image["id"] for image in document["images"]])
     category_ids = np.sort([category["id"] for category in document["categories"]])
     num_images, num_categories = len(image_ids), len(category_ids)

@@ -75,7 +75,7 @@ def load_model(folder: Path) -> tuple[DETR, list[Category], InputSize]:
     Raises ValueError that names the file when one is torn or they disagree. Runs no code from the files.
     """
     try:
-        config = json.loads((folder / "config.json").read_text())
+        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
         weights = load_file(folder / "model.safetensors")
         model_config, input_size = ModelConfig(**config["model"]), InputSize(**config["input_size"])
         categories = [Category(**category) for category in config["categories"]]

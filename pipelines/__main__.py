@@ -77,7 +77,9 @@ def leave_on_signals() -> None:
 
 def summarize(evaluated: Path, registered: Path) -> None:
     """Prints the result of a run and where a person goes from here."""
-    metrics, version = (json.loads(path.read_text()) for path in (evaluated / "metrics.json", registered))
+    metrics, version = (
+        json.loads(path.read_text(encoding="utf-8")) for path in (evaluated / "metrics.json", registered)
+    )
     python = os.path.relpath(sys.executable)
     print()
     for name, value in metrics.items():
@@ -153,7 +155,7 @@ def data(old: str | None, new: str | None, as_json: bool) -> None:
         return
     found, here = history.data_versions(root)
     store = root / "scratch" / "data_counts.json"
-    known = json.loads(store.read_text()) if store.exists() else {}
+    known = json.loads(store.read_text(encoding="utf-8")) if store.exists() else {}
     rows = [versions.describe(version, opened, known) | {"current": version is here} for version in found]
     write_json(store, known)
     print(json.dumps(rows, indent=1) if as_json else versions.overview(rows))

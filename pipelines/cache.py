@@ -67,7 +67,7 @@ def _name_all(project: Path, cache: Path, locks: Mapping[str, str]) -> None:
         kept = ("md5", "hash", "size", "nfiles")
         outs = [{"path": str(k)} | {key: out[key] for key in kept if key in out} for k, out in enumerate(made)]
         (project / name).mkdir()
-        (project / name / "outs.dvc").write_text(json.dumps({"outs": outs}))
+        (project / name / "outs.dvc").write_text(json.dumps({"outs": outs}), encoding="utf-8")
 
 
 def _in_cache(cache: Path, out: Mapping[str, str]) -> Path:

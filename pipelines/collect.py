@@ -101,7 +101,7 @@ def check_registry(root: Path, client: Any, versions: Collection[Any]) -> None:
     known = {version.tags.get("fingerprint") for version in versions}
     for path in (root / "artifacts/register/version.json", *sorted(root.glob("scratch/runs/*/version.json"))):
         try:
-            mark = json.loads(path.read_text())["fingerprint"]
+            mark = json.loads(path.read_text(encoding="utf-8"))["fingerprint"]
         except (OSError, ValueError, KeyError, TypeError):  # not there, or cut off by a kill
             continue
         if mark not in known and not tracking.has_run(client, mark):
@@ -152,7 +152,7 @@ def locks_of(
                 (folder / number).mkdir()
                 path = tracking.fetch_artifact(client, version.run_id, "dvc.lock", folder / number)
         if path and (tracking.sha256(path) == digest or has_weights_of(client, version)):
-            locks[number] = path.read_text()
+            locks[number] = path.read_text(encoding="utf-8")
         elif path or digest:
             lost.append(number)
     return locks, lost
@@ -203,7 +203,7 @@ def is_locked(path: Path) -> bool:
     """Whether a process, a training or a download, holds this lock."""
     if not path.is_file():
         return False
-    with path.open("a") as file:
+    with path.open("a", encoding="utf-8") as file:
         try:
             fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -48,7 +48,7 @@ def compare(root: Path, versions: list[str]) -> str:
         document = compared(found, root, config)
         folder = root / FOLDER / "-".join(str(version.number) for version in found)
         write_json(folder / "comparison.json", document)
-        (folder / "comparison.md").write_text(report(document, len(document["classes"])) + "\n")
+        (folder / "comparison.md").write_text(report(document, len(document["classes"])) + "\n", encoding="utf-8")
         draw(document, folder / "comparison.png")
         newest = max(found, key=lambda version: version.number)
         client.log_artifacts(newest.run_id, str(folder), f"comparison/{folder.name}")
@@ -100,7 +100,7 @@ def resample(found: Sequence[Version], truth: Path, config: EvaluateParams) -> t
         if version.detections is None:
             notes.append(f"not paired: MLflow has no evaluate/detections.json of version {version.number}")
         else:
-            matches[version.number] = match(truth, json.loads(version.detections.read_text()))
+            matches[version.number] = match(truth, json.loads(version.detections.read_text(encoding="utf-8")))
     if not matches:
         return notes, {}
     rows = bootstrap_ap(list(matches.values()), config.num_resamples, config.seed)

@@ -55,7 +55,7 @@ def write_page(
         parts.append(f"<h3>{html.escape(name)}</h3><p>{train} training objects, {val} validation objects</p>")
         if name in sheets:
             parts.append(f"<img loading=lazy src={sheets[name]} alt='pictures with boxes'>")
-    (folder / "index.html").write_text("\n".join(parts) + "</html>\n")
+    (folder / "index.html").write_text("\n".join(parts) + "</html>\n", encoding="utf-8")
 
 
 def _table(head: list[str], rows: list[list[Any]]) -> str:

@@ -74,7 +74,7 @@ def claimed(remotes: Sequence[Remote], folder: Path) -> Iterator[None]:
     with ExitStack() as stack:
         for remote in sorted(remotes, key=lambda remote: remote.url):  # in one order: no two wait for each other
             folder.mkdir(parents=True, exist_ok=True)
-            lock = stack.enter_context(remote.file_in(folder, "lock").open("a"))
+            lock = stack.enter_context(remote.file_in(folder, "lock").open("a", encoding="utf-8"))
             try:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:

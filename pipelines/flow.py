@@ -178,11 +178,13 @@ def retrain(
 
                 def before(stage: str) -> None:
                     if stage != first:
-                        done.write_text(me)
+                        done.write_text(me, encoding="utf-8")
                     if stage == last:
                         worktree.keep_results(place)
 
-                went = run_stages(place, refresh and not (done.exists() and done.read_text() == me), before)
+                went = run_stages(
+                    place, refresh and not (done.exists() and done.read_text(encoding="utf-8") == me), before
+                )
                 publish(place, root, branch, note, went)
     except (ValueError, OSError, repro.StageFailed) as error:
         return Failed(message=hidden(str(error)))

@@ -118,7 +118,7 @@ def decide(
 
 def check_protected(config: RegisterParams, annotations: Path) -> None:
     """Raises ValueError that names a protected category which the validation images cannot judge."""
-    document = json.loads(annotations.read_text())
+    document = json.loads(annotations.read_text(encoding="utf-8"))
     names = {category["id"]: category["name"] for category in document["categories"]}
     seen = {names[a["category_id"]] for a in document["annotations"] if not a.get("iscrowd")}
     for name in config.protected:
@@ -132,7 +132,7 @@ def check_protected(config: RegisterParams, annotations: Path) -> None:
 
 def names_of(annotations: Path) -> list[str]:
     """Names of the categories by ascending id."""
-    categories = json.loads(annotations.read_text())["categories"]
+    categories = json.loads(annotations.read_text(encoding="utf-8"))["categories"]
     return [str(category["name"]) for category in sorted(categories, key=lambda c: int(c["id"]))]
 
 

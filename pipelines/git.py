@@ -20,7 +20,7 @@ def git(root: Path, *arguments: str, seconds: float | None = None) -> str:
     command = ["git", "-c", f"core.hooksPath={os.devnull}", *arguments]
     pipe = subprocess.PIPE
     with subprocess.Popen(
-        command, cwd=root, stdout=pipe, stderr=pipe, text=True, env=env, start_new_session=True
+        command, cwd=root, stdout=pipe, stderr=pipe, encoding="utf-8", env=env, start_new_session=True
     ) as process:
         try:
             output, errors = process.communicate(timeout=seconds)
@@ -63,7 +63,7 @@ def fetch(root: Path, ref: str, seconds: float = FETCH_SECONDS) -> None:
     remote = ref.partition("/")[0]
     if "/" in ref and remote in git(root, "remote").splitlines():
         (root / "scratch").mkdir(exist_ok=True)
-        with (root / "scratch" / "fetch.lock").open("a") as lock:
+        with (root / "scratch" / "fetch.lock").open("a", encoding="utf-8") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX)
             unlock(root)
             git(root, "fetch", "--quiet", "--end-of-options", remote, seconds=seconds)

@@ -50,7 +50,7 @@ def _dated(root: Path, *arguments: str) -> list[list[str]]:
 def _locked_at(root: Path, commit: str = "", date: str = "") -> DataVersion | None:
     """The data that the dvc.lock of a commit, or of the working tree, names; None where there is no such file."""
     try:
-        lock = git(root, "show", f"{commit}:./dvc.lock") if commit else (root / "dvc.lock").read_text()
+        lock = git(root, "show", f"{commit}:./dvc.lock") if commit else (root / "dvc.lock").read_text(encoding="utf-8")
     except (ValueError, FileNotFoundError):
         return None
     return locked(lock, commit, date)

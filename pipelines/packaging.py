@@ -114,20 +114,22 @@ def detections_of(version: str, data_folder: Path) -> list[dict]:
         file = Path(folder) / "detections.json"
         asked = [sys.executable, "-m", "pipelines.packaging", version, str(data_folder), str(file)]
         said = ""
-        with subprocess.Popen(asked, env=env, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT) as process:
+        with subprocess.Popen(
+            asked, env=env, encoding="utf-8", stdout=subprocess.PIPE, stderr=subprocess.STDOUT
+        ) as process:
             for line in process.stdout or ():
                 said = line.strip() or said
                 if not said.startswith("error: "):
                     print(line, end="", file=sys.stderr, flush=True)
         if process.returncode:
             raise ValueError(f"{MODEL} version {version} gives no detections: {said.removeprefix('error: ')}")
-        found: list[dict] = json.loads(file.read_text())
+        found: list[dict] = json.loads(file.read_text(encoding="utf-8"))
     return found
 
 
 def _detections_here(version: str, data: Path) -> list[dict]:
     """What `detections_of` returns, by this process."""
-    truth = json.loads((data / "instances_val.json").read_text())
+    truth = json.loads((data / "instances_val.json").read_text(encoding="utf-8"))
     ids = {category["name"]: category["id"] for category in truth["categories"]}
     model = load(version)
     known = {category["name"] for category in _config(version)["categories"]}

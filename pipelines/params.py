@@ -20,7 +20,7 @@ SECTIONS = ("download", "validate", "model", "train", "evaluate", "register")
 def read_yaml(path: Path) -> Any:
     """A YAML 1.2 document (1e-4 is a number) that keeps its comments when written back."""
     try:
-        document = YAML().load(path.read_text())
+        document = YAML().load(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise ValueError(f"{path} does not exist; run from the root of the project") from None
     except YAMLError as error:

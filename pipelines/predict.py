@@ -102,7 +102,7 @@ def whole_list(path: Path) -> Iterator[Any]:
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
     try:
-        with partial.open("w") as file:
+        with partial.open("w", encoding="utf-8") as file:
             separator = "["
 
             def add(item: Any) -> None:

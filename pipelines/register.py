@@ -46,8 +46,8 @@ def register(config: RegisterParams, output: Path) -> None:
     lineage = collect_lineage(diff)
     gate.check_protected(config, DATA / "instances_val.json")
     client = tracking.connect()
-    mark = json.loads((TRAINED / "config.json").read_text())["fingerprint"]
-    metrics = json.loads((EVALUATED / "metrics.json").read_text())
+    mark = json.loads((TRAINED / "config.json").read_text(encoding="utf-8"))["fingerprint"]
+    metrics = json.loads((EVALUATED / "metrics.json").read_text(encoding="utf-8"))
     with registry.plainly("the registration"), registry.turn(client) as check:
         registry.finish_rollback(client, check)
         run_id = tracking.find_run(client, mark, f"train {mark}")
@@ -78,14 +78,16 @@ def settle(client: Any, version: Any, config: RegisterParams, check: Any) -> tup
     if "champion" in version.aliases:  # a kill came between the alias and the tag
         alias, reason = "champion", version.tags.get("decision_reason", "")
     else:
-        detections = json.loads((EVALUATED / "detections.json").read_text())
+        detections = json.loads((EVALUATED / "detections.json").read_text(encoding="utf-8"))
         decision = gate.judge(client, version, detections, DATA, config)
         if not config.promote:
             decision = replace(decision, alias="challenger", sentence=f"{decision.sentence}; {HELD}")
         alias, reason = decision.alias, decision.sentence
         with tempfile.TemporaryDirectory() as folder:
-            Path(folder, "decision.md").write_text(gate.as_markdown(decision, config))
-            Path(folder, "decision.json").write_text(json.dumps(gate.as_json(decision), indent=1) + "\n")
+            Path(folder, "decision.md").write_text(gate.as_markdown(decision, config), encoding="utf-8")
+            Path(folder, "decision.json").write_text(
+                json.dumps(gate.as_json(decision), indent=1) + "\n", encoding="utf-8"
+            )
             client.log_artifacts(version.run_id, folder, "register")
         client.set_model_version_tag(tracking.MODEL, number, "decision_reason", reason)
         registry.place(client, version, alias, check)
@@ -122,9 +124,9 @@ def collect_lineage(diff: str) -> dict[str, str]:
         "git_commit": git("rev-parse", "HEAD").strip() or "none",
         "git_branch": git("branch", "--show-current").strip() or "none",
         "git_dirty": str(bool(git("status", "--porcelain", "--", ".", ":!dvc.lock").strip())).lower(),
-        "data_digest": json.loads((VALIDATED / "passed.json").read_text())["data"],
+        "data_digest": json.loads((VALIDATED / "passed.json").read_text(encoding="utf-8"))["data"],
         "val_digest": val_digest(DATA),
-        "validation": validation(json.loads((VALIDATED / "report.json").read_text())),
+        "validation": validation(json.loads((VALIDATED / "report.json").read_text(encoding="utf-8"))),
         "weights_sha256": tracking.sha256(TRAINED / "model.safetensors"),
         "detections_sha256": tracking.sha256(EVALUATED / "detections.json"),
         "dvc_lock_sha256": tracking.sha256(Path("dvc.lock")),
@@ -158,7 +160,9 @@ def hardware() -> dict[str, str]:
     import torch
 
     info = Path("/proc/cpuinfo")
-    names = re.findall(r"^model name\s*:\s*(.+)$", info.read_text(), re.MULTILINE) if info.exists() else []
+    names = (
+        re.findall(r"^model name\s*:\s*(.+)$", info.read_text(encoding="utf-8"), re.MULTILINE) if info.exists() else []
+    )
     gpus = [torch.cuda.get_device_name(k) for k in range(torch.cuda.device_count())]
     return {
         "machine": f"{platform.machine()}, {os.cpu_count()} cores",
@@ -208,7 +212,7 @@ def publish(client: Any, run_id: str, mark: str, metrics: dict[str, float], line
     client.log_artifact(run_id, str(TRAINED / "history.jsonl"), "train")
     client.log_artifacts(run_id, str(EVALUATED), "evaluate")
     docs_of = SCRATCH / "data_docs" / DOCS_DIGEST
-    if docs_of.exists() and docs_of.read_text() == lineage["data_digest"]:
+    if docs_of.exists() and docs_of.read_text(encoding="utf-8") == lineage["data_digest"]:
         client.log_artifacts(run_id, str(SCRATCH / "data_docs"), "data_docs")
     client.set_tag(run_id, "published", results.hexdigest())
     client.set_terminated(run_id, "FINISHED")
@@ -216,7 +220,7 @@ def publish(client: Any, run_id: str, mark: str, metrics: dict[str, float], line
 
 def class_metrics(path: Path) -> dict[str, float]:
     """AP of the categories with objects, by names that MLflow allows; two that become one get their ids."""
-    with path.open(newline="") as file:
+    with path.open(newline="", encoding="utf-8") as file:
         rows = [row for row in csv.DictReader(file) if float(row["AP"]) >= 0]
     names = [re.sub(r"[^\w\-. :]", "_", row["name"])[:200].strip() for row in rows]
     found = {}

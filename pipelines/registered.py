@@ -55,7 +55,7 @@ def read(client: Any, name: str, folder: Path, with_detections: bool = True) -> 
     tags = {key: value for key, value in version.tags.items() if not key.startswith("mlflow.")}
     own = {key: float(value) for key, value in tags.items() if re.fullmatch(r"A[PR]\w*", key)}
     lock, statistics, table = (fetched(p) for p in ("dvc.lock", "validate/statistics.json", "evaluate/per_class.csv"))
-    held = tracking.flatten(json.loads(statistics.read_text())) if statistics else {}
+    held = tracking.flatten(json.loads(statistics.read_text(encoding="utf-8"))) if statistics else {}
     return Version(
         int(version.version),
         sorted(version.aliases),
@@ -65,13 +65,13 @@ def read(client: Any, name: str, folder: Path, with_detections: bool = True) -> 
         {key: value for key, value in (run.metrics | own).items() if value != ABSENT},
         per_class(table) if table else {},
         {key: value for key, value in held.items() if COUNTS.fullmatch(key)},
-        locked(lock.read_text(), "", "") if lock else None,
+        locked(lock.read_text(encoding="utf-8"), "", "") if lock else None,
         fetched("evaluate/detections.json") if with_detections else None,
     )
 
 
 def per_class(path: Path) -> dict[str, float]:
-    with path.open(newline="") as file:
+    with path.open(newline="", encoding="utf-8") as file:
         return {row["name"]: float(row["AP"]) for row in csv.DictReader(file) if float(row["AP"]) != ABSENT}
 
 

@@ -77,8 +77,8 @@ def result(place: Path, root: Path, branch: str, note: str, stages: Sequence[Sta
     What MLflow does not give is left out and named in `missing`.
     """
     evaluated = place / "artifacts" / "evaluate"
-    metrics: dict[str, float] = json.loads((evaluated / "metrics.json").read_text())
-    number = json.loads((place / "artifacts/register/version.json").read_text())["version"]
+    metrics: dict[str, float] = json.loads((evaluated / "metrics.json").read_text(encoding="utf-8"))
+    number = json.loads((place / "artifacts/register/version.json").read_text(encoding="utf-8"))["version"]
     share = float(read_yaml(place / "params.yaml")["register"]["confidence"])
     missing: list[str] = []
     known = None
@@ -110,7 +110,7 @@ def look_up(number: str, missing: list[str]) -> Registration:
     with registry.plainly("the report"), tempfile.TemporaryDirectory() as temporary:
         new = registered.read(client, number, Path(temporary), with_detections=False)
         path = tracking.fetch_artifact(client, new.run_id, "register/decision.json", Path(temporary))
-        decision = json.loads(path.read_text()) if path else {}
+        decision = json.loads(path.read_text(encoding="utf-8")) if path else {}
         if decision.get("candidate", {}).get("version") != number:  # of another version of the same run
             decision = {}
         champion = None
@@ -253,8 +253,8 @@ def failure(stage: str, message: str, lines: Sequence[str]) -> str:
 def dataset(root: Path) -> str:
     """What the validation of the data in `root` found: numbers, warnings, and where the dataset's page is."""
     validated = root / "artifacts" / "validate"
-    counts = json.loads((validated / "statistics.json").read_text())
-    report = json.loads((validated / "report.json").read_text())
+    counts = json.loads((validated / "statistics.json").read_text(encoding="utf-8"))
+    report = json.loads((validated / "report.json").read_text(encoding="utf-8"))
     names = ("images", "annotations", "crowds", "images_without_objects")
     rows = [["", *counts], *([name.replace("_", " "), *(str(of[name]) for of in counts.values())] for name in names)]
     broken = [row for row in report if row["outcome"] != "holds"]

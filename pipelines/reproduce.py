@@ -165,7 +165,7 @@ def restore(root: Path, place: Path, registered: Registered) -> None:
     with suppress(AttributeError, KeyError, TypeError):  # of code with other parameters
         absolute_paths(document, root, place)
     if to_yaml(document) != before:
-        params.write_text(to_yaml(document))
+        params.write_text(to_yaml(document), encoding="utf-8")
 
 
 def make(place: Path, registered: Registered) -> dict[str, Any]:
@@ -198,7 +198,9 @@ def make(place: Path, registered: Registered) -> dict[str, Any]:
         "weights": verdict.compare_weights(
             place / WEIGHTS, files.get("model.safetensors"), registered.tags.get("weights_sha256", "")
         ),
-        "metrics": verdict.compare_metrics(json.loads((place / METRICS).read_text()), numbers(registered.tags)),
+        "metrics": verdict.compare_metrics(
+            json.loads((place / METRICS).read_text(encoding="utf-8")), numbers(registered.tags)
+        ),
         "detections": verdict.compare_detections(place / DETECTIONS, files.get("detections.json")),
     }
     answer, where = verdict.judge(**parts)
@@ -241,14 +243,17 @@ def has_md5(path: Path, md5: str) -> bool:
 
 def other_digest(place: Path, registered: Registered) -> list[str]:
     """What to say where the digest of the data is not the version's; nothing where it is."""
-    there, here = registered.tags.get("data_digest"), json.loads((place / PASSED).read_text()).get("data")
+    there, here = (
+        registered.tags.get("data_digest"),
+        json.loads((place / PASSED).read_text(encoding="utf-8")).get("data"),
+    )
     return [f"digest {here} here, {there} there"] if there and there != here else []
 
 
 def check_fingerprint(place: Path, registered: Registered) -> None:
     """Warns where code, parameters or data of the training are others than the version's."""
     path, there = place / "artifacts/train/config.json", registered.tags.get("fingerprint")
-    here = json.loads(path.read_text()).get("fingerprint") if path.exists() else None
+    here = json.loads(path.read_text(encoding="utf-8")).get("fingerprint") if path.exists() else None
     if here and there and here != there:
         registered.warnings.append(f"the training's code, parameters or data are others: {here} here, {there} there")
 

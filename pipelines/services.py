@@ -142,7 +142,7 @@ def log_of(root: Path, name: str) -> Path:
 
 
 def end_of(log: Path) -> str:
-    return hidden(log.read_text(errors="replace")[-1000:].strip())
+    return hidden(log.read_text(errors="replace", encoding="utf-8")[-1000:].strip())
 
 
 def start(root: Path, name: str, module: list[str], env: Mapping[str, str] = os.environ) -> subprocess.Popen[bytes]:

@@ -238,4 +238,4 @@ def write_shapes(params: ShapesParams, folder: Path) -> None:
             "annotations": annotations,
             "categories": [{"id": key, "name": name, "supercategory": "shape"} for key, name in CATEGORIES.items()],
         }
-        (folder / f"instances_{split}.json").write_text(json.dumps(document))
+        (folder / f"instances_{split}.json").write_text(json.dumps(document), encoding="utf-8")

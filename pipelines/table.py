@@ -161,7 +161,7 @@ def accuracy(root: Path, official: str, quick: bool) -> tuple[float | None, str]
         return None, why
     kept = root / "scratch" / "table" / f"{official}.json"
     key = {"weights": weights.name, "annotations": tracking.sha256(data / "instances_val.json")}
-    known = json.loads(kept.read_text()) if kept.exists() else {}
+    known = json.loads(kept.read_text(encoding="utf-8")) if kept.exists() else {}
     if {name: known.get(name) for name in key} != key:
         if quick:
             return None, f"{weights} is there; without --quick it is evaluated"
@@ -194,7 +194,9 @@ def of_val2017(client: Any, run_id: str) -> bool:
     """Whether a run's validation images were those of COCO val2017, by their number and classes."""
     with tempfile.TemporaryDirectory() as folder:
         path = tracking.fetch_artifact(client, run_id, "validate/statistics.json", Path(folder))
-        held: dict[str, Any] = json.loads(path.read_text())["val"] if path else {"images": 0, "class": {}}
+        held: dict[str, Any] = (
+            json.loads(path.read_text(encoding="utf-8"))["val"] if path else {"images": 0, "class": {}}
+        )
     return held["images"] == NUM_VAL and set(held["class"]) == {category.name for category in COCO_CATEGORIES}
 
 
@@ -235,7 +237,7 @@ def device_name(device: torch.device) -> str:
     if device.type == "cuda":
         return str(torch.cuda.get_device_name(device))
     try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
         names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
     except OSError:
         names = []

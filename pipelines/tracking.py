@@ -199,7 +199,7 @@ def read_rows(path: Path) -> list[dict[str, float]]:
     """
     if not path.exists():
         return []
-    *lines, torn = path.read_text().split("\n")
+    *lines, torn = path.read_text(encoding="utf-8").split("\n")
     rows = []
     for number, line in enumerate(lines, start=1):
         try:

@@ -79,7 +79,7 @@ def train(
     initial = config.initial_weights
     if Path(initial).resolve() == output.resolve():
         raise ValueError(f"train.initial_weights is {initial}, which this training replaces; copy it elsewhere first")
-    mark = fingerprint(model_config, config, json.loads(passed.read_text())["data"])
+    mark = fingerprint(model_config, config, json.loads(passed.read_text(encoding="utf-8"))["data"])
     folder = scratch / mark
     size = InputSize(config.transform.scales[-1], config.transform.max_size, config.size_multiple)
     with process_group() as process, alone_in(folder) if process.is_main else nullcontext():
@@ -156,7 +156,7 @@ def begins(state: dict[str, Any] | None, process: Process) -> str:
 def alone_in(folder: Path, wait_seconds: float = 60.0) -> Iterator[None]:
     """Holds the lock of the folder of a training. Raises ValueError when another one holds it for longer than that."""
     folder.mkdir(parents=True, exist_ok=True)
-    with (folder / "lock").open("a+") as file:
+    with (folder / "lock").open("a+", encoding="utf-8") as file:
         started, said = time.monotonic(), False
         while True:
             try:

@@ -78,7 +78,7 @@ class Log:
         }
         if self.config.compile:
             self.timing["compiled_graphs"] = torch._dynamo.utils.counters["stats"]["unique_graphs"]
-        with self.timings.open("a") as file:
+        with self.timings.open("a", encoding="utf-8") as file:
             file.write(json.dumps(self.timing) + "\n")
 
     def _publish(self, report: Report) -> None:

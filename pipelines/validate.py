@@ -41,7 +41,7 @@ def validate(
     report = judge(config, judged, num_queries, context)
     render(context, data_docs)
     data_digest = digest(data)
-    (data_docs / DOCS_DIGEST).write_text(data_digest)
+    (data_docs / DOCS_DIGEST).write_text(data_digest, encoding="utf-8")
     write_json(output / "report.json", [row for row in report if row["table"] != "champion_drift"])
     for row in report:
         if row["outcome"] != "holds":

@@ -93,7 +93,7 @@ def compare_detections(here: Path, there: Path | None) -> dict[str, Any]:
     by_image: list[dict[int, list[Any]]] = []
     for path in (here, there):
         by_image.append({})
-        for detection in json.loads(path.read_text()):
+        for detection in json.loads(path.read_text(encoding="utf-8")):
             by_image[-1].setdefault(detection["image_id"], []).append(detection)
     ours, theirs = by_image
     parted = [image for image in sorted(ours | theirs) if ours.get(image) != theirs.get(image)]

@@ -39,7 +39,7 @@ def watched(root: Path, preset: str | None, ref: str, check: Callable[[Any], Non
     check(document)
     now = look(root, document) | {"dvc.lock": locked(root, commit)}
     try:
-        before = json.loads(path.read_text()) if path.exists() else None
+        before = json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
     except ValueError:
         raise ValueError(f"{path} is damaged; remove it, and the next look is the first") from None
     yield None if before is None else changes(before, now)
@@ -53,7 +53,7 @@ def parameters(root: Path, preset: str | None, commit: str) -> Any:
         for name in listed:
             copy = Path(folder, name)
             copy.parent.mkdir(exist_ok=True)
-            copy.write_text(git(root, "show", f"{commit}:./{name}"))
+            copy.write_text(git(root, "show", f"{commit}:./{name}"), encoding="utf-8")
         return params.merged(Path(folder), preset, [])
 
 

@@ -25,7 +25,7 @@ RESULTS = "Results of run"  # begins what is committed with them; a branch witho
 def only_one(root: Path, log: Callable[[str], None]) -> Iterator[None]:
     """Holds the project's run lock; a second run says so and waits. The lock dies with its process."""
     (root / "scratch").mkdir(exist_ok=True)
-    with (root / "scratch" / "run.lock").open("a+") as lock:
+    with (root / "scratch" / "run.lock").open("a+", encoding="utf-8") as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
@@ -58,7 +58,7 @@ def worktree(
         _add(root, place, commit)
         document = parameters(place)
         absolute_paths(document, root)
-        (place / "params.yaml").write_text(to_yaml(document))
+        (place / "params.yaml").write_text(to_yaml(document), encoding="utf-8")
         taken_over = False
         for other in left:
             if not taken_over and _is_same_run(other, place, commit):
@@ -161,7 +161,9 @@ def _is_same_run(other: Path, place: Path, commit: str) -> bool:
     try:
         changed = git(other, "status", "--porcelain", "--untracked-files=no", "--", ".", ":!dvc.lock")
         changed += git(other, "diff", "--name-only", commit, branch, "--", ".", ":!dvc.lock", ":!params.yaml")
-        return not changed and (other / "params.yaml").read_text() == (place / "params.yaml").read_text()
+        return not changed and (other / "params.yaml").read_text(encoding="utf-8") == (place / "params.yaml").read_text(
+            encoding="utf-8"
+        )
     except (ValueError, OSError):
         return False
 

@@ -88,7 +88,7 @@ class Team:
         for other, how in COMPOSE["services"][name].get("depends_on", {}).items():
             assert other in self.running
             assert how["condition"] == ("service_completed_successfully" if other == ONCE else "service_healthy")
-        with (self.folder / f"{name}.log").open("a") as log:
+        with (self.folder / f"{name}.log").open("a", encoding="utf-8") as log:
             process = subprocess.Popen(
                 self.command(name),
                 cwd=self.project if name == "worker" else self.folder,
@@ -132,21 +132,21 @@ class Team:
         process.wait()
 
     def log(self, name):
-        return (self.folder / f"{name}.log").read_text()
+        return (self.folder / f"{name}.log").read_text(encoding="utf-8")
 
     def initialize(self):
         """What the entrypoint of PostgreSQL's image does once."""
         settings = self.environment("postgres")
         user, data, password = settings["POSTGRES_USER"], self.folder / "postgres", self.folder / "password"
         for path in (data, password):
-            path.mkdir() if path == data else path.write_text(settings["POSTGRES_PASSWORD"])
+            path.mkdir() if path == data else path.write_text(settings["POSTGRES_PASSWORD"], encoding="utf-8")
             if os.geteuid() == 0:
                 shutil.chown(path, "postgres")
         access = ["--auth=scram-sha-256", f"--username={user}", f"--pwfile={password}"]
         run = [*as_postgres(), "initdb", *access, "--no-sync", "-D", str(data)]
         subprocess.run(run, env=settings, cwd=self.folder, check=True, capture_output=True)
         self.start("postgres")
-        self.sql((ROOT / "deploy/databases.sql").read_text(), "postgres")
+        self.sql((ROOT / "deploy/databases.sql").read_text(encoding="utf-8"), "postgres")
 
     def sql(self, statement, database):
         settings = self.environment("postgres")
@@ -155,7 +155,7 @@ class Team:
             ["psql", *at, "--no-psqlrc", "--tuples-only", "--no-align", "--set=ON_ERROR_STOP=1", database],
             env=settings | {"PGPASSWORD": settings["POSTGRES_PASSWORD"]},
             input=statement,
-            text=True,
+            encoding="utf-8",
             check=True,
             stdout=subprocess.PIPE,
         ).stdout

@@ -106,7 +106,7 @@ class Services:
         """A run of quick stages that stays in the middle of its training, or `after` it has registered, in the block."""
         hold = self.project / "scratch" / ("hold_registered" if after == "register" else "hold")
         hold.parent.mkdir(exist_ok=True)
-        hold.write_text("5")
+        hold.write_text("5", encoding="utf-8")
         try:
             run_id = self.training(*overrides, **parameters)
             if after == "register":
@@ -123,7 +123,7 @@ class Services:
             made = False
             for lock in (self.project / "scratch" / "worktrees").glob("*/dvc.lock"):
                 with contextlib.suppress(FileNotFoundError):
-                    made |= f"\n  {stage}:" in lock.read_text()
+                    made |= f"\n  {stage}:" in lock.read_text(encoding="utf-8")
             return made and not self.processes("DETR_WORKTREE")
 
         self.wait_until(ended, what=f"the end of the stage {stage}")
@@ -262,7 +262,9 @@ class Services:
     def assert_reproduces(self, branch: str, folder: Path) -> None:
         """A fresh clone of a branch, with the cache, has all its outputs as dvc.lock says."""
         call(self.project, "git", "clone", "--quiet", "--branch", branch, str(self.project), str(folder))
-        (folder / ".dvc" / "config.local").write_text(f"[cache]\n    dir = {self.project}/.dvc/cache\n")
+        (folder / ".dvc" / "config.local").write_text(
+            f"[cache]\n    dir = {self.project}/.dvc/cache\n", encoding="utf-8"
+        )
         call(folder, "dvc", "checkout")
         assert json.loads(call(folder, "dvc", "status", "--json")) == {"register": ["always changed"]}
 
@@ -304,7 +306,7 @@ def warm_runs(folder: Path) -> dict[str, str]:
     folder.mkdir()
     python = f"{warm.folder()}/python"
     lines = ("import sys", 'if sys.orig_argv[1:3] == ["-m", "prefect.engine"]:', f"    sys.executable = {python!r}")
-    (folder / "sitecustomize.py").write_text("\n".join([*lines, ""]))
+    (folder / "sitecustomize.py").write_text("\n".join([*lines, ""]), encoding="utf-8")
     return {"PYTHONPATH": str(folder)}
 
 

@@ -128,7 +128,7 @@ def quick_project(folder: Path, *overrides: str) -> Path:
         made = [dep for dep in stage["deps"] if dep.startswith(("data/", "artifacts/"))]
         stage["deps"] = ["quick.py", *made]
     graph.pop("plots")  # of tables that the quick stages do not make
-    (folder / "dvc.yaml").write_text(to_yaml(graph))
+    (folder / "dvc.yaml").write_text(to_yaml(graph), encoding="utf-8")
     commit(folder, "start", "--all")
     return folder
 
@@ -144,7 +144,7 @@ def _copy_project(folder: Path, overrides: Sequence[str]) -> None:
                 (folder / name).parent.joinpath("__pycache__").mkdir(exist_ok=True)
                 shutil.copy2(compiled, cache_from_source(folder / name))
     (folder / "dvc.lock").unlink(missing_ok=True)
-    (folder / "params.yaml").write_text(to_yaml(merged(ROOT, None, [*TINY, *overrides])))
+    (folder / "params.yaml").write_text(to_yaml(merged(ROOT, None, [*TINY, *overrides])), encoding="utf-8")
     call(folder, "git", "init", "--quiet", "--initial-branch=main")
 
 
@@ -164,7 +164,7 @@ def reference(folder: Path) -> Path:
     kept = ROOT / "scratch" / "tests"
     kept.mkdir(parents=True, exist_ok=True)
     place = kept / f"reference-{_digest()}"
-    with (kept / "lock").open("w") as lock:
+    with (kept / "lock").open("w", encoding="utf-8") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         if not place.exists():
             for old in kept.glob("reference-*"):
@@ -220,7 +220,7 @@ def _digest() -> str:
 def detections_like(annotations: Path, shift: float, seed: int = 0, lost: str | None = None) -> list[dict]:
     """COCO detections made from the truth: boxes shifted by normal `shift` pixels, none of the category `lost`."""
     rng = np.random.default_rng(seed)
-    document = json.loads(annotations.read_text())
+    document = json.loads(annotations.read_text(encoding="utf-8"))
     names = {category["id"]: category["name"] for category in document["categories"]}
     return [
         {
@@ -240,11 +240,11 @@ def trained_project(folder: Path, data: Path, mark: str, detections: list[dict],
     document["register"] |= register
     for name in ("validate/dataset", "evaluate/plots", "train"):
         (folder / "artifacts" / name).mkdir(parents=True)
-    (folder / "params.yaml").write_text(to_yaml(document))
-    (folder / "dvc.lock").write_text("stages: {}\n")
+    (folder / "params.yaml").write_text(to_yaml(document), encoding="utf-8")
+    (folder / "dvc.lock").write_text("stages: {}\n", encoding="utf-8")
     shutil.copytree(data, folder / "data/coco")
     report = [{"outcome": outcome} for outcome in ("holds", "holds", "warning")]
-    categories = json.loads((data / "instances_val.json").read_text())["categories"]
+    categories = json.loads((data / "instances_val.json").read_text(encoding="utf-8"))["categories"]
     metrics = coco_metrics(data / "instances_val.json", from_results(detections))
     rows = {
         "validate/passed.json": {"data": "0123"},
@@ -254,14 +254,18 @@ def trained_project(folder: Path, data: Path, mark: str, detections: list[dict],
         "evaluate/metrics.json": metrics | {"AP_low": 0.0, "AP_high": 1.0},
     }
     for name, content in rows.items():
-        (folder / "artifacts" / name).write_text(json.dumps(content))
+        (folder / "artifacts" / name).write_text(json.dumps(content), encoding="utf-8")
     table = [f"{c['id']},{c['name']},0.25" for c in categories]
-    (folder / "artifacts/evaluate/per_class.csv").write_text("\n".join(["category_id,name,AP", *table, ""]))
+    (folder / "artifacts/evaluate/per_class.csv").write_text(
+        "\n".join(["category_id,name,AP", *table, ""]), encoding="utf-8"
+    )
     torch.manual_seed(int(hashlib.sha256(mark.encode()).hexdigest()[:8], 16))
     labels = [Category(c["id"], c["name"]) for c in categories]
     save_model(DETR(TINY_MODEL, len(labels)), labels, InputSize(96, 96, 1), mark, folder / "artifacts/train")
-    (folder / "artifacts/train/history.jsonl").write_text('{"step": 2, "loss": 1.5}\n{"step": 4, "loss": 1.25}\n')
+    (folder / "artifacts/train/history.jsonl").write_text(
+        '{"step": 2, "loss": 1.5}\n{"step": 4, "loss": 1.25}\n', encoding="utf-8"
+    )
     (folder / "scratch" / mark).mkdir(parents=True)
     timings = [json.dumps({"step": step, "images_per_second": 4.0}) for step in (2, 4)]
-    (folder / "scratch" / mark / "timings.jsonl").write_text("\n".join([*timings, ""]))
+    (folder / "scratch" / mark / "timings.jsonl").write_text("\n".join([*timings, ""]), encoding="utf-8")
     return folder

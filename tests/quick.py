@@ -67,7 +67,7 @@ def validate(params: dict) -> None:
     (VALIDATED / "passed.json").unlink(missing_ok=True)
     counts = {}
     for split in ("train", "val"):
-        document = json.loads((DATA / f"instances_{split}.json").read_text())
+        document = json.loads((DATA / f"instances_{split}.json").read_text(encoding="utf-8"))
         sizes = {image["id"]: image["width"] for image in document["images"]}
         for box in document["annotations"]:
             if box["bbox"][0] + box["bbox"][2] > sizes[box["image_id"]]:
@@ -93,7 +93,7 @@ def train(params: dict) -> None:
     state.parent.mkdir(parents=True, exist_ok=True)
     here = "1 processes on cpu"
     if state.exists():
-        step = json.loads(state.read_text())["step"]
+        step = json.loads(state.read_text(encoding="utf-8"))["step"]
         print(f"train {fingerprint}: resuming at step {step} with {here}", flush=True)
     else:
         print(f"train {fingerprint}: starting with {here}", flush=True)
@@ -101,7 +101,7 @@ def train(params: dict) -> None:
     with subprocess.Popen([sys.executable, "-IS", "-c", beside], stdin=subprocess.PIPE) as other:
         said = 0.0
         while step < 10 * epochs and not asked:
-            held = HOLD.exists() and step >= int(HOLD.read_text())
+            held = HOLD.exists() and step >= int(HOLD.read_text(encoding="utf-8"))
             if not held:
                 step += 1
                 write_json(state, {"step": step})
@@ -144,11 +144,11 @@ def register(params: dict) -> None:
     from pipelines import registry, tracking
 
     def git(*arguments: str) -> str:
-        return subprocess.run(["git", *arguments], capture_output=True, text=True, check=False).stdout.strip()
+        return subprocess.run(["git", *arguments], capture_output=True, encoding="utf-8", check=False).stdout.strip()
 
     client = tracking.connect()
-    fingerprint = json.loads((TRAINED / "config.json").read_text())["fingerprint"]
-    metrics = json.loads((EVALUATED / "metrics.json").read_text())
+    fingerprint = json.loads((TRAINED / "config.json").read_text(encoding="utf-8"))["fingerprint"]
+    metrics = json.loads((EVALUATED / "metrics.json").read_text(encoding="utf-8"))
     weights = tracking.sha256(TRAINED / "model.safetensors")
     with registry.plainly("the registration"), registry.turn(client) as check:
         run_id = tracking.find_run(client, fingerprint, f"train {fingerprint}")
@@ -162,7 +162,7 @@ def register(params: dict) -> None:
                 "git_commit": git("rev-parse", "HEAD"),
                 "git_branch": git("branch", "--show-current") or "none",
                 "dvc_lock_sha256": tracking.sha256(Path("dvc.lock")),
-                "data_digest": json.loads((VALIDATED / "passed.json").read_text())["data"],
+                "data_digest": json.loads((VALIDATED / "passed.json").read_text(encoding="utf-8"))["data"],
                 "weights_sha256": weights,
                 "fingerprint": fingerprint,
             }

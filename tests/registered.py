@@ -25,13 +25,13 @@ client.set_registered_model_alias(tracking.MODEL, sys.argv[2], version.version)
 
 
 def categories(data: Path) -> list[Category]:
-    document = json.loads((data / "instances_val.json").read_text())
+    document = json.loads((data / "instances_val.json").read_text(encoding="utf-8"))
     return sorted((Category(c["id"], c["name"]) for c in document["categories"]), key=lambda c: c.id)
 
 
 def pictures(data: Path) -> list[bytes]:
     """The validation pictures in the order of the annotations."""
-    document = json.loads((data / "instances_val.json").read_text())
+    document = json.loads((data / "instances_val.json").read_text(encoding="utf-8"))
     with zipfile.ZipFile(data / "val.zip") as archive:
         return [archive.read(image["file_name"]) for image in document["images"]]
 

@@ -73,7 +73,7 @@ def together(folders, uri):
             env=environment(PYTHONPATH=str(ROOT), MLFLOW_TRACKING_URI=uri),
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
-            text=True,
+            encoding="utf-8",
         )
         for folder in folders
     ]

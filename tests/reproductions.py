@@ -13,7 +13,7 @@ def made_again(project: Path, model: str, code: int = 0, cold: bool = False, **e
 
 
 def written(project: Path, version: int) -> dict[str, Any]:
-    return json.loads((project / f"scratch/reproductions/{version}.json").read_text())
+    return json.loads((project / f"scratch/reproductions/{version}.json").read_text(encoding="utf-8"))
 
 
 def everything_of(project: Path, client: Any) -> dict[str, Any]:

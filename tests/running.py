@@ -38,7 +38,7 @@ def call(cwd: Path, *arguments: str, code: int | None = 0, cold: bool = False, *
         env=environment(cold, **extra),
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
-        text=True,
+        encoding="utf-8",
         check=False,
     )
     assert code is None or done.returncode == code, f"{arguments} ended with {done.returncode}:\n{done.stdout}"
@@ -75,7 +75,7 @@ def mlflow_server(folder: Path, port: int | None = None) -> Iterator[tuple[str, 
     command = [sys.executable, "-m", "mlflow", "server", "--host", "127.0.0.1", "--port", str(port), "--workers", "1"]
     command += ["--backend-store-uri", f"sqlite:///{folder}/server.db", "--artifacts-destination", f"{folder}/store"]
     env = environment(MLFLOW_SERVER_ENABLE_JOB_EXECUTION="false")  # eight processes that nothing here uses
-    with (folder / "log").open("a") as log:
+    with (folder / "log").open("a", encoding="utf-8") as log:
         server = subprocess.Popen(command, cwd=folder, env=env, stdout=log, stderr=log, start_new_session=True)
     try:
         deadline = time.monotonic() + 180
@@ -85,7 +85,7 @@ def mlflow_server(folder: Path, port: int | None = None) -> Iterator[tuple[str, 
                 break
             except OSError:
                 if server.poll() is not None or time.monotonic() > deadline:
-                    raise AssertionError((folder / "log").read_text()) from None
+                    raise AssertionError((folder / "log").read_text(encoding="utf-8")) from None
                 time.sleep(0.5)
         yield f"http://127.0.0.1:{port}", server
     finally:

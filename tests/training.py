@@ -28,7 +28,7 @@ def quiet(processes: int = 1) -> dict[str, str]:
 
 def started(folder: Path, processes: int = 1, cold: bool = False) -> subprocess.Popen:
     """The launching process, in a group of its own and with its output in `log`."""
-    with (folder / "log").open("w") as log:
+    with (folder / "log").open("w", encoding="utf-8") as log:
         env = environment(cold, **quiet(processes))
         return subprocess.Popen(COMMAND, cwd=folder, env=env, stdout=log, stderr=log, start_new_session=True)
 
@@ -71,14 +71,16 @@ def results(folder: Path) -> list[bytes]:
 
 
 def rows(folder: Path) -> list[dict]:
-    return [json.loads(line) for line in (folder / "artifacts/train/history.jsonl").read_text().splitlines()]
+    return [
+        json.loads(line) for line in (folder / "artifacts/train/history.jsonl").read_text(encoding="utf-8").splitlines()
+    ]
 
 
 def change(folder: Path, **changes: object) -> None:
     """Changes parameters of the training."""
     document = read_yaml(folder / "params.yaml")
     document["train"] |= changes
-    (folder / "params.yaml").write_text(to_yaml(document))
+    (folder / "params.yaml").write_text(to_yaml(document), encoding="utf-8")
 
 
 def wait_until_nobody_works_in(folder: Path) -> None:

@@ -82,7 +82,7 @@ def folder() -> str:
     """The folder for PATH; starts the warm interpreter of this session of tests where it does not run yet."""
     place = Path(os.environ[FOLDER]) / "warm"
     place.mkdir(exist_ok=True)
-    with (place / "lock").open("w") as lock:
+    with (place / "lock").open("w", encoding="utf-8") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         if not (place / "bin").exists():
             _start(place)
@@ -90,7 +90,7 @@ def folder() -> str:
 
 
 def _start(place: Path) -> None:
-    with socket.socket(socket.AF_UNIX) as listener, (place / "log").open("w") as log:
+    with socket.socket(socket.AF_UNIX) as listener, (place / "log").open("w", encoding="utf-8") as log:
         listener.bind(str(place / "socket"))
         listener.listen(64)
         owner, python = os.environ[f"{FOLDER}_PID"], str(place / "bin/python")
@@ -107,7 +107,9 @@ def _start(place: Path) -> None:
     signals = tuple(int(number) for number in SIGNALS)
     for name in ("python", "python3", "dvc"):
         path = place / "new" / name
-        path.write_text(CLIENT.format(python=sys.executable, address=str(place / "socket"), signals=signals))
+        path.write_text(
+            CLIENT.format(python=sys.executable, address=str(place / "socket"), signals=signals), encoding="utf-8"
+        )
         path.chmod(0o755)
     (place / "new").rename(place / "bin")
 
@@ -236,7 +238,7 @@ def _run(name: str, arguments: list[str], main: types.ModuleType) -> None:
         sys.argv[:] = arguments
         sys.path[0] = str(Path(arguments[0]).resolve().parent)
         main.__file__ = str(Path(arguments[0]).absolute())
-        exec(compile(Path(arguments[0]).read_text(), main.__file__, "exec"), main.__dict__)
+        exec(compile(Path(arguments[0]).read_text(encoding="utf-8"), main.__file__, "exec"), main.__dict__)
 
 
 def _exit_code(run) -> int:

@@ -49,7 +49,7 @@ def test_a_weighted_image_counts_as_so_many_images(tmp_path, seed):
     matches = match(path, found)
     drawn = np.random.default_rng(seed).multinomial(9, np.full(9, 1 / 9), 4).T
     aps = weighted_ap(matches, drawn)
-    annotations = json.loads(path.read_text())["annotations"]
+    annotations = json.loads(path.read_text(encoding="utf-8"))["annotations"]
     for weights, ap in zip(drawn.T, aps, strict=True):
         rows, repeated, image_ids = [], [], []
         for image_id, weight in zip(range(1, 10), weights, strict=True):

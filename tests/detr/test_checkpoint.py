@@ -64,9 +64,9 @@ def test_models_in_channels_last_are_the_same_file(tmp_path):
 
 def test_a_model_with_pretrained_weights_needs_them_no_more(tmp_path):
     model = saved(tmp_path, replace(TINY_MODEL, backbone_norm="frozen"))
-    document = json.loads((tmp_path / "config.json").read_text())
+    document = json.loads((tmp_path / "config.json").read_text(encoding="utf-8"))
     document["model"]["backbone_weights"] = "imagenet"
-    (tmp_path / "config.json").write_text(json.dumps(document))
+    (tmp_path / "config.json").write_text(json.dumps(document), encoding="utf-8")
     again, _, _ = load_model(tmp_path)
     assert torch.equal(again.query_embed.weight, model.query_embed.weight)
 
@@ -120,9 +120,9 @@ def test_a_torn_model_is_named(name, damage, tmp_path):
 )
 def test_a_model_of_another_version_is_named(change, message, tmp_path):
     saved(tmp_path)
-    document = json.loads((tmp_path / "config.json").read_text())
+    document = json.loads((tmp_path / "config.json").read_text(encoding="utf-8"))
     change(document)
-    (tmp_path / "config.json").write_text(json.dumps(document))
+    (tmp_path / "config.json").write_text(json.dumps(document), encoding="utf-8")
     with pytest.raises(ValueError, match=rf"{tmp_path} holds no whole model of this version \({message}"):
         load_model(tmp_path)
 

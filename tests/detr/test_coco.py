@@ -49,7 +49,7 @@ def write_json(path, annotations=ANNOTATIONS):
         "annotations": [{"id": k, **a} for k, a in enumerate(annotations, start=1)],
         "categories": [{"id": k, "name": name} for k, name in CATEGORIES.items()],
     }
-    path.write_text(json.dumps(document))
+    path.write_text(json.dumps(document), encoding="utf-8")
     return path
 
 
@@ -128,7 +128,7 @@ def test_category_ids_and_labels_are_mapped_both_ways(tmp_path):
 
 
 def test_a_document_without_images_has_no_samples(tmp_path):
-    (tmp_path / "a.json").write_text(json.dumps({"images": [], "annotations": [], "categories": []}))
+    (tmp_path / "a.json").write_text(json.dumps({"images": [], "annotations": [], "categories": []}), encoding="utf-8")
     record = load_annotations(tmp_path / "a.json")
     assert record.starts.tolist() == [0]
     assert record.sizes_hw.shape == (0, 2)
@@ -163,7 +163,7 @@ def test_an_image_that_is_not_listed_is_named(tmp_path):
     ],
 )
 def test_what_is_not_cocos_format_is_refused_and_not_kept(text, message, tmp_path):
-    (tmp_path / "a.json").write_text(text)
+    (tmp_path / "a.json").write_text(text, encoding="utf-8")
     with pytest.raises(ValueError, match=message):
         load_annotations(tmp_path / "a.json")
     assert not hidden(tmp_path)
@@ -188,7 +188,7 @@ def test_the_cache_equals_what_was_parsed(annotations, tmp_path):
 
 
 def test_an_empty_document_is_kept_too(tmp_path):
-    (tmp_path / "a.json").write_text(json.dumps({"images": [], "annotations": [], "categories": []}))
+    (tmp_path / "a.json").write_text(json.dumps({"images": [], "annotations": [], "categories": []}), encoding="utf-8")
     parsed = load_annotations(tmp_path / "a.json")
     assert_same(load_annotations(tmp_path / "a.json"), parsed)
 
@@ -219,7 +219,9 @@ def test_a_cache_is_of_the_code(tmp_path):
     path = write_json(tmp_path / "a.json")
     parsed = load_annotations(path)
     (old,) = hidden(tmp_path)
-    (tmp_path / "changed.py").write_text(Path(detr.coco.__file__).read_text() + "# changed\n")
+    (tmp_path / "changed.py").write_text(
+        Path(detr.coco.__file__).read_text(encoding="utf-8") + "# changed\n", encoding="utf-8"
+    )
     spec = spec_from_file_location("changed", tmp_path / "changed.py")
     changed = sys.modules["changed"] = module_from_spec(spec)
     spec.loader.exec_module(changed)
@@ -266,7 +268,7 @@ def test_a_cache_that_cannot_be_written_is_done_without(tmp_path):
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     assert not hidden(tmp_path)
     assert_same(load_annotations(path), parsed)
-    with path.open() as file:
+    with path.open(encoding="utf-8") as file:
         assert_same(load_annotations(Path(f"/proc/self/fd/{file.fileno()}")), parsed)  # where nobody can write
 
 

@@ -49,7 +49,7 @@ def write_truth(path, image_ids, category_ids, rows):
         "categories": [{"id": int(k), "name": f"c{k}"} for k in category_ids],
         "annotations": annotations,
     }
-    path.write_text(json.dumps(document))
+    path.write_text(json.dumps(document), encoding="utf-8")
     return path
 
 
@@ -76,7 +76,7 @@ def truth(tmp_path):
 
 
 def perfect(path):
-    objects = [a for a in json.loads(path.read_text())["annotations"] if not a["iscrowd"]]
+    objects = [a for a in json.loads(path.read_text(encoding="utf-8"))["annotations"] if not a["iscrowd"]]
     return from_results([a | {"score": 0.9} for a in objects])
 
 

@@ -113,7 +113,7 @@ def test_one_bad_step_too_many_ends_the_training_with_evidence(dataset, where):
 
 def test_memory_that_runs_out_names_the_size_and_what_to_lower(dataset):
     before = resource.getrlimit(resource.RLIMIT_AS)
-    in_use = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+    in_use = int(Path("/proc/self/statm").read_text(encoding="utf-8").split()[0]) * resource.getpagesize()
     large = TransformConfig((3000,), 3000, flip=0.0, crop=0.0, crop_scales=(), crop_range=(0, 0))
     dataset = CocoDataset(dataset.annotations, dataset.archive, TrainTransform(large, 0))
     resource.setrlimit(resource.RLIMIT_AS, (in_use + 2**30, before[1]))

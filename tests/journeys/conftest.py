@@ -60,7 +60,11 @@ def served(env, tmp_path_factory):
     It has branches with the real stages: `real`; `loud`, where one prints its environment; `failing`, where that fails.
     """
     project = quick_project(tmp_path_factory.mktemp("served"))
-    branch(project, "real", lambda: (project / "dvc.yaml").write_text((ROOT / "dvc.yaml").read_text()))
+    branch(
+        project,
+        "real",
+        lambda: (project / "dvc.yaml").write_text((ROOT / "dvc.yaml").read_text(encoding="utf-8"), encoding="utf-8"),
+    )
     for name, lines in (("loud", LOUD), ("failing", LOUD + FAILING)):
         branch(project, name, lambda lines=lines: begin_main(project / "pipelines/validate.py", lines), "real")
     call(project, "git", "remote", "add", "origin", "https://planted-git-token-6@127.0.0.1:9/x.git")
@@ -73,9 +77,9 @@ def served(env, tmp_path_factory):
 def begin_main(module: Path, lines: str) -> None:
     """Has the function `main` of a module begin with these lines."""
     head = "def main() -> None:\n"
-    before, after = module.read_text().split(head)
+    before, after = module.read_text(encoding="utf-8").split(head)
     added = "".join(f"    {line}\n" for line in lines.strip().splitlines())
-    module.write_text(f"{before}{head}{added}{after}")
+    module.write_text(f"{before}{head}{added}{after}", encoding="utf-8")
 
 
 @pytest.fixture(scope="package")

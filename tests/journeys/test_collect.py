@@ -81,10 +81,10 @@ def project(registry, tmp_path, monkeypatch):
     (root / ".dvc").mkdir(parents=True)
     shutil.copy(ROOT / ".dvc" / "config", root / ".dvc" / "config")
     shutil.copy(ROOT / ".gitignore", root / ".gitignore")
-    (root / "make.py").write_text(MAKE)
-    (root / "dvc.yaml").write_text(GRAPH)
-    (root / ".dvc" / ".gitignore").write_text("/config.local\n/tmp\n/cache\n")
-    (root / "params.yaml").write_text(to_yaml(parameters(0, root)))
+    (root / "make.py").write_text(MAKE, encoding="utf-8")
+    (root / "dvc.yaml").write_text(GRAPH, encoding="utf-8")
+    (root / ".dvc" / ".gitignore").write_text("/config.local\n/tmp\n/cache\n", encoding="utf-8")
+    (root / "params.yaml").write_text(to_yaml(parameters(0, root)), encoding="utf-8")
     call(root, "git", "init", "--quiet", "--initial-branch=main")
     for name, value in (("name", "test"), ("email", "test@localhost")):
         call(root, "git", "config", f"user.{name}", value)
@@ -109,7 +109,9 @@ def parameters(seed, _):
 def train(place):
     """The run that the training leaves in MLflow, of what is in `place`."""
     client, path = tracking.connect(), place / "artifacts/register/version.json"
-    return client.get_run(tracking.find_run(client, json.loads(path.read_text())["fingerprint"], "a training"))
+    return client.get_run(
+        tracking.find_run(client, json.loads(path.read_text(encoding="utf-8"))["fingerprint"], "a training")
+    )
 
 
 def register(place):
@@ -161,7 +163,7 @@ def assert_whole(root, folder):
         lock = place / "dvc.lock"
         if not lock.exists() or tracking.sha256(lock) != version.tags["dvc_lock_sha256"]:
             tracking.fetch_artifact(client, version.run_id, "dvc.lock", place)
-        (place / ".dvc" / "config.local").write_text(f"[cache]\n    dir = {root}/.dvc/cache\n")
+        (place / ".dvc" / "config.local").write_text(f"[cache]\n    dir = {root}/.dvc/cache\n", encoding="utf-8")
         call(place, "dvc", "--wait-for-lock", "checkout")  # that of a killed collection may still be held
         assert tracking.sha256(place / "artifacts/train/model.safetensors") == version.tags["weights_sha256"]
         assert len(list((place / "data/coco/plots").iterdir())) == 2
@@ -190,7 +192,7 @@ def collected(root, days=0, dry_run=False, shared_cache=False):
 
 def in_place(root, seed):
     """A registration from uncommitted parameters, whose dvc.lock is in no commit; the working tree goes back."""
-    (root / "params.yaml").write_text(to_yaml(parameters(seed, root)))
+    (root / "params.yaml").write_text(to_yaml(parameters(seed, root)), encoding="utf-8")
     call(root, "dvc", "repro")
     number = register(root)
     call(root, "git", "checkout", "--quiet", "params.yaml")
@@ -321,7 +323,7 @@ def test_nothing_is_removed_where_the_need_is_not_known(project, tmp_path, monke
 
     shared = tmp_path / "shared"
     (project / ".dvc/cache").rename(shared)
-    (project / ".dvc/config.local").write_text("[cache]\n    dir = ../../shared\n")
+    (project / ".dvc/config.local").write_text("[cache]\n    dir = ../../shared\n", encoding="utf-8")
     assert cache_folder(project) == shared.resolve()
     done = collected(project)
     assert "may be shared with other clones" in done.headline
@@ -357,7 +359,7 @@ def test_with_another_registry_nothing_is_removed(project, tmp_path, monkeypatch
     (version,) = tracking.versions(client)
     client.delete_model_version(tracking.MODEL, version.version)
     client.delete_run(version.run_id)  # by a person, who wants no more of it
-    (project / "scratch/runs/other/version.json").write_text('{"fing')  # torn by a kill
+    (project / "scratch/runs/other/version.json").write_text('{"fing', encoding="utf-8")  # torn by a kill
     collected(project)
     assert branches(project) == []
     assert kept == "runs/good"
@@ -372,7 +374,7 @@ def test_what_is_in_use_stays(project, tmp_path):
     log = project / "scratch/services/worker.log"
     for path in (state / "state", state / "lock", log, log.with_name("old.log")):
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text("x")
+        path.write_text("x", encoding="utf-8")
     age(project)
     hold = "import fcntl, sys, time; a, b = (open(p, 'a') for p in sys.argv[1:]); fcntl.lockf(a, fcntl.LOCK_EX); print(flush=True); time.sleep(600)"
     holder = subprocess.Popen([PYTHON, "-c", hold, state / "lock", log], stdout=subprocess.PIPE)

@@ -23,7 +23,7 @@ def project(tmp_path_factory):
     """A project with the versions 1 and 2 of two trainings on the same data."""
     folder = reference(tmp_path_factory.mktemp("project"))
     overrides = [f"{key}={value}" for key, value in OTHER.items()]
-    (folder / "params.yaml").write_text(to_yaml(merged(folder, None, overrides)))
+    (folder / "params.yaml").write_text(to_yaml(merged(folder, None, overrides)), encoding="utf-8")
     call(folder, "dvc", "repro")
     return folder
 
@@ -46,7 +46,7 @@ def another(client, mark, tags, files):
 
 
 def document(project, name):
-    return json.loads((project / f"scratch/comparisons/{name}/comparison.json").read_text())
+    return json.loads((project / f"scratch/comparisons/{name}/comparison.json").read_text(encoding="utf-8"))
 
 
 def cells(said, title):
@@ -87,7 +87,7 @@ def test_changes_by_class_are_those_of_the_tables(project, client):
     rows = document(project, "1-2")["classes"]
     assert {row["name"] for row in rows} == {"ellipse", "box", "triangle", "star", "cross"}
     assert [row["change"][1] for row in rows] == sorted((row["change"][1] for row in rows), reverse=True)
-    with (project / "artifacts/evaluate/per_class.csv").open(newline="") as file:
+    with (project / "artifacts/evaluate/per_class.csv").open(newline="", encoding="utf-8") as file:
         latest = {row["name"]: float(row["AP"]) for row in csv.DictReader(file)}
     assert {row["name"]: row["AP"][1] for row in rows} == latest
     assert all(row["change"][1] == pytest.approx(row["AP"][1] - row["AP"][0]) for row in rows)
@@ -104,7 +104,7 @@ def test_it_lies_in_files_and_in_the_newest_versions_run(project, client, tmp_pa
     names = ["comparison.json", "comparison.md", "comparison.png"]
     assert sorted(path.name for path in logged.iterdir()) == names
     assert all((logged / name).read_bytes() == (folder / name).read_bytes() for name in names)
-    assert said.startswith((folder / "comparison.md").read_text().split("\n\n")[0])
+    assert said.startswith((folder / "comparison.md").read_text(encoding="utf-8").split("\n\n")[0])
 
 
 def test_one_is_compared_with_the_champion(project, client):
@@ -132,7 +132,7 @@ def test_an_old_release_shows_what_it_has(project, client):
 
 def test_without_detections_a_difference_is_not_paired(project, client):
     tags = client.get_model_version("detr", "1").tags
-    files = {"dvc.lock": (project / "dvc.lock").read_text()}
+    files = {"dvc.lock": (project / "dvc.lock").read_text(encoding="utf-8")}
     number = another(client, "no detections", {"AP": "0.25", "data_digest": tags["data_digest"]}, files)
     said = compare(project, ["1", str(number)])
     assert cells(said, "difference to 1")[1] == f"{0.25 - float(tags['AP']):+.4f}"
@@ -142,17 +142,17 @@ def test_without_detections_a_difference_is_not_paired(project, client):
 
 def test_other_training_data_are_told_and_other_validation_data_not_compared(project, client):
     tags = client.get_model_version("detr", "2").tags | {"data_digest": "f" * 64}
-    lock = (project / "dvc.lock").read_text()
+    lock = (project / "dvc.lock").read_text(encoding="utf-8")
     md5 = {
         name: lock.partition(f"path: data/coco/{name}\n")[2].split("md5: ")[1].split()[0]
         for name in ("instances_train.json", "instances_val.json")
     }
-    statistics = json.loads((project / "artifacts/validate/statistics.json").read_text())
+    statistics = json.loads((project / "artifacts/validate/statistics.json").read_text(encoding="utf-8"))
     statistics["train"]["images"] += 7
     files = {
         "dvc.lock": lock.replace(md5["instances_train.json"], "0" * 32),
         "validate/statistics.json": json.dumps(statistics),
-        "evaluate/detections.json": (project / "artifacts/evaluate/detections.json").read_text(),
+        "evaluate/detections.json": (project / "artifacts/evaluate/detections.json").read_text(encoding="utf-8"),
     }
     number = another(client, "more data", tags, files)
     said = compare(project, ["1", str(number)])
@@ -170,7 +170,7 @@ def test_other_training_data_are_told_and_other_validation_data_not_compared(pro
 def test_without_the_ground_truth_it_says_what_is_missing(project, client, tmp_path):
     (tmp_path / "data/coco").mkdir(parents=True)
     shutil.copy(project / "params.yaml", tmp_path)
-    (tmp_path / "data/coco/instances_val.json").write_text("{}")
+    (tmp_path / "data/coco/instances_val.json").write_text("{}", encoding="utf-8")
     said = compare(tmp_path, ["1", "2"])
     commit = call(project, "git", "rev-parse", "HEAD").strip()
     truth = tmp_path / "data/coco/instances_val.json"
@@ -206,7 +206,7 @@ def test_an_artifact_that_is_absent_or_damaged(project, client, tmp_path):
     run_id = tracking.find_run(client, "damaged", "damaged")
     client.log_text(run_id, "{}", "dvc.lock")
     assert tracking.fetch_artifact(client, run_id, "evaluate/detections.json", tmp_path) is None
-    assert tracking.fetch_artifact(client, run_id, "dvc.lock", tmp_path).read_text() == "{}"
+    assert tracking.fetch_artifact(client, run_id, "dvc.lock", tmp_path).read_text(encoding="utf-8") == "{}"
     with pytest.raises(ValueError, match=f"dvc.lock of MLflow's run {'0' * 32} cannot be read: .*not found"):
         tracking.fetch_artifact(client, "0" * 32, "dvc.lock", tmp_path)
 

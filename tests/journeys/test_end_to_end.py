@@ -31,7 +31,7 @@ def project(tmp_path_factory):
 
 
 def read(project, path):
-    return json.loads((project / path).read_text())
+    return json.loads((project / path).read_text(encoding="utf-8"))
 
 
 def test_dvc_repro_makes_every_output(project):
@@ -49,12 +49,12 @@ def test_dvc_repro_makes_every_output(project):
     }  # fmt: skip
     assert (project / "scratch/data_docs/index.html").exists()
     assert not list(project.glob("scratch/*/state*")), "registration removes the resume state"
-    assert "train: 100%" not in (project / "artifacts/train/history.jsonl").read_text()
+    assert "train: 100%" not in (project / "artifacts/train/history.jsonl").read_text(encoding="utf-8")
 
 
 def test_the_tables_fit_the_metrics(project):
     def table(name):
-        with (project / f"artifacts/evaluate/{name}.csv").open() as file:
+        with (project / f"artifacts/evaluate/{name}.csv").open(encoding="utf-8") as file:
             return list(csv.DictReader(file))
 
     metrics = read(project, "artifacts/evaluate/metrics.json")
@@ -86,7 +86,10 @@ def test_two_processes_evaluate_to_the_same_bytes(project, tmp_path):
 
 
 def test_history_is_the_training_without_times(project):
-    rows = [json.loads(line) for line in (project / "artifacts/train/history.jsonl").read_text().splitlines()]
+    rows = [
+        json.loads(line)
+        for line in (project / "artifacts/train/history.jsonl").read_text(encoding="utf-8").splitlines()
+    ]
     assert [row["step"] for row in rows] == [2, 4, 6, 8, 10, 12]
     assert {"loss", "loss_class", "loss_box", "loss_giou", "loss_class_layer0", "lr", "grad_norm"} <= set(rows[0])
     assert {"AP", "AP50"} <= set(rows[2])
@@ -119,14 +122,17 @@ def test_mlflow_shows_what_the_files_hold(project, monkeypatch):
     client = mlflow_client(project, monkeypatch)
     version = client.get_model_version_by_alias("detr", "champion")
     run = client.get_run(version.run_id)
-    rows = [json.loads(line) for line in (project / "artifacts/train/history.jsonl").read_text().splitlines()]
+    rows = [
+        json.loads(line)
+        for line in (project / "artifacts/train/history.jsonl").read_text(encoding="utf-8").splitlines()
+    ]
     for name in ("loss", "loss_giou", "lr", "grad_norm"):
         logged = [(m.step, m.value) for m in client.get_metric_history(run.info.run_id, f"train/{name}")]
         assert logged == [(row["step"], row[name]) for row in rows]
     assert len(client.get_metric_history(run.info.run_id, "train/images_per_second")) == len(rows)
     metrics = read(project, "artifacts/evaluate/metrics.json")
     assert {name: run.data.metrics[name] for name in metrics} == metrics
-    with (project / "artifacts/evaluate/per_class.csv").open() as file:
+    with (project / "artifacts/evaluate/per_class.csv").open(encoding="utf-8") as file:
         per_class = {row["name"]: float(row["AP"]) for row in csv.DictReader(file)}
     assert {f"class_AP/{name}": ap for name, ap in per_class.items() if ap >= 0}.items() <= run.data.metrics.items()
     assert run.data.metrics["images_per_second"] > 0
@@ -153,7 +159,7 @@ def test_the_champion_answers_an_image_without_the_project(project, tmp_path):
         env=env,
         input=json.dumps(images),
         capture_output=True,
-        text=True,
+        encoding="utf-8",
         check=True,
     )
     *_, answer, home = done.stdout.strip().splitlines()
@@ -183,7 +189,7 @@ def test_any_mlflow_server_will_do(project, tmp_path):
             env=env,
             input=json.dumps([image]),
             capture_output=True,
-            text=True,
+            encoding="utf-8",
             check=True,
         )
     (row,) = json.loads(done.stdout.strip().splitlines()[-2])
@@ -193,14 +199,14 @@ def test_any_mlflow_server_will_do(project, tmp_path):
 def test_dvc_shows_plots_and_differences_of_metrics(project, tmp_path):
     commit(project, "lock", "dvc.lock")
     call(project, "dvc", "plots", "show", "--out", str(tmp_path / "plots"))
-    page = (tmp_path / "plots/index.html").read_text()
+    page = (tmp_path / "plots/index.html").read_text(encoding="utf-8")
     for title in ("AP per class", "Precision and recall", "What limits AP50", "AP per decoder layer", "Confusion"):
         assert title in page
     assert "slots.png" in page
     metrics = project / "artifacts/evaluate/metrics.json"
     before = metrics.read_bytes()
     call(project, "dvc", "unprotect", "artifacts/evaluate/metrics.json")
-    metrics.write_text(json.dumps(json.loads(before) | {"AP": 0.9}))
+    metrics.write_text(json.dumps(json.loads(before) | {"AP": 0.9}), encoding="utf-8")
     changed = json.loads(call(project, "dvc", "metrics", "diff", "--json"))
     assert changed["artifacts/evaluate/metrics.json"]["AP"]["new"] == 0.9
     call(project, "dvc", "checkout", "--force", "artifacts/evaluate/metrics.json")

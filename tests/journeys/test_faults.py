@@ -24,10 +24,10 @@ def test_drift_is_judged_against_the_champion_that_mlflow_names(project, tmp_pat
         copy(project / item, tmp_path / item)
     shutil.copytree(project / "data/coco", tmp_path / "data/coco", copy_function=shutil.copyfile)
     path = tmp_path / "data/coco/instances_train.json"
-    document = json.loads(path.read_text())
+    document = json.loads(path.read_text(encoding="utf-8"))
     for entry in document["annotations"]:
         entry["category_id"] = 3
-    path.write_text(json.dumps(document))
+    path.write_text(json.dumps(document), encoding="utf-8")
     command = ["python", "-m", "pipelines.validate"]
     said = call(tmp_path, *command, MLFLOW_TRACKING_URI=f"sqlite:///{project}/mlflow.db")
     assert "warning: champion_drift: distances from the champion's data are at most 0.1: 1 break it" in said
@@ -58,7 +58,7 @@ def test_an_interrupted_stage_ends_with_all_its_processes(tmp_path):
     for stage in ("download", "validate"):
         call(slow, "dvc", "repro", "--single-item", stage)
     (slow / "scratch").mkdir(exist_ok=True)
-    (slow / "scratch/hold").write_text("1")
+    (slow / "scratch/hold").write_text("1", encoding="utf-8")
 
     def interrupt(line):
         if line.startswith("train ") and "starting" in line:

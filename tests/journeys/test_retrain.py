@@ -65,9 +65,9 @@ def test_two_at_once_take_turns_and_each_is_a_branch_of_its_own(served, tmp_path
 def test_data_that_fail_validation_stop_it_before_training_and_say_why(served, drawn):
     """With the real stages."""
     annotations = shutil.copytree(drawn, served.project / "scratch/bad") / "instances_train.json"
-    document = json.loads(annotations.read_text())
+    document = json.loads(annotations.read_text(encoding="utf-8"))
     document["annotations"][0]["bbox"] = [90, 90, 50, 50]
-    annotations.write_text(json.dumps(document))
+    annotations.write_text(json.dumps(document), encoding="utf-8")
     number = 76 if served.versions() else 75  # with a champion, how far the data are from its own is one more
     run_id = served.start("retrain/on-demand", overrides=["download.source=scratch/bad"], ref="real")
     run = served.wait(run_id)
@@ -81,13 +81,13 @@ def test_data_that_fail_validation_stop_it_before_training_and_say_why(served, d
 
 def test_the_code_of_a_ref_runs_and_what_is_not_committed_stays(served):
     project = served.project
-    code = (project / "quick.py").read_text()
+    code = (project / "quick.py").read_text(encoding="utf-8")
     head = "def download(params: dict) -> None:\n"
     changed = code.replace(head, f"{head}    print('of the other branch')\n")
-    branch(project, "other", lambda: (project / "quick.py").write_text(changed))
-    readme = (project / "README.md").read_text()
+    branch(project, "other", lambda: (project / "quick.py").write_text(changed, encoding="utf-8"))
+    readme = (project / "README.md").read_text(encoding="utf-8")
     try:
-        (project / "README.md").write_text("not committed\n")
+        (project / "README.md").write_text("not committed\n", encoding="utf-8")
         asked = {"overrides": ["train.epochs=1", "train.seed=3"], "ref": "other"}
         run_id = served.start("retrain/on-demand", **asked)
         unknown = served.start("retrain/on-demand", ref="nowhere")
@@ -99,7 +99,7 @@ def test_the_code_of_a_ref_runs_and_what_is_not_committed_stays(served):
         assert failed["state"]["message"].startswith("'nowhere' is no commit, branch or tag here")
         assert call(project, "git", "status", "--short") == " M README.md\n"
     finally:
-        (project / "README.md").write_text(readme)
+        (project / "README.md").write_text(readme, encoding="utf-8")
     served.assert_sound()
 
 

@@ -23,7 +23,7 @@ def project(tmp_path_factory):
 
 
 def read(project, path):
-    return json.loads((project / path).read_text())
+    return json.loads((project / path).read_text(encoding="utf-8"))
 
 
 def test_the_flow_finds_everything_unchanged_and_says_where_to_look(project):
@@ -55,17 +55,17 @@ def test_an_override_runs_in_a_worktree_and_is_a_commit(project, tmp_path):
     (branch,) = call(project, "git", "branch", "--list", "runs/*", "--format=%(refname:short)").split()
     assert f"branch    {branch}" in said
     kept = project / "scratch" / branch / "metrics.json"
-    assert tuple(json.loads(kept.read_text()))[:12] == METRICS
+    assert tuple(json.loads(kept.read_text(encoding="utf-8")))[:12] == METRICS
     assert call(project, "git", "worktree", "list").count("\n") == 1
 
     other = tmp_path / "there"
     call(project, "git", "worktree", "add", str(other), branch)
-    (other / ".dvc" / "config.local").write_text(f"[cache]\n    dir = {project}/.dvc/cache\n")
+    (other / ".dvc" / "config.local").write_text(f"[cache]\n    dir = {project}/.dvc/cache\n", encoding="utf-8")
     call(other, "dvc", "checkout")
     status = json.loads(call(other, "dvc", "status", "--json"))
     assert list(status) == ["register"]
     assert status["register"] == ["always changed"]
-    assert "num_queries: 9" in (other / "params.yaml").read_text()
+    assert "num_queries: 9" in (other / "params.yaml").read_text(encoding="utf-8")
     assert len(read(other, "artifacts/evaluate/detections.json")) == 9 * 16
     call(project, "git", "worktree", "remove", "--force", str(other))
 
@@ -82,7 +82,7 @@ def test_a_second_run_waits_and_says_so(project):
             cwd=project,
             env=environment(),
             stdout=subprocess.PIPE,
-            text=True,
+            encoding="utf-8",
         )
         said = second.stdout.readline()
         assert said == f"another run (process {os.getpid()}) is under way in {project}; waiting for it to end\n"
@@ -95,11 +95,13 @@ def test_broken_data_stops_before_training(project, tmp_path):
     broken = small_project(tmp_path / "broken")
     shutil.copytree(project / "data/coco", tmp_path / "source", copy_function=shutil.copyfile)
     path = tmp_path / "source/instances_train.json"
-    document = json.loads(path.read_text())
+    document = json.loads(path.read_text(encoding="utf-8"))
     document["annotations"][0]["bbox"] = [90, 90, 50, 50]
-    path.write_text(json.dumps(document))
+    path.write_text(json.dumps(document), encoding="utf-8")
     params = broken / "params.yaml"
-    params.write_text(params.read_text().replace("source: shapes", f"source: {tmp_path}/source", 1))
+    params.write_text(
+        params.read_text(encoding="utf-8").replace("source: shapes", f"source: {tmp_path}/source", 1), encoding="utf-8"
+    )
     home = str(project / ".prefect")  # whose database is made already
     said = call(broken, "python", "-m", "pipelines", "run", code=1, PREFECT_HOME=home)
     last = said.strip().splitlines()[-2:]

@@ -80,11 +80,11 @@ def test_stages_run_by_hand_leave_the_cache_alone(project):
     assert all(name == content for name, content in before.items())
     old = {name: md5(project / name) for name in MADE}
     params = project / "params.yaml"
-    text = params.read_text()
+    text = params.read_text(encoding="utf-8")
     for was, now in (("num_train: 48", "num_train: 40"), ("epochs: 2", "epochs: 1"), ("seed: 0", "seed: 1")):
         assert was in text
         text = text.replace(was, now)
-    params.write_text(text)
+    params.write_text(text, encoding="utf-8")
     for stage in ("download", "validate", "train", "evaluate", "register"):
         call(project, "python", "-m", f"pipelines.{stage}")
     assert objects(project) == before
@@ -99,16 +99,16 @@ def test_stages_run_by_hand_leave_the_cache_alone(project):
 
 def test_the_digest_of_a_version_is_that_of_the_validated_data(project):
     (row,) = json.loads(pipelines(project, "data", "--json"))
-    passed = json.loads((project / "artifacts/validate/passed.json").read_text())
+    passed = json.loads((project / "artifacts/validate/passed.json").read_text(encoding="utf-8"))
     assert (row["digest"], row["problem"], row["current"]) == (passed["data"], None, True)
     assert f" {passed['data'][:12]} " in pipelines(project, "data")
 
 
 def edit(folder, split, change):
     path = folder / f"instances_{split}.json"
-    held = json.loads(path.read_text())
+    held = json.loads(path.read_text(encoding="utf-8"))
     change(held)
-    path.write_text(json.dumps(held))
+    path.write_text(json.dumps(held), encoding="utf-8")
 
 
 def fewer(held):

@@ -32,7 +32,7 @@ def watched(served, drawn):
     """The folder `source` of the project, from which a branch takes its data, and the first look at it."""
     project = served.project
     document = to_yaml(merged(project, None, ["download.source=source"]))
-    branch(project, REF, lambda: (project / "params.yaml").write_text(document))
+    branch(project, REF, lambda: (project / "params.yaml").write_text(document, encoding="utf-8"))
     shutil.copytree(drawn, project / "source")
     return look(served)
 

@@ -11,7 +11,9 @@ class Dataset:
     """A dataset in memory, to break: `json[split]` and `files[split]`, pairs of name and bytes."""
 
     def __init__(self, folder):
-        self.json = {s: json.loads((folder / f"instances_{s}.json").read_text()) for s in ("train", "val")}
+        self.json = {
+            s: json.loads((folder / f"instances_{s}.json").read_text(encoding="utf-8")) for s in ("train", "val")
+        }
         self.files = {}
         for split in self.json:
             with zipfile.ZipFile(folder / f"{split}.zip") as archive:
@@ -22,7 +24,7 @@ class Dataset:
     def write(self, folder):
         folder.mkdir()
         for split, document in self.json.items():
-            (folder / f"instances_{split}.json").write_text(json.dumps(document))
+            (folder / f"instances_{split}.json").write_text(json.dumps(document), encoding="utf-8")
             with zipfile.ZipFile(folder / f"{split}.zip", "w") as archive, warnings.catch_warnings():
                 warnings.simplefilter("ignore")  # of a name that is there already
                 for name, data in self.files[split]:

@@ -18,7 +18,7 @@ def test_the_drawn_data_has_no_fault(tmp_path):
     for split, (num_images, num_annotations) in counts.items():
         for name in (f"{split}.zip", f"instances_{split}.json"):
             assert (tmp_path / "one" / name).read_bytes() == (tmp_path / "two" / name).read_bytes()
-        document = json.loads((tmp_path / "one" / f"instances_{split}.json").read_text())
+        document = json.loads((tmp_path / "one" / f"instances_{split}.json").read_text(encoding="utf-8"))
         images = {image["id"]: image for image in document["images"]}
         annotations = document["annotations"]
         assert (len(images), len(annotations)) == (num_images, num_annotations)

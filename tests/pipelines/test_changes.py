@@ -43,7 +43,7 @@ def between(tmp_path):
         folder = tmp_path / name
         folder.mkdir(exist_ok=True)
         for split, held, files in (("train", train, pictures), ("val", document(), {})):
-            (folder / f"instances_{split}.json").write_text(json.dumps(held))
+            (folder / f"instances_{split}.json").write_text(json.dumps(held), encoding="utf-8")
             with zipfile.ZipFile(folder / f"{split}.zip", "w") as archive:
                 for path, data in files.items():
                     archive.writestr(zipfile.ZipInfo(path), data)

@@ -21,7 +21,7 @@ def test_what_runs_in_production_is_published_to_this_machine_alone_and_comes_ba
         assert ("healthcheck" in one) == (name != ONCE)
     volumes = {volume.split(":")[0] for one in COMPOSE["services"].values() for volume in one.get("volumes", [])}
     assert set(COMPOSE["volumes"]) <= volumes
-    dockerfile = (ROOT / "deploy/Dockerfile").read_text()
+    dockerfile = (ROOT / "deploy/Dockerfile").read_text(encoding="utf-8")
     assert COMPOSE["services"]["worker"]["image"] in dockerfile
     for name in ("prefect", "mlflow", "worker"):
         assert COMPOSE["services"][name]["environment"].items() >= QUIET.items()
@@ -30,11 +30,11 @@ def test_what_runs_in_production_is_published_to_this_machine_alone_and_comes_ba
 
 def test_compose_reads_the_file_as_these_tests_do(tmp_path):
     program, given = needs("docker-compose"), {name: f"{k}@/:-" for k, name in enumerate(SECRETS)}
-    (tmp_path / ".env").write_text("".join(f"{name}={value}\n" for name, value in given.items()))
+    (tmp_path / ".env").write_text("".join(f"{name}={value}\n" for name, value in given.items()), encoding="utf-8")
 
     def config(file):
         command = [program, "--env-file", file, "config"]
-        return subprocess.run(command, cwd=ROOT, env=environment(), capture_output=True, text=True, check=False)
+        return subprocess.run(command, cwd=ROOT, env=environment(), capture_output=True, encoding="utf-8", check=False)
 
     done = config(tmp_path / ".env")
     assert (done.returncode, done.stderr) == (0, "")
@@ -59,7 +59,9 @@ def test_no_password_is_in_the_repository_and_a_missing_one_is_asked_for():
     asked = set(re.findall(r"\$\{(\w+):\?", text))
     assert asked == set(SECRETS)
     example = dict(
-        line.split("=") for line in (ROOT / "deploy/env.example").read_text().splitlines() if re.match(r"\w", line)
+        line.split("=")
+        for line in (ROOT / "deploy/env.example").read_text(encoding="utf-8").splitlines()
+        if re.match(r"\w", line)
     )
     assert set(example) == asked
     assert not example["POSTGRES_PASSWORD"] + example["AWS_SECRET_ACCESS_KEY"]
@@ -68,4 +70,4 @@ def test_no_password_is_in_the_repository_and_a_missing_one_is_asked_for():
             assert "${" in value, key
     with pytest.raises(ValueError, match="POSTGRES_PASSWORD: choose the password of the database, in .env"):
         interpolated(COMPOSE["services"]["postgres"]["environment"]["POSTGRES_PASSWORD"], {})
-    assert "/.env" in (ROOT / ".gitignore").read_text().split()
+    assert "/.env" in (ROOT / ".gitignore").read_text(encoding="utf-8").split()

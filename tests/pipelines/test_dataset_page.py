@@ -14,7 +14,7 @@ from pipelines.tables import tabulate
 def page(data, folder, num_examples):
     tables = tabulate(data, 1.0, 0.0)
     write_page(folder, data, tables, statistics(tables), num_examples)
-    return (folder / "index.html").read_text()
+    return (folder / "index.html").read_text(encoding="utf-8")
 
 
 def opened(path):
@@ -66,7 +66,7 @@ def test_folders_give_the_same_page(drawn, source, tmp_path):
 def test_a_name_is_text_not_markup(source, tmp_path):
     for split in ("train", "val"):
         path = source / f"instances_{split}.json"
-        path.write_text(path.read_text().replace('"ellipse"', '"<script>ä"'))
+        path.write_text(path.read_text(encoding="utf-8").replace('"ellipse"', '"<script>ä"'), encoding="utf-8")
     assert "<h3>&lt;script&gt;ä</h3>" in page(source, tmp_path / "page", 1)
 
 

@@ -12,7 +12,7 @@ from ruamel.yaml import YAML
 from tests.running import ROOT, call
 
 DEPLOY = ROOT / "deploy"
-TEMPLATE = json.loads((DEPLOY / "prefect-kubernetes.json").read_text())
+TEMPLATE = json.loads((DEPLOY / "prefect-kubernetes.json").read_text(encoding="utf-8"))
 TRAINING, CLAIM = YAML(typ="safe").load_all(DEPLOY / "pytorchjob.yaml")
 REGISTER = YAML(typ="safe").load(DEPLOY / "register-job.yaml")
 WORKER = TRAINING["spec"]["pytorchReplicaSpecs"]["Worker"]
@@ -114,7 +114,7 @@ def test_every_pod_has_the_project_and_shared_memory_under_one_claim_and_one_ima
             mounts = {mount["name"]: mount["mountPath"] for mount in container["volumeMounts"]}
             assert mounts == {"project": container["workingDir"], "shared-memory": "/dev/shm"}
             images.add(container["image"])
-    assert images == {re.search(r"--tag (\S+)", (DEPLOY / "Dockerfile").read_text())[1]}
+    assert images == {re.search(r"--tag (\S+)", (DEPLOY / "Dockerfile").read_text(encoding="utf-8"))[1]}
 
 
 def defaults():
@@ -137,7 +137,7 @@ def test_prefect_makes_a_job_of_the_templates_variables():
 
 
 def test_the_image_has_the_locked_environment():
-    lines = (DEPLOY / "Dockerfile").read_text().replace("\\\n", "").splitlines()
+    lines = (DEPLOY / "Dockerfile").read_text(encoding="utf-8").replace("\\\n", "").splitlines()
     steps = [line.split(maxsplit=1) for line in lines if line and not line.startswith("#")]
     assert {step for step, _ in steps} <= {"FROM", "RUN", "COPY", "ENV", "WORKDIR"}
     assert ["FROM", "python:3.11-slim"] in steps

@@ -15,7 +15,7 @@ def counts(drawn):
 
 def test_statistics_count_what_the_files_hold(drawn, counts):
     for split in ("train", "val"):
-        document = json.loads((drawn / f"instances_{split}.json").read_text())
+        document = json.loads((drawn / f"instances_{split}.json").read_text(encoding="utf-8"))
         objects = [a for a in document["annotations"] if not a["iscrowd"]]
         got = counts[split]
         assert got["images"] == len(document["images"])

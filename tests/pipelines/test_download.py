@@ -57,7 +57,7 @@ def test_a_compressed_zip_is_repacked(source, tmp_path):
 
 def test_max_images_keeps_the_first_images_with_their_annotations(drawn, tmp_path):
     fetch(str(drawn), tmp_path / "coco", max_images=5)
-    document = json.loads((tmp_path / "coco" / "instances_train.json").read_text())
+    document = json.loads((tmp_path / "coco" / "instances_train.json").read_text(encoding="utf-8"))
     ids = {image["id"] for image in document["images"]}
     assert len(ids) == 5
     assert {a["image_id"] for a in document["annotations"]} <= ids
@@ -78,11 +78,11 @@ def remove_zip(folder):
 
 
 def garble_json(folder):
-    (folder / "instances_val.json").write_text('{"images": [')
+    (folder / "instances_val.json").write_text('{"images": [', encoding="utf-8")
 
 
 def empty_json(folder):
-    (folder / "instances_val.json").write_text('{"images": []}')
+    (folder / "instances_val.json").write_text('{"images": []}', encoding="utf-8")
 
 
 def escape(folder):

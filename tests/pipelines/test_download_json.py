@@ -10,9 +10,9 @@ from tests.downloads import fetch
 
 def test_numbers_that_are_not_json_pass_unchanged_for_validate_to_judge(source, tmp_path):
     text = '{"images": [], "annotations": [{"area": NaN, "bbox": [-Infinity,1,Infinity , 2]}], "categories": [], "a": "NaN, Infinity"}'
-    (source / "instances_val.json").write_text(text)
+    (source / "instances_val.json").write_text(text, encoding="utf-8")
     fetch(str(source), tmp_path / "coco")
-    assert (tmp_path / "coco" / "instances_val.json").read_text() == text
+    assert (tmp_path / "coco" / "instances_val.json").read_text(encoding="utf-8") == text
     with pytest.raises(ValueError, match=r"instances_val.json holds NaN or Infinity, which JSON lacks .*; mend it, or"):
         fetch(str(source), tmp_path / "coco", max_images=3)
 
@@ -32,7 +32,7 @@ def test_numbers_that_are_not_json_pass_unchanged_for_validate_to_judge(source, 
     ],
 )
 def test_garbage_is_refused_with_its_place(source, tmp_path, text):
-    (source / "instances_val.json").write_text(text)
+    (source / "instances_val.json").write_text(text, encoding="utf-8")
     with pytest.raises(ValueError, match=f"{source}/instances_val.json is not valid JSON: "):
         fetch(str(source), tmp_path / "coco")
 
@@ -41,7 +41,7 @@ def test_garbage_is_refused_with_its_place(source, tmp_path, text):
     "text", ["[]", "1", '{"images": {}, "annotations": [], "categories": []}', '{"annotations": []}']
 )
 def test_json_that_is_not_cocos_is_named(source, tmp_path, text):
-    (source / "instances_val.json").write_text(text)
+    (source / "instances_val.json").write_text(text, encoding="utf-8")
     with pytest.raises(ValueError, match="instances_val.json has no list 'images'; COCO's format has images"):
         fetch(str(source), tmp_path / "coco")
 
@@ -54,12 +54,12 @@ def test_the_kept_records_keep_their_bytes(source, tmp_path):
     ]
     annotations = ['{"image_id":1, "id": 1e-7}', '{ "image_id": 2 }', '{"image_id": "b","bbox": [0.10, 2]}']
     text = '{"info": {"a" : 1}, "images": [%s], "annotations": [%s], "categories": [ ]}'
-    (source / "instances_val.json").write_text(text % (", ".join(images), ", ".join(annotations)))
+    (source / "instances_val.json").write_text(text % (", ".join(images), ", ".join(annotations)), encoding="utf-8")
     for _ in range(2):
         fetch(str(source), tmp_path / "coco", max_images=2)
         kept = '{"info":{"a" : 1},"images":[%s],"annotations":[%s],"categories":[ ]}'
         expected = kept % (",".join(images[:2]), ",".join(annotations[::2]))
-        assert (tmp_path / "coco" / "instances_val.json").read_text() == expected
+        assert (tmp_path / "coco" / "instances_val.json").read_text(encoding="utf-8") == expected
 
 
 @pytest.mark.parametrize(
@@ -72,7 +72,7 @@ def test_the_kept_records_keep_their_bytes(source, tmp_path):
 )
 def test_an_entry_that_cannot_be_chosen_by_is_named(source, tmp_path, images, annotations, message):
     text = f'{{"images": {images}, "annotations": {annotations}, "categories": []}}'
-    (source / "instances_val.json").write_text(text)
+    (source / "instances_val.json").write_text(text, encoding="utf-8")
     with pytest.raises(ValueError, match=f"instances_val.json: an entry is not as COCO's format has it: {message}"):
         fetch(str(source), tmp_path / "coco", max_images=1)
 
@@ -82,7 +82,7 @@ def test_annotations_are_not_made_into_objects(source, tmp_path, max_images):
     """Which would take ten times the size of the file."""
     annotation = {"id": 1, "image_id": 1, "category_id": 1, "bbox": [1.5, 2.5, 3.5, 4.5], "segmentation": [[1.5] * 20]}
     document = {"images": [{"id": 1, "file_name": "a.jpg"}], "annotations": [annotation] * 50_000, "categories": []}
-    (source / "instances_train.json").write_text(json.dumps(document))
+    (source / "instances_train.json").write_text(json.dumps(document), encoding="utf-8")
     tracemalloc.start()
     try:
         fetch(str(source), tmp_path / "coco", max_images=max_images)

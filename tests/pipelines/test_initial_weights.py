@@ -39,7 +39,7 @@ class Silent:
 def trained(drawn, tmp_path, monkeypatch):
     """Trains as the stage does, and returns the folder of the result."""
     monkeypatch.setattr(pipelines.train, "Mirror", Silent)
-    (tmp_path / "passed.json").write_text(json.dumps({"data": "digest"}))
+    (tmp_path / "passed.json").write_text(json.dumps({"data": "digest"}), encoding="utf-8")
 
     def run(name, model=TINY_MODEL, **changes):
         config = replace(CONFIG, epochs=1, checkpoint_minutes=1.0, **changes)
@@ -100,7 +100,7 @@ def test_the_fingerprint_covers_the_content_of_local_weights(tmp_path):
 
 def test_weights_are_fetched_before_any_process_starts(tmp_path, monkeypatch):
     document = merged(ROOT, None, ["train.initial_weights=http://127.0.0.1:9/detr-12345678.pth"])
-    (tmp_path / "params.yaml").write_text(to_yaml(document))
+    (tmp_path / "params.yaml").write_text(to_yaml(document), encoding="utf-8")
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("TORCH_HOME", str(tmp_path))
     monkeypatch.setattr(pipelines.train, "launch", lambda: pytest.fail("launched"))

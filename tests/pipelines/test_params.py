@@ -37,7 +37,9 @@ def test_a_union_takes_the_mapping_as_the_record():
 
 
 def test_numbers_without_a_point_are_numbers(tmp_path):
-    (tmp_path / "params.yaml").write_text("train: {epochs: 3, where: a, inner: {rate: 1e-4, sizes: []}}")
+    (tmp_path / "params.yaml").write_text(
+        "train: {epochs: 3, where: a, inner: {rate: 1e-4, sizes: []}}", encoding="utf-8"
+    )
     assert load("train", Record, tmp_path / "params.yaml").inner.rate == 1e-4
 
 
@@ -74,7 +76,7 @@ def test_an_unknown_or_missing_section_is_named():
 
 @pytest.mark.parametrize(("text", "message"), [("", "is empty"), ("- a", "not a mapping"), ("a: [", "not valid YAML")])
 def test_a_file_that_is_no_mapping_is_named(tmp_path, text, message):
-    (tmp_path / "params.yaml").write_text(text)
+    (tmp_path / "params.yaml").write_text(text, encoding="utf-8")
     with pytest.raises(ValueError, match=message):
         read_yaml(tmp_path / "params.yaml")
 

@@ -34,10 +34,12 @@ def project(drawn, tmp_path_factory):
     for name in ("detr", "pipelines"):
         shutil.copytree(ROOT / name, changed / name, ignore=shutil.ignore_patterns("__pycache__"))
     path = changed / "detr/postprocess.py"
-    path.write_text(path.read_text().replace("return scores, labels", "return scores / 2, labels"))
+    path.write_text(
+        path.read_text(encoding="utf-8").replace("return scores, labels", "return scores / 2, labels"), encoding="utf-8"
+    )
     (changed / "detr/boxes.py").rename(changed / "detr/older_boxes.py")
     for path in (changed / "detr").glob("*.py"):
-        path.write_text(path.read_text().replace("detr.boxes", "detr.older_boxes"))
+        path.write_text(path.read_text(encoding="utf-8").replace("detr.boxes", "detr.older_boxes"), encoding="utf-8")
     registered.register(root, model, "other", image, changed)
     shutil.rmtree(changed)
     (root / "images").mkdir()
@@ -66,7 +68,7 @@ def predict(folder, uri, *arguments, code=0):
 
 
 def read(path):
-    return json.loads(path.read_text())
+    return json.loads(path.read_text(encoding="utf-8"))
 
 
 def by_score(detections):
@@ -124,7 +126,7 @@ def test_data_that_the_version_does_not_fit_is_an_error(project, tmp_path, monke
     document = read(data / "instances_val.json")
     count = len(document["categories"])
     change(document, what)
-    (data / "instances_val.json").write_text(json.dumps(document))
+    (data / "instances_val.json").write_text(json.dumps(document), encoding="utf-8")
     with pytest.raises(ValueError, match="gives no detections") as caught:
         detections_of("1", data)
     assert message.format(data=data, n=count, more=count + 1, fewer=count - 1) in str(caught.value)
@@ -166,8 +168,8 @@ def test_names_folders_and_what_cannot_be_read(project, tmp_path):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_bytes(picture)
     Image.open(io.BytesIO(picture)).save(tmp_path / "b/z.png")
-    (tmp_path / "b/notes.txt").write_text("not a picture by its name")
-    (tmp_path / "b/bad.jpg").write_text("not a picture by its content")
+    (tmp_path / "b/notes.txt").write_text("not a picture by its name", encoding="utf-8")
+    (tmp_path / "b/bad.jpg").write_text("not a picture by its content", encoding="utf-8")
     (tmp_path / "b/cut.jpg").write_bytes(picture[:700])
     given = ["a", "a/x.jpg", "b", "no suffix", "missing.jpg", "--output", "b/out"]
     said = predict(tmp_path, store(project), *given)
@@ -231,7 +233,7 @@ def test_memory_does_not_grow_with_the_number_of_pictures(project, tmp_path):
 def test_what_cannot_be_done_is_one_line(project, tmp_path, arguments, message):
     (tmp_path / "images").symlink_to(project / "images")
     (tmp_path / "empty").mkdir()
-    (tmp_path / "words.txt").write_text("words")
+    (tmp_path / "words.txt").write_text("words", encoding="utf-8")
     said = predict(tmp_path, store(project), *arguments, code=1)
     assert said.endswith(message)
     assert "Traceback" not in said

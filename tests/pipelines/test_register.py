@@ -24,13 +24,13 @@ def test_the_validation_in_words(outcomes, text):
 
 def test_names_of_categories_as_metrics(local, tmp_path):
     rows = ["1,a/b,0.1", "2,a?b,0.2", '3,"x, y",0.3', "4,..,0.4", "5,absent,-1.0", "6,stop sign,0.5", "7,ö,0.6"]
-    (tmp_path / "t.csv").write_text("\n".join(["category_id,name,AP", *rows, ""]))
+    (tmp_path / "t.csv").write_text("\n".join(["category_id,name,AP", *rows, ""]), encoding="utf-8")
     found = class_metrics(tmp_path / "t.csv")
     assert found == {
         "class_AP/a_b_1": 0.1, "class_AP/a_b_2": 0.2, "class_AP/x_ y": 0.3, "class_AP/.._4": 0.4,
         "class_AP/stop sign": 0.5, "class_AP/ö": 0.6,
     }  # fmt: skip
-    (tmp_path / "empty.csv").write_text("")
+    (tmp_path / "empty.csv").write_text("", encoding="utf-8")
     assert class_metrics(tmp_path / "empty.csv") == {}
     client = connect()
     run_id = client.create_run("0").info.run_id
@@ -49,7 +49,7 @@ def test_the_seconds_of_training():
 
 def test_the_digest_of_the_validation_data_is_that_of_its_files(drawn, tmp_path):
     one, two = (Path(shutil.copytree(drawn, tmp_path / name)) for name in ("one", "two"))
-    (two / "instances_train.json").write_text("{}")
+    (two / "instances_train.json").write_text("{}", encoding="utf-8")
     assert val_digest(one) == val_digest(two)
     with (two / "val.zip").open("ab") as file:
         file.write(b"x")

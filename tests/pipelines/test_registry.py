@@ -101,10 +101,10 @@ def test_an_unknown_protected_category_is_an_error(drawn, tmp_path):
     check_protected(replace(CONFIG, protected={"ellipse": 0.0}), path)
     with pytest.raises(ValueError, match="names 'elipse', no category; did you mean 'ellipse'"):
         check_protected(replace(CONFIG, protected={"elipse": 0.0}), path)
-    document = json.loads(path.read_text())
+    document = json.loads(path.read_text(encoding="utf-8"))
     gone = {c["id"] for c in document["categories"] if c["name"] == "ellipse"}
     document["annotations"] = [a for a in document["annotations"] if a["category_id"] not in gone]
-    (tmp_path / "other.json").write_text(json.dumps(document))
+    (tmp_path / "other.json").write_text(json.dumps(document), encoding="utf-8")
     with pytest.raises(ValueError, match="names 'ellipse', of which .*other.json has no object"):
         check_protected(replace(CONFIG, protected={"ellipse": 0.0}), tmp_path / "other.json")
 
@@ -221,7 +221,7 @@ def counting(tmp_path, times):
 
 def test_processes_take_turns_from_the_first_on_and_a_killed_one_is_passed_over(client, tmp_path):
     """Three that begin at once, of which one is killed in the middle of its turn."""
-    (tmp_path / "count").write_text("0")
+    (tmp_path / "count").write_text("0", encoding="utf-8")
     one, two, three = (counting(tmp_path, times) for times in (4, 4, 10**6))
     try:
         while True:
@@ -242,7 +242,7 @@ def test_processes_take_turns_from_the_first_on_and_a_killed_one_is_passed_over(
     assert (turns.count(str(one.pid)), turns.count(str(two.pid))) == (4, 4)
     ended = sum(name.startswith("end-") for name in params)
     assert len(turns) - 1 <= ended <= len(turns)
-    assert int((tmp_path / "count").read_text()) in (ended, ended + 1), "no update is lost"
+    assert int((tmp_path / "count").read_text(encoding="utf-8")) in (ended, ended + 1), "no update is lost"
     assert len(client.search_experiments(filter_string="name LIKE 'detr-registrations%'")) == 1
 
 

@@ -79,10 +79,10 @@ def place(tmp_path):
     plots.mkdir(parents=True)
     Image.new("RGB", (30, 20), "red").save(plots / "confusion.png")
     metrics = {"AP": 0.25, "AP_small": -1.0, "AP_low": 0.2, "AP_high": 0.3}
-    (tmp_path / "artifacts/evaluate/metrics.json").write_text(json.dumps(metrics))
+    (tmp_path / "artifacts/evaluate/metrics.json").write_text(json.dumps(metrics), encoding="utf-8")
     (tmp_path / "artifacts/register").mkdir()
-    (tmp_path / "artifacts/register/version.json").write_text('{"name": "detr", "version": 7}')
-    (tmp_path / "params.yaml").write_text("register:\n  confidence: 0.9\n")
+    (tmp_path / "artifacts/register/version.json").write_text('{"name": "detr", "version": 7}', encoding="utf-8")
+    (tmp_path / "params.yaml").write_text("register:\n  confidence: 0.9\n", encoding="utf-8")
     return tmp_path
 
 

@@ -6,7 +6,7 @@ from pipelines.repro import NUM_LINES, StageFailed, call
 
 
 def run(folder, code):
-    (folder / "stage.py").write_text(code)
+    (folder / "stage.py").write_text(code, encoding="utf-8")
     lines = []
     call(["stage"], folder, lines.append)
     return lines

@@ -120,7 +120,7 @@ def test_whatever_an_override_holds_it_is_data_of_one_key_or_refused_in_one_line
     if said:
         return
     written = YAML(typ="safe", pure=True).load(to_yaml(document))
-    before = YAML(typ="safe", pure=True).load((ROOT / "params.yaml").read_text())
+    before = YAML(typ="safe", pure=True).load((ROOT / "params.yaml").read_text(encoding="utf-8"))
     section, name = key.split(".")
     written[section].pop(name), before[section].pop(name)
     for one in (written, before):  # made absolute
@@ -135,7 +135,7 @@ def place(tmp_path, monkeypatch):
     root = tmp_path / "project"
     for folder in (root / "data/mine", root / "data/linked", tmp_path / "outside", tmp_path / "shared"):
         folder.mkdir(parents=True)
-    (tmp_path / "outside/x.pth").write_text("secret")
+    (tmp_path / "outside/x.pth").write_text("secret", encoding="utf-8")
     (root / "out").symlink_to(tmp_path / "outside")
     (root / "data/linked/train").symlink_to(tmp_path / "outside")
     (root / "loop").symlink_to(root / "loop")

@@ -80,7 +80,7 @@ def server(version):
         port = probe.getsockname()[1]
     command = ["python", "-m", "mlflow", "models", "serve", "-m", "models:/detr@champion"]
     env = environment(MLFLOW_TRACKING_URI=f"sqlite:///{version}/mlflow.db", MLFLOW_ALLOW_PICKLE_DESERIALIZATION="false")
-    with (version / "log").open("w") as log:
+    with (version / "log").open("w", encoding="utf-8") as log:
         process = subprocess.Popen(
             [*command, "--env-manager", "local", "--port", str(port)],
             cwd=version,
@@ -97,7 +97,7 @@ def server(version):
                 break
             except requests.ConnectionError:
                 if process.poll() is not None or time.monotonic() > deadline:
-                    raise AssertionError((version / "log").read_text()) from None
+                    raise AssertionError((version / "log").read_text(encoding="utf-8")) from None
                 time.sleep(0.2)
         (worker,) = (p for p in psutil.process_iter() if p.pid in family(process.pid) and listens(p, port))
         yield SimpleNamespace(address=f"http://127.0.0.1:{port}", process=worker)
@@ -117,7 +117,7 @@ def listens(process, port):
 
 def peak(process):
     """The most memory that a process ever held, in bytes."""
-    lines = Path(f"/proc/{process.pid}/status").read_text().splitlines()
+    lines = Path(f"/proc/{process.pid}/status").read_text(encoding="utf-8").splitlines()
     return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM"))
 
 
@@ -177,7 +177,7 @@ def test_a_version_is_weights_and_source_and_nothing_else(version):
             assert load_file(path)
         else:
             assert "\0" not in path.read_text(encoding="utf-8"), "text, as no pickle is"
-    names = [line.partition("==")[0] for line in (folder / "requirements.txt").read_text().splitlines()]
+    names = [line.partition("==")[0] for line in (folder / "requirements.txt").read_text(encoding="utf-8").splitlines()]
     assert names == ["mlflow", "torch", "torchvision", "numpy", "pandas", "pillow", "safetensors"]
 
 
@@ -215,7 +215,7 @@ def test_pictures_of_any_size_and_kind_are_read_as_in_training(server, version, 
         width, height = Image.open(io.BytesIO(data)).size
         images.append({"id": number, "file_name": name, "width": width, "height": height})
     record = {"images": images, "annotations": [], "categories": [vars(c) for c in load_model(version / "trained")[1]]}
-    (tmp_path / "instances_val.json").write_text(json.dumps(record))
+    (tmp_path / "instances_val.json").write_text(json.dumps(record), encoding="utf-8")
     for answer, expected in zip(
         answers(server, body(*kinds.values(), threshold=0.0)), direct(version / "trained", tmp_path), strict=True
     ):
@@ -369,7 +369,7 @@ def assert_it_runs_alone(python, alone, folder, model, data):
         env=environment(MLFLOW_ALLOW_PICKLE_DESERIALIZATION="false"),
         input=json.dumps([base64.b64encode(image).decode() for image in registered.pictures(data)]),
         capture_output=True,
-        text=True,
+        encoding="utf-8",
         check=False,
     )
     assert done.returncode == 0, done.stderr

@@ -73,7 +73,7 @@ def test_boxes_lie_in_the_picture_and_the_picture_has_the_annotated_size():
 
 def test_the_four_files_are_cocos(drawn):
     for split, count in (("train", SHAPES.num_train), ("val", SHAPES.num_val)):
-        document = json.loads((drawn / f"instances_{split}.json").read_text())
+        document = json.loads((drawn / f"instances_{split}.json").read_text(encoding="utf-8"))
         with zipfile.ZipFile(drawn / f"{split}.zip") as archive:
             assert [image["file_name"] for image in document["images"]] == archive.namelist()
             assert all(info.compress_type == zipfile.ZIP_STORED for info in archive.infolist())

@@ -14,7 +14,7 @@ COUNT = "from pipelines.stage import Progress\nfor _ in Progress(range(40), 'cou
 
 def test_progress_is_plain_lines_where_there_is_no_terminal():
     done = subprocess.run(
-        ["python", "-c", COUNT], cwd=ROOT, env=environment(), capture_output=True, text=True, check=True
+        ["python", "-c", COUNT], cwd=ROOT, env=environment(), capture_output=True, encoding="utf-8", check=True
     )
     assert "\r" not in done.stderr
     assert done.stderr.count("\n") == 1
@@ -68,5 +68,5 @@ def test_json_is_whole_or_absent(tmp_path):
     write_json(tmp_path / "a.json", {"b": 1})
     with pytest.raises(TypeError):
         write_json(tmp_path / "a.json", {"b": object()})
-    assert (tmp_path / "a.json").read_text() == '{\n "b": 1\n}\n'
+    assert (tmp_path / "a.json").read_text(encoding="utf-8") == '{\n "b": 1\n}\n'
     assert [path.name for path in tmp_path.iterdir()] == ["a.json"]

@@ -103,7 +103,7 @@ def coco_like(root, num_images):
             archive.write(root / "noise.png", image["file_name"])
     categories = [{"id": category.id, "name": category.name} for category in COCO_CATEGORIES]
     document = {"images": images, "annotations": boxes, "categories": categories}
-    (root / DATA / "instances_val.json").write_text(json.dumps(document))
+    (root / DATA / "instances_val.json").write_text(json.dumps(document), encoding="utf-8")
 
 
 def test_val2017_is_known_by_its_images_and_categories(root):
@@ -139,13 +139,13 @@ def test_the_authors_weights_are_evaluated_once(root, monkeypatch):
     ap, where = table.accuracy(root, "detr-r50", quick=False)
     assert where == f"the authors' weights, {name}, evaluated here"
     assert ap == 100 * table.official_ap(hub / name, root / DATA)
-    assert json.loads(kept.read_text())["weights"] == name
-    kept.write_text(kept.read_text().replace(f'"AP": {ap / 100}', '"AP": 0.42'))
+    assert json.loads(kept.read_text(encoding="utf-8"))["weights"] == name
+    kept.write_text(kept.read_text(encoding="utf-8").replace(f'"AP": {ap / 100}', '"AP": 0.42'), encoding="utf-8")
     assert table.accuracy(root, "detr-r50", quick=True)[0] == 42.0
     coco_like(root, 2)
-    document = json.loads((root / DATA / "instances_val.json").read_text())
+    document = json.loads((root / DATA / "instances_val.json").read_text(encoding="utf-8"))
     document["annotations"].pop()
-    (root / DATA / "instances_val.json").write_text(json.dumps(document))
+    (root / DATA / "instances_val.json").write_text(json.dumps(document), encoding="utf-8")
     assert table.accuracy(root, "detr-r50", quick=True)[0] is None
 
 

@@ -219,7 +219,9 @@ print(mirror._thread.is_alive(), "mlflow" in sys.modules)
 """
     with silent_server() as uri:
         env = environment(MLFLOW_TRACKING_URI=uri, PYTHONPATH=str(ROOT))
-        done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=env, capture_output=True, text=True)
+        done = subprocess.run(
+            [sys.executable, "-c", code], cwd=tmp_path, env=env, capture_output=True, encoding="utf-8"
+        )
     assert (done.returncode, done.stdout, done.stderr) == (0, "True False\n", "")
 
 
@@ -298,36 +300,38 @@ def test_half_a_last_line_is_dropped_wherever_it_was_cut(tmp_path):
     whole = "".join(json.dumps(row) + "\n" for row in ROWS[:3])
     first = len(json.dumps(ROWS[0])) + 1
     for cut in range(first, len(whole) + 1):
-        path.write_text(whole[:cut])
+        path.write_text(whole[:cut], encoding="utf-8")
         assert read_rows(path) == ROWS[: (whole[:cut] + "\n").replace("\n\n", "\n").count("}\n")]
 
 
 def test_any_other_damaged_line_is_named(tmp_path):
     path = tmp_path / "timings.jsonl"
-    path.write_text('{"step": 1}\n{"step": 2, "lo\n{"step": 3}\n')
+    path.write_text('{"step": 1}\n{"step": 2, "lo\n{"step": 3}\n', encoding="utf-8")
     with pytest.raises(ValueError, match=r"timings.jsonl is damaged at line 2 .*; remove the line and run again"):
         read_rows(path)
 
 
 def test_registration_fills_in_everything_and_removes_the_resume_state(local, drawn, pictures):
-    (local / "params.yaml").write_text(to_yaml(merged(ROOT, None, [])))
-    (local / "dvc.lock").write_text("stages: {}\n")
+    (local / "params.yaml").write_text(to_yaml(merged(ROOT, None, [])), encoding="utf-8")
+    (local / "dvc.lock").write_text("stages: {}\n", encoding="utf-8")
     shutil.copytree(drawn, local / "data/coco")
     for folder in ("validate/dataset", "evaluate/plots", "train"):
         (local / "artifacts" / folder).mkdir(parents=True)
-    (local / "artifacts/validate/passed.json").write_text('{"data": "0123"}')
+    (local / "artifacts/validate/passed.json").write_text('{"data": "0123"}', encoding="utf-8")
     for name in ("validate/report.json", "validate/statistics.json", "evaluate/detections.json"):
-        (local / "artifacts" / name).write_text("[]")
-    (local / "artifacts/evaluate/per_class.csv").write_text("")
-    (local / "artifacts/evaluate/metrics.json").write_text('{"AP": 0.5}')
+        (local / "artifacts" / name).write_text("[]", encoding="utf-8")
+    (local / "artifacts/evaluate/per_class.csv").write_text("", encoding="utf-8")
+    (local / "artifacts/evaluate/metrics.json").write_text('{"AP": 0.5}', encoding="utf-8")
     torch.manual_seed(0)
     save_model(build_model(TINY_MODEL, 1), [Category(1, "cat")], InputSize(96, 96, 1), "abc", local / "artifacts/train")
-    (local / "artifacts/train/history.jsonl").write_text("".join(json.dumps(row) + "\n" for row in ROWS))
+    (local / "artifacts/train/history.jsonl").write_text(
+        "".join(json.dumps(row) + "\n" for row in ROWS), encoding="utf-8"
+    )
     scratch = local / "scratch/abc"
     shutil.copytree(pictures[0].parent, scratch / "pictures")
     timings = [{"step": k, "images_per_second": 10.0 + k, "data_wait": 0.1, "memory_gb": 2.0} for k in (2, 4, 6)]
     lines = [json.dumps(timing) for timing in (timings[0], {"step": 4, "data_wait": 0.9}, *timings[1:], {"step": 8})]
-    (scratch / "timings.jsonl").write_text("\n".join(lines)[:-3])
+    (scratch / "timings.jsonl").write_text("\n".join(lines)[:-3], encoding="utf-8")
     for name in ("state", "state.previous"):
         (scratch / name).write_bytes(b"weights")
     mirrored(ROWS[:4], pictures[:2]).close(timeout_seconds=120)

@@ -84,7 +84,10 @@ def test_a_full_disk_is_a_warning_and_the_last_good_state_stays(trained, tmp_pat
     assert (tmp_path / "state").read_bytes() == saved[0]
     assert load_state(tmp_path / "state")["step"] == 2
     assert not list(tmp_path.glob(".*.partial"))
-    assert json.loads((tmp_path / "timings.jsonl").read_text().splitlines()[-1])["step"] == log.history[-1]["step"]
+    assert (
+        json.loads((tmp_path / "timings.jsonl").read_text(encoding="utf-8").splitlines()[-1])["step"]
+        == log.history[-1]["step"]
+    )
 
 
 def test_other_hardware_is_said():

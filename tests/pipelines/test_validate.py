@@ -24,9 +24,9 @@ CONFIG = validate_params(num_reported=3, num_examples=2)
 
 def edit(folder, change, split="train"):
     path = folder / f"instances_{split}.json"
-    document = json.loads(path.read_text())
+    document = json.loads(path.read_text(encoding="utf-8"))
     change(document)
-    path.write_text(json.dumps(document))
+    path.write_text(json.dumps(document), encoding="utf-8")
 
 
 def gate(folder, output, config=CONFIG, num_queries=20, champions=None):
@@ -39,7 +39,7 @@ def passed(drawn, tmp_path_factory):
     folder, said = tmp_path_factory.mktemp("passed"), io.StringIO()
     with contextlib.redirect_stdout(said):
         gate(drawn, folder / "out")
-    (folder / "said").write_text(said.getvalue())
+    (folder / "said").write_text(said.getvalue(), encoding="utf-8")
     return folder
 
 
@@ -67,8 +67,8 @@ def test_clean_data_passes_twice_to_the_same_bytes(drawn, passed, tmp_path):
     assert {Path(name) for name in ("passed.json", "report.json", "statistics.json", "dataset/index.html")} <= set(
         files
     )
-    assert set(json.loads((one / "passed.json").read_text())) == {"data"}
-    report = json.loads((one / "report.json").read_text())
+    assert set(json.loads((one / "passed.json").read_text(encoding="utf-8"))) == {"data"}
+    report = json.loads((one / "report.json").read_text(encoding="utf-8"))
     assert all(row["outcome"] == "holds" for row in report)
     pages = list((passed / "docs").rglob("*.html"))
     assert (passed / "docs" / "index.html") in pages
@@ -78,7 +78,9 @@ def test_clean_data_passes_twice_to_the_same_bytes(drawn, passed, tmp_path):
 def test_the_digest_follows_the_data(passed, source, tmp_path):
     edit(source, lambda d: d["info"].update(description="other"))
     gate(source, tmp_path / "two")
-    assert (passed / "out" / "passed.json").read_text() != (tmp_path / "two" / "passed.json").read_text()
+    assert (passed / "out" / "passed.json").read_text(encoding="utf-8") != (tmp_path / "two" / "passed.json").read_text(
+        encoding="utf-8"
+    )
 
 
 def test_the_gate_closes_and_leaves_no_pass_of_before(passed, source, tmp_path):
@@ -92,8 +94,8 @@ def test_the_gate_closes_and_leaves_no_pass_of_before(passed, source, tmp_path):
     assert not (tmp_path / "out" / "passed.json").exists()
     assert (tmp_path / "out" / "report.json").exists()
     (page,) = (tmp_path / "docs" / "validations" / "train_annotations").rglob("*.html")
-    cells = re.findall(r"<td[^>]*>(?:<[^>]*>|\s)*([^<>\s]+)", page.read_text())
-    key = json.loads((source / "instances_train.json").read_text())["annotations"][2]["id"]
+    cells = re.findall(r"<td[^>]*>(?:<[^>]*>|\s)*([^<>\s]+)", page.read_text(encoding="utf-8"))
+    key = json.loads((source / "instances_train.json").read_text(encoding="utf-8"))["annotations"][2]["id"]
     assert str(key) in cells
 
 
@@ -108,7 +110,7 @@ def test_the_gate_closes_and_leaves_no_pass_of_before(passed, source, tmp_path):
     ],
 )  # fmt: skip
 def test_the_message_names_rule_and_ids(source, tmp_path, change, message):
-    document = json.loads((source / "instances_train.json").read_text())
+    document = json.loads((source / "instances_train.json").read_text(encoding="utf-8"))
     ids = {f"a{k}": document["annotations"][k]["id"] for k in range(5)} | {"i3": document["images"][3]["id"]}
     edit(source, change)
     broken = [describe(row) for row in report_of(source, split="train") if row["outcome"] == "error"]
@@ -121,7 +123,9 @@ def test_a_tolerated_error_is_a_warning_and_one_more_closes_the_gate(source, tmp
     gate(source, tmp_path / "out", tolerant)
     said = "train_annotations: boxes have a positive size: 1 break it (ids 2), 1 tolerated"
     assert f"warning: {said}" in capsys.readouterr().out
-    (row,) = [r for r in json.loads((tmp_path / "out/report.json").read_text()) if r["outcome"] != "holds"]
+    (row,) = [
+        r for r in json.loads((tmp_path / "out/report.json").read_text(encoding="utf-8")) if r["outcome"] != "holds"
+    ]
     assert (row["name"], row["level"], row["outcome"], row["tolerated"]) == ("box_has_size", "error", "warning", 1)
     edit(source, set_in("annotations", 2, bbox=[5, 5, 0, 9]))
     with pytest.raises(ValueError, match="boxes have a positive size: 2 break it"):
@@ -198,7 +202,7 @@ def test_folders_are_judged_like_archives(passed, source):
         with zipfile.ZipFile(source / f"{split}.zip") as archive:
             archive.extractall(source / split)
         (source / f"{split}.zip").unlink()
-    assert report_of(source) == json.loads((passed / "out" / "report.json").read_text())
+    assert report_of(source) == json.loads((passed / "out" / "report.json").read_text(encoding="utf-8"))
     before = digest(source)
     picture = next((source / "val").iterdir())
     picture.rename(picture.with_name("another"))
@@ -261,7 +265,9 @@ def test_cocos_own_defects_pass_with_warnings_that_say_exactly_these(like_coco, 
     config = from_document(merged(ROOT, "coco-detr-r50", []), "validate", ValidateParams)
     gate(like_coco, tmp_path / "out", replace(config, decoded_share=1.0, num_examples=1), num_queries=100)
     said = capsys.readouterr().out.splitlines()
-    documents = {s: json.loads((like_coco / f"instances_{s}.json").read_text()) for s in ("train", "val")}
+    documents = {
+        s: json.loads((like_coco / f"instances_{s}.json").read_text(encoding="utf-8")) for s in ("train", "val")
+    }
     empty = {
         s: ", ".join(str(i["id"]) for i in d["images"][-n:])
         for (s, d), n in zip(documents.items(), (2, 1), strict=True)
@@ -280,9 +286,9 @@ def test_cocos_own_defects_pass_with_warnings_that_say_exactly_these(like_coco, 
 
 
 def test_drift_from_the_champions_data_is_a_warning_outside_of_what_dvc_tracks(drawn, passed, source, tmp_path, capsys):
-    champions = json.loads((passed / "out" / "statistics.json").read_text())
+    champions = json.loads((passed / "out" / "statistics.json").read_text(encoding="utf-8"))
     gate(drawn, tmp_path / "same", champions=champions)
-    assert "warning" not in (passed / "said").read_text() + capsys.readouterr().out
+    assert "warning" not in (passed / "said").read_text(encoding="utf-8") + capsys.readouterr().out
     edit(source, lambda d: [a.update(category_id=3) for a in d["annotations"]])
     gate(source, tmp_path / "other", champions=champions)
     assert (

@@ -21,7 +21,7 @@ SAME = {"identical": True, "close": True, "largest_difference": None}
 
 
 def rows(path, history):
-    path.write_text("".join(json.dumps(row) + "\n" for row in history))
+    path.write_text("".join(json.dumps(row) + "\n" for row in history), encoding="utf-8")
     return path
 
 
@@ -99,8 +99,8 @@ def test_metrics_and_detections(tmp_path):
     assert not verdict.compare_metrics({"AP": 0.30}, {"AP": 0.306})["close"]
     assert verdict.compare_metrics({"AP": 0.30}, {})["identical"] is None
     boxes = [{"image_id": k, "score": 0.5} for k in range(3)]
-    (tmp_path / "here").write_text(json.dumps(boxes))
-    (tmp_path / "there").write_text(json.dumps([*boxes[:2], {"image_id": 7, "score": 0.5}], indent=1))
+    (tmp_path / "here").write_text(json.dumps(boxes), encoding="utf-8")
+    (tmp_path / "there").write_text(json.dumps([*boxes[:2], {"image_id": 7, "score": 0.5}], indent=1), encoding="utf-8")
     found = verdict.compare_detections(tmp_path / "here", tmp_path / "there")
     assert found == {"identical": False, "images": 4, "different": 2}
     assert verdict.judge({"identical": True, "stored_sha256": None, "registered_sha256": ""}, SAME, SAME, found) == (

@@ -193,7 +193,7 @@ def test_a_folder_of_pictures_is_told_apart_by_names_sizes_and_times(source):
     last = local(source)
     assert "download.source.train_images: pictures was none, is 24" in watch.changes(before, last)
     picture, other = sorted(path for path in (source / "train").rglob("*") if path.is_file())[:2]
-    (source / "train" / "notes.txt").write_text("no picture")
+    (source / "train" / "notes.txt").write_text("no picture", encoding="utf-8")
     assert watch.changes(last, local(source)) == []
     renamed = picture.with_name(f"a{picture.name}")
     for change, said in (
@@ -239,20 +239,20 @@ def test_a_look_is_remembered_by_preset_and_ref_after_the_event_is_out(project):
         pass
     assert call(project, "git", "status", "--short", "--untracked-files=no") == ""
 
-    (project / "params.yaml").write_text(to_yaml(merged(project, None, ["download.source=shapes"])))
+    (project / "params.yaml").write_text(to_yaml(merged(project, None, ["download.source=shapes"])), encoding="utf-8")
     assert watched(project) == []
     commit(project, "more", "params.yaml")
     assert any("num_train was none, is 48" in line for line in watched(project))
     assert watched(project) == []
     outs = [{"path": f"data/coco/{name}", "md5": "1" * 32, "size": 1} for name in watch.FILES]
     (project / "dvc.lock").write_text(
-        json.dumps({"schema": "2.0", "stages": {"download": {"cmd": "none", "outs": outs}}})
+        json.dumps({"schema": "2.0", "stages": {"download": {"cmd": "none", "outs": outs}}}), encoding="utf-8"
     )
     assert watched(project) == []
     commit(project, "more", "dvc.lock")
     assert watched(project)[0] == f"dvc.lock: train.zip was none, is {'1' * 32}"
-    (state,) = [path for path in (project / "scratch/watch").iterdir() if "shapes" in path.read_text()]
-    state.write_text("{")
+    (state,) = [path for path in (project / "scratch/watch").iterdir() if "shapes" in path.read_text(encoding="utf-8")]
+    state.write_text("{", encoding="utf-8")
     with pytest.raises(ValueError, match="is damaged; remove it"):
         watched(project)
     with pytest.raises(ValueError, match="'nothing' is no commit"):

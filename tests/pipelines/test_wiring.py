@@ -21,7 +21,7 @@ GRAPH = read_yaml(ROOT / "dvc.yaml")["stages"]
 def imports(path):
     """Full names of everything a file imports, inside functions too."""
     found = set()
-    for node in ast.walk(ast.parse(path.read_text())):
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
         if isinstance(node, ast.Import):
             found |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
@@ -113,9 +113,11 @@ def test_the_order_of_stages_is_the_order_of_their_files():
 
 def test_outputs_are_ignored_by_git_and_bytecode_by_dvc():
     outs = [out for stage in GRAPH.values() for out in [*stage.get("outs", []), *stage.get("metrics", [])]]
-    ignored = subprocess.run(["git", "check-ignore", *outs], cwd=ROOT, capture_output=True, text=True, check=False)
+    ignored = subprocess.run(
+        ["git", "check-ignore", *outs], cwd=ROOT, capture_output=True, encoding="utf-8", check=False
+    )
     assert ignored.stdout.split() == outs
-    assert {"__pycache__/", "*.pyc"} <= set((ROOT / ".dvcignore").read_text().split())
+    assert {"__pycache__/", "*.pyc"} <= set((ROOT / ".dvcignore").read_text(encoding="utf-8").split())
 
 
 def test_nothing_happens_on_import(tmp_path):
@@ -124,7 +126,9 @@ def test_nothing_happens_on_import(tmp_path):
     code = f"import importlib, sys\nfor name in {modules}: importlib.import_module(name.removesuffix('.__init__'))"
     env = environment(cold=True, PYTHONPATH=str(ROOT), PREFECT_HOME=str(tmp_path / "prefect"))
     (tmp_path / "empty").mkdir()
-    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path / "empty", env=env, capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=tmp_path / "empty", env=env, capture_output=True, encoding="utf-8"
+    )
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
     assert not list((tmp_path / "empty").iterdir())
 
@@ -137,19 +141,19 @@ def test_every_exported_name_exists():
 
 
 def tracked():
-    listed = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    listed = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, encoding="utf-8", check=True).stdout
     return [Path(name) for name in listed.split()]
 
 
 def test_the_tree_in_the_readme_is_the_tree_on_disk():
-    text = (ROOT / "README.md").read_text().partition("```text\n")[2].partition("```")[0]
+    text = (ROOT / "README.md").read_text(encoding="utf-8").partition("```text\n")[2].partition("```")[0]
     shown = {line.split()[0].rstrip("/") for line in text.splitlines() if line.strip()}
     on_disk = {path.parts[0] for path in tracked() if path.parts[0] not in (".gitignore", ".dvcignore", "dvc.lock")}
     assert shown == {name for name in on_disk if (ROOT / name).exists()} | {"data"}
 
 
 def test_the_readme_names_every_user_interface():
-    text = (ROOT / "README.md").read_text()
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
     assert all(f"python -m pipelines ui {name}" in text for name in PORTS)
 
 
@@ -159,13 +163,13 @@ def test_no_file_has_a_name_that_says_nothing():
 
 
 def test_every_dependency_is_pinned_in_the_lock():
-    lock = (ROOT / "requirements.lock").read_text().split()
+    lock = (ROOT / "requirements.lock").read_text(encoding="utf-8").split()
     assert all("==" in line for line in lock)
     assert {"torch==2.14.1", "torchvision==0.29.1"} <= set(lock)
 
 
 def test_a_file_of_tests_has_one_subject_and_at_most_400_lines():
-    long = {path: path.read_text().count("\n") for path in (ROOT / "tests").rglob("*.py")}
+    long = {path: path.read_text(encoding="utf-8").count("\n") for path in (ROOT / "tests").rglob("*.py")}
     assert {path: lines for path, lines in long.items() if lines > 400} == {}
 
 

@@ -32,9 +32,9 @@ def root(tmp_path):
     """A clone with what a run needs of it."""
     (tmp_path / ".dvc").mkdir()
     (tmp_path / ".dvc" / "config").touch()
-    (tmp_path / ".dvc" / ".gitignore").write_text("/config.local\n/tmp\n/cache\n")
-    (tmp_path / ".gitignore").write_text("/scratch\n/artifacts\n")
-    (tmp_path / "params.yaml").write_text(to_yaml(PARAMS))
+    (tmp_path / ".dvc" / ".gitignore").write_text("/config.local\n/tmp\n/cache\n", encoding="utf-8")
+    (tmp_path / ".gitignore").write_text("/scratch\n/artifacts\n", encoding="utf-8")
+    (tmp_path / "params.yaml").write_text(to_yaml(PARAMS), encoding="utf-8")
     call(tmp_path, "git", "init", "--quiet", "--initial-branch=main")
     commit(tmp_path, "start")
     (tmp_path / "scratch").mkdir()
@@ -57,10 +57,10 @@ def epochs(number):
 
 def finish(place):
     """What the stages of a run leave that ended well."""
-    (place / "dvc.lock").write_text(LOCK)
+    (place / "dvc.lock").write_text(LOCK, encoding="utf-8")
     for name in ("evaluate/metrics.json", "register/version.json"):
         (place / "artifacts" / name).parent.mkdir(parents=True)
-        (place / "artifacts" / name).write_text("{}")
+        (place / "artifacts" / name).write_text("{}", encoding="utf-8")
 
 
 def killed(root, name="first", number=2, lock=LOCK):
@@ -109,7 +109,7 @@ def test_a_run_that_ends_well_is_on_its_branch_and_one_that_fails_leaves_none(ro
 
 def test_a_branch_stays_for_a_run_whose_results_are_those_of_its_commit(root):
     call(root, "git", "switch", "--quiet", "--create", "other")
-    (root / "dvc.lock").write_text(LOCK)
+    (root / "dvc.lock").write_text(LOCK, encoding="utf-8")
     commit(root, "a lock")
     assert run(root, "same", 1) in branches(root)
     call(root, "git", "switch", "--quiet", "main")
@@ -124,7 +124,7 @@ def test_a_killed_run_is_taken_over_by_the_same_and_settled_by_another(root):
     left = killed(root)
     with worktree.worktree(root, "second", "HEAD", epochs(2)) as (place, branch):
         assert (place, branch) == (left, "runs/first")
-        assert (place / "dvc.lock").read_text() == LOCK
+        assert (place / "dvc.lock").read_text(encoding="utf-8") == LOCK
         finish(place)
     assert branches(root) == ["runs/first"]
     killed(root, "third", 3)
@@ -139,9 +139,9 @@ def test_a_killed_run_is_taken_over_by_the_same_and_settled_by_another(root):
 def test_a_torn_lock_is_not_taken_and_not_committed(root, lock):
     left = killed(root)
     worktree.keep_results(left)
-    (left / "dvc.lock").write_text(lock)
+    (left / "dvc.lock").write_text(lock, encoding="utf-8")
     with worktree.worktree(root, "second", "HEAD", epochs(2)) as (place, _):
-        assert (place / "dvc.lock").read_text() == LOCK
+        assert (place / "dvc.lock").read_text(encoding="utf-8") == LOCK
         finish(place)
     left = killed(root, "third", 3, lock)
     run(root, "fourth", 4)
@@ -156,8 +156,8 @@ def test_locks_of_killed_processes_are_removed(root):
         lock.touch()
         os.utime(lock, (0, time.time() - STALE_SECONDS))
     (left / ".dvc/tmp").mkdir()
-    (left / ".dvc/tmp/rwlock").write_text("{")
-    (left / ".dvc/config.local").write_text("[cach")
+    (left / ".dvc/tmp/rwlock").write_text("{", encoding="utf-8")
+    (left / ".dvc/config.local").write_text("[cach", encoding="utf-8")
     assert run(root) == "runs/first"
     assert_clean(root)
 
@@ -176,7 +176,7 @@ def test_a_worktree_that_was_being_made_or_removed_is_removed(root, moment):
     left, own = killed(root, number=3), root / ".git/worktrees/first"
     worktree.keep_results(left)
     if moment == "locked":
-        (own / "locked").write_text("initializing")
+        (own / "locked").write_text("initializing", encoding="utf-8")
         (own / "index.lock").touch()
     elif moment == "no .git":
         (left / ".git").unlink()
@@ -236,15 +236,15 @@ def test_a_persons_hooks_do_not_run(root):
     """Those that `dvc install` makes fail where a commit's data is not in the cache."""
     for name in ("post-checkout", "pre-commit", "prepare-commit-msg", "commit-msg", "post-commit"):
         hook = root / ".git/hooks" / name
-        hook.write_text("#!/bin/sh\necho ran >> scratch/hooks\nexit 1\n")
+        hook.write_text("#!/bin/sh\necho ran >> scratch/hooks\nexit 1\n", encoding="utf-8")
         hook.chmod(0o755)
     with pytest.raises(AssertionError):
         call(root, "git", "switch", "--create", "by-hand")
-    assert (root / "scratch/hooks").read_text() == "ran\n"
+    assert (root / "scratch/hooks").read_text(encoding="utf-8") == "ran\n"
     with worktree.worktree(root, "a", "HEAD", epochs(2)) as (place, branch):
         finish(place)
     assert branch == "runs/a"
-    assert (root / "scratch/hooks").read_text() == "ran\n"
+    assert (root / "scratch/hooks").read_text(encoding="utf-8") == "ran\n"
 
 
 def test_a_remote_that_does_not_answer_is_an_error_and_leaves_no_process(root, monkeypatch):
@@ -267,7 +267,7 @@ def test_fetches_take_turns(root, tmp_path_factory):
         "import sys; from pathlib import Path; from pipelines.git import fetch; fetch(Path(sys.argv[1]), 'origin/main')"
     )
     command = [sys.executable, "-c", code, str(root)]
-    with (root / "scratch/fetch.lock").open("a") as lock:
+    with (root / "scratch/fetch.lock").open("a", encoding="utf-8") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         both = [subprocess.Popen(command, cwd=ROOT) for _ in range(2)]
         time.sleep(2)

@@ -22,7 +22,7 @@ from tests.running import ROOT, call, environment, free_port
 
 DEPLOY = ROOT / "deploy"
 DVC = "python -m dvc --wait-for-lock"
-TEMPLATE = json.loads((DEPLOY / "prefect-kubernetes.json").read_text())
+TEMPLATE = json.loads((DEPLOY / "prefect-kubernetes.json").read_text(encoding="utf-8"))
 TRAINING, _ = YAML(typ="safe").load_all(DEPLOY / "pytorchjob.yaml")
 REGISTER = YAML(typ="safe").load(DEPLOY / "register-job.yaml")
 WORKER = TRAINING["spec"]["pytorchReplicaSpecs"]["Worker"]
@@ -78,7 +78,7 @@ def test_a_slurm_job_that_is_stopped_queues_again_and_goes_on_to_a_registered_mo
     for name, body in STAND_INS.items():
         path = tmp_path / "bin" / name
         path.parent.mkdir(exist_ok=True)
-        path.write_text(f"#!/bin/bash{body}\n")
+        path.write_text(f"#!/bin/bash{body}\n", encoding="utf-8")
         path.chmod(0o755)
     tasks, seen = tmp_path / "tasks", tmp_path / "seen"
     number = free_job()
@@ -91,23 +91,23 @@ def test_a_slurm_job_that_is_stopped_queues_again_and_goes_on_to_a_registered_mo
     job = ["bash", str(DEPLOY / "slurm.sh")]
 
     with subprocess.Popen(
-        job, cwd=project, env=env(cold=True), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+        job, cwd=project, env=env(cold=True), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, encoding="utf-8"
     ) as first:
         wait_for(lambda: list(project.glob("scratch/*/state")), first)
-        for task in tasks.read_text().split():  # as Slurm does: the tasks, not what they started
+        for task in tasks.read_text(encoding="utf-8").split():  # as Slurm does: the tasks, not what they started
             os.kill(int(task), signal.SIGTERM)
         said = first.communicate()[0]
     assert first.returncode == 75, said
-    assert seen.read_text() == f"requeue {number}\n"
+    assert seen.read_text(encoding="utf-8") == f"requeue {number}\n"
 
     again = subprocess.run(
-        job, cwd=project, env=env(cold=False), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+        job, cwd=project, env=env(cold=False), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, encoding="utf-8"
     )
     assert again.returncode == 0, again.stdout
     assert "resuming at step" in again.stdout
     assert "2 processes on" in again.stdout
     assert (project / "artifacts/train/model.safetensors").stat().st_size > 0
-    assert json.loads((project / "artifacts/register/version.json").read_text())["version"]
+    assert json.loads((project / "artifacts/register/version.json").read_text(encoding="utf-8"))["version"]
     assert call(project, "python", "-m", "dvc", "status", "train", "evaluate") == "Data and pipelines are up to date.\n"
 
 

@@ -63,13 +63,15 @@ def start(folder, host):
             "PET_MONITOR_INTERVAL": "0.5",
             "GLOO_SOCKET_IFNAME": "eth1",
         }
-    with (folder / f"log-{host}").open("a") as log:
+    with (folder / f"log-{host}").open("a", encoding="utf-8") as log:
         return subprocess.Popen(command, cwd=folder, env=env, stdout=log, stderr=log, start_new_session=True)
 
 
 def said(folder):
     """The first lines of all trainings so far, in the order in which they began, and what else the hosts said."""
-    text = "".join((folder / f"log-{host}").read_text() for host in HOSTS if (folder / f"log-{host}").exists())
+    text = "".join(
+        (folder / f"log-{host}").read_text(encoding="utf-8") for host in HOSTS if (folder / f"log-{host}").exists()
+    )
     return [line for line in text.splitlines() if line.startswith("train ")], text
 
 
@@ -81,7 +83,7 @@ def wait_for(reached, running):
 
 def step_of(folder):
     for path in folder.glob("scratch/*/timings.jsonl"):
-        lines = path.read_text().splitlines()
+        lines = path.read_text(encoding="utf-8").splitlines()
         return json.loads(lines[-1])["step"] if lines else 0
     return 0
 
@@ -96,7 +98,7 @@ def test_a_host_dies_the_rest_goes_on_and_it_joins_again(hosts, tmp_path):
     prepare(tmp_path, epochs=1000)
     document = read_yaml(tmp_path / "params.yaml")
     document["train"] |= {"evaluate_epochs": 0, "keep": "last", "log_steps": 1, "checkpoint_minutes": 0.0}
-    (tmp_path / "params.yaml").write_text(to_yaml(document))
+    (tmp_path / "params.yaml").write_text(to_yaml(document), encoding="utf-8")
     running = {host: start(tmp_path, host) for host in hosts}
 
     def begun(how):

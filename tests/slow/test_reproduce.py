@@ -130,23 +130,27 @@ def test_a_run_with_overrides_from_another_clone_by_server_and_remote(project, t
 def test_uncommitted_code_is_applied_and_other_code_is_found_out(project, client):
     path, params = project / "pipelines/train.py", project / "params.yaml"
     line = "torch.manual_seed(config.seed)"
-    assert line in path.read_text()
-    path.write_text(path.read_text().replace(line, "torch.manual_seed(config.seed + 1)"))
-    params.write_text(params.read_text().replace("num_queries: 20", "num_queries: 11"))
+    assert line in path.read_text(encoding="utf-8")
+    path.write_text(
+        path.read_text(encoding="utf-8").replace(line, "torch.manual_seed(config.seed + 1)"), encoding="utf-8"
+    )
+    params.write_text(
+        params.read_text(encoding="utf-8").replace("num_queries: 20", "num_queries: 11"), encoding="utf-8"
+    )
     call(project, "dvc", "repro")
     version = client.get_model_version("detr", "2")
     assert version.tags["git_dirty"] == "true"
     artifacts = Path(client.get_run(version.run_id).info.artifact_uri.removeprefix("file://"))
     diff = artifacts / "git.diff"
     if not diff.exists():
-        diff.write_text(call(project, "git", "diff", "--binary", "HEAD"))
+        diff.write_text(call(project, "git", "diff", "--binary", "HEAD"), encoding="utf-8")
     call(project, "git", "checkout", "pipelines/train.py", "params.yaml")
     before = everything_of(project, client)
     assert "models:/detr/2 is bit-identical\n" in made_again(project, "2")
     assert everything_of(project, client) == before
 
-    good = diff.read_text()
-    diff.write_text(good.replace("config.seed + 1", "config.seed + 2"))
+    good = diff.read_text(encoding="utf-8")
+    diff.write_text(good.replace("config.seed + 1", "config.seed + 2"), encoding="utf-8")
     said = made_again(project, "models:/detr/2", 1)
     assert said.splitlines()[-1].startswith("error: models:/detr/2 is different: first at step 2, loss ")
     assert "the training's code, parameters or data are others" in said
@@ -154,28 +158,30 @@ def test_uncommitted_code_is_applied_and_other_code_is_found_out(project, client
     assert document["weights"]["different"] > 0
     assert client.get_model_version("detr", "2").tags["reproduced"] == f"different, {document['date']}"
 
-    diff.write_text(good.replace("torch.manual_seed(config.seed + 1)", "raise ValueError('no such luck')"))
+    diff.write_text(
+        good.replace("torch.manual_seed(config.seed + 1)", "raise ValueError('no such luck')"), encoding="utf-8"
+    )
     said = made_again(project, "2", 1)
     assert said.splitlines()[-1] == "error: train: no such luck"
     assert written(project, 2) == document
-    diff.write_text("nothing that git knows")
+    diff.write_text("nothing that git knows", encoding="utf-8")
     said = made_again(project, "2", 1)
     assert "error: the git.diff of models:/detr/2 does not fit its commit: git apply" in said
     assert everything_of(project, client) == before
-    diff.write_text(good)
+    diff.write_text(good, encoding="utf-8")
 
 
 def test_other_data_end_it_before_the_training(project, client, tmp_path):
     """Where neither cache nor remote has the data, the download stage makes them; they are compared file by file."""
     version = client.get_model_version("detr", "1")
     lock = Path(client.get_run(version.run_id).info.artifact_uri.removeprefix("file://")) / "dvc.lock"
-    good = lock.read_text()
+    good = lock.read_text(encoding="utf-8")
     document = read_yaml(lock)
     for out in document["stages"]["download"]["outs"]:
         out["md5"] = "0" * 32 if out["path"].endswith("train.zip") else out["md5"]
-    lock.write_text(to_yaml(document))
+    lock.write_text(to_yaml(document), encoding="utf-8")
     said = made_again(project, "1", 1)
-    lock.write_text(good)
+    lock.write_text(good, encoding="utf-8")
     assert "Running stage 'download'" in said
     assert "Running stage 'validate'" not in said
     assert "is different: before the training: not the data of the version: data/coco/train.zip\n" in said

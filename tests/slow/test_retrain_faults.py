@@ -24,7 +24,11 @@ def env(outside):
 def served(tmp_path_factory, env):
     """A project with quick stages, and the real ones on the branch `real`, its servers and its worker."""
     project = quick_project(tmp_path_factory.mktemp("served"))
-    branch(project, "real", lambda: (project / "dvc.yaml").write_text((ROOT / "dvc.yaml").read_text()))
+    branch(
+        project,
+        "real",
+        lambda: (project / "dvc.yaml").write_text((ROOT / "dvc.yaml").read_text(encoding="utf-8"), encoding="utf-8"),
+    )
     with services(project, **env) as found:
         yield found
 

@@ -61,7 +61,7 @@ def test_asked_to_stop_it_saves_its_state_and_goes_on_to_the_same_bits(whole, fo
     wait_for(lambda: states.step() >= 2, training)
     os.kill(training.pid, number)
     assert training.wait() == PREEMPTED
-    said = (folder / "log").read_text()
+    said = (folder / "log").read_text(encoding="utf-8")
     assert said.endswith("error: the training was asked to stop; the same command goes on from its last state\n")
     assert "Traceback" not in said
     assert "warning" not in said.replace("warning: MLflow", "")
@@ -77,7 +77,7 @@ def test_asked_to_stop_in_an_evaluation_it_ends_at_once_and_judges_later(whole, 
     wait_for(states.is_judged_next, training)
     os.kill(training.pid, signal.SIGTERM)
     assert training.wait() == PREEMPTED
-    assert "stopped after step" not in (folder / "log").read_text()
+    assert "stopped after step" not in (folder / "log").read_text(encoding="utf-8")
     assert "resuming at step 8 " in call(folder, *COMMAND, **quiet())
     assert results(folder)[2] == results(whole)[2]
 
@@ -93,11 +93,11 @@ def test_killed_in_the_middle_it_goes_on_to_the_same_bits(whole, folder, process
 
 def test_an_interrupted_stage_ends_with_all_its_processes(tmp_path):
     slow = reference(tmp_path / "slow")
-    text = (slow / "params.yaml").read_text()
+    text = (slow / "params.yaml").read_text(encoding="utf-8")
     for was, now in (("epochs: 2", "epochs: 100000"), ("evaluate_epochs: 1", "evaluate_epochs: 0")):
         assert was in text
         text = text.replace(was, now)
-    (slow / "params.yaml").write_text(text)
+    (slow / "params.yaml").write_text(text, encoding="utf-8")
 
     def interrupt(line):
         if line.startswith("train ") and "starting" in line:
@@ -116,7 +116,7 @@ def test_a_full_disk_is_a_warning_and_the_last_good_state_stays(whole, folder):
     for process in psutil.Process(training.pid).children(recursive=True):
         resource.prlimit(process.pid, resource.RLIMIT_FSIZE, (2 * size, 2 * size))
     assert training.wait() == 0
-    said = (folder / "log").read_text()
+    said = (folder / "log").read_text(encoding="utf-8")
     assert said.count("is not saved, it is tried again") > 5
     step = States(folder).step()
     assert 3 <= step < 8 * EPOCHS

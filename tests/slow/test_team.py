@@ -116,7 +116,9 @@ def test_two_registrations_at_once_both_count(team, retrained, drawn, tmp_path):
     ]
     command = ["python", "-m", "pipelines.register"]
     both = [
-        subprocess.Popen(command, cwd=folder, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+        subprocess.Popen(
+            command, cwd=folder, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, encoding="utf-8"
+        )
         for folder in folders
     ]
     said = [process.communicate()[0] for process in both]

@@ -82,13 +82,13 @@ def torchrun(script, drawn, output, processes, micro_batch, *norms):
         PYTHONPATH=str(ROOT),
         CUDA_VISIBLE_DEVICES="",
     )
-    return [json.loads((output / f"{rank}.json").read_text()) for rank in range(processes)]
+    return [json.loads((output / f"{rank}.json").read_text(encoding="utf-8")) for rank in range(processes)]
 
 
 @pytest.fixture(scope="module")
 def script(tmp_path_factory):
     path = tmp_path_factory.mktemp("script") / "measure.py"
-    path.write_text(SCRIPT)
+    path.write_text(SCRIPT, encoding="utf-8")
     return path
 
 

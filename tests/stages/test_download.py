@@ -26,7 +26,7 @@ def stage_in(folder, source=None):
     """A folder in which the stage can run as it is, by default on drawn scenes. It is quick to import."""
     overrides = [f"download.source={json.dumps(asdict(source))}"] if source else []
     folder.mkdir(exist_ok=True)
-    (folder / "params.yaml").write_text(to_yaml(merged(ROOT, None, overrides)))
+    (folder / "params.yaml").write_text(to_yaml(merged(ROOT, None, overrides)), encoding="utf-8")
     return {"cwd": folder, "env": environment(cold=True, PYTHONPATH=str(ROOT)), "text": True}
 
 

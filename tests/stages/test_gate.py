@@ -24,7 +24,7 @@ def judged(uri, projects, **changes):
     client, version = candidate(uri, projects)
     folder = projects["strong"]
     config = gate.RegisterParams(0.0, 0.95, 200, 0, {}, True, **changes)
-    found = json.loads((folder / "artifacts/evaluate/detections.json").read_text())
+    found = json.loads((folder / "artifacts/evaluate/detections.json").read_text(encoding="utf-8"))
     return gate.judge(client, version, found, folder / "data/coco", config)
 
 
@@ -85,5 +85,5 @@ def test_a_champion_that_cannot_be_judged_again_is_judged_by_its_tag(projects, u
 def test_detections_of_other_weights_are_not_taken_for_the_champions(projects, uri, tmp_path):
     spoil(tmp_path, "model.safetensors")
     (path,) = (tmp_path / "mlartifacts").rglob("detections.json")
-    path.write_text("[]")
+    path.write_text("[]", encoding="utf-8")
     assert "they are not those that it was registered with" in judged(uri, projects).sentence

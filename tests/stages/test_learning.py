@@ -30,12 +30,14 @@ def trained(folder, num_train, *overrides):
     shapes = from_document(document, "download", DownloadParams).shapes
     (folder / "data/coco").mkdir(parents=True)
     write_shapes(replace(shapes, num_train=num_train, num_val=4), folder / "data/coco")
-    (folder / "params.yaml").write_text(to_yaml(document))
+    (folder / "params.yaml").write_text(to_yaml(document), encoding="utf-8")
     (folder / "artifacts/validate").mkdir(parents=True)
-    (folder / "artifacts/validate/passed.json").write_text('{"data": "golden"}')
+    (folder / "artifacts/validate/passed.json").write_text('{"data": "golden"}', encoding="utf-8")
     uri = f"sqlite:///{folder}/mlflow.db"
     call(folder, "python", "-m", "pipelines.train", PYTHONPATH=str(ROOT), MLFLOW_TRACKING_URI=uri)
-    return [json.loads(line) for line in (folder / "artifacts/train/history.jsonl").read_text().splitlines()]
+    return [
+        json.loads(line) for line in (folder / "artifacts/train/history.jsonl").read_text(encoding="utf-8").splitlines()
+    ]
 
 
 def test_the_demo_learns_as_it_did(tmp_path):

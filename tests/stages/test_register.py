@@ -17,15 +17,17 @@ from tests.running import call
 
 def test_a_version_carries_its_lineage_and_no_secret(projects, tmp_path):
     folder = Path(shutil.copytree(projects["strong"], tmp_path / "project"))
-    (folder / ".gitignore").write_text("/mlflow.db\n/mlartifacts\n/artifacts\n/data\n/scratch\n*.pyc\n")
+    (folder / ".gitignore").write_text(
+        "/mlflow.db\n/mlartifacts\n/artifacts\n/data\n/scratch\n*.pyc\n", encoding="utf-8"
+    )
     (folder / "pipelines").mkdir()
-    (folder / "pipelines/known.py").write_text("old = 1\n")
+    (folder / "pipelines/known.py").write_text("old = 1\n", encoding="utf-8")
     call(folder, "git", "init", "--quiet", "--initial-branch=main")
     call(folder, "git", "add", "--all")
     call(folder, "git", "-c", "user.name=t", "-c", "user.email=t@localhost", "commit", "--quiet", "-m", "start")
-    (folder / "pipelines/known.py").write_text("new = 1\n")
-    (folder / "pipelines/unknown.py").write_text("unknown = 1\n")
-    (folder / "private.env").write_text("PASSWORD=hunter2-file\n")
+    (folder / "pipelines/known.py").write_text("new = 1\n", encoding="utf-8")
+    (folder / "pipelines/unknown.py").write_text("unknown = 1\n", encoding="utf-8")
+    (folder / "private.env").write_text("PASSWORD=hunter2-file\n", encoding="utf-8")
     uri = f"sqlite:///{folder}/mlflow.db"
     assert "registered detr version 1 as champion" in run(folder, uri, AWS_SECRET_ACCESS_KEY="hunter2-environment")
     client = at_uri(uri)
@@ -60,7 +62,7 @@ def test_a_version_carries_its_lineage_and_no_secret(projects, tmp_path):
     assert all(tags[name][0].isdigit() for name in libraries)
     assert tags["cores"] == str(os.cpu_count())
     assert all(tags[name] for name in ("python", "processor", "gpus", "memory_gb", "machine"))
-    numbers = json.loads((folder / "artifacts/evaluate/metrics.json").read_text())
+    numbers = json.loads((folder / "artifacts/evaluate/metrics.json").read_text(encoding="utf-8"))
     assert {name: float(tags[name]) for name in numbers} == numbers == {name: metrics[name] for name in numbers}
     assert {"AP", "AP_low", "AP_high"} <= set(numbers)
     assert {name: value for name, value in metrics.items() if name.startswith("class_AP/")} == {
@@ -69,17 +71,17 @@ def test_a_version_carries_its_lineage_and_no_secret(projects, tmp_path):
     assert metrics["training_seconds"] == pytest.approx(2 * 2 * 8 / 4.0)
     for name in ("dvc.lock", "params.yaml", "evaluate/detections.json", "train/history.jsonl", "validate/report.json"):
         assert (run_folder / name).exists()
-    decision = json.loads((run_folder / "register/decision.json").read_text())
+    decision = json.loads((run_folder / "register/decision.json").read_text(encoding="utf-8"))
     assert (decision["alias"], decision["sentence"]) == ("champion", tags["decision_reason"])
     assert decision["candidate"]["ap"] == pytest.approx(numbers["AP"], abs=1e-9)
-    assert decision["sentence"] in (run_folder / "register/decision.md").read_text()
+    assert decision["sentence"] in (run_folder / "register/decision.md").read_text(encoding="utf-8")
     there = [path for path in [*artifacts.rglob("*"), folder / "mlflow.db"] if path.is_file()]
     assert not [path for path in there if b"hunter2" in path.read_bytes()]
     clean = tmp_path / "clean"
     call(tmp_path, "git", "clone", "--quiet", str(folder), str(clean))
     call(clean, "git", "apply", str(run_folder / "git.diff"))
-    assert (clean / "pipelines/known.py").read_text() == "new = 1\n"
-    assert (clean / "pipelines/unknown.py").read_text() == "unknown = 1\n"
+    assert (clean / "pipelines/known.py").read_text(encoding="utf-8") == "new = 1\n"
+    assert (clean / "pipelines/unknown.py").read_text(encoding="utf-8") == "unknown = 1\n"
     assert not (clean / "private.env").exists()
     assert call(folder, "git", "status", "--porcelain").split("\n")[:2] == [
         " M pipelines/known.py",
@@ -101,9 +103,9 @@ def test_the_better_takes_the_place_an_equal_does_not_and_protection_holds(proje
     better = detections_like(drawn / "instances_val.json", 0.0, lost=name)
     other = trained_project(tmp_path / "other", drawn, "other", better, protected={name: 0.05, "no": 0.1})
     assert the_error(run(other, uri, code=1)).startswith("error: register.protected names 'no', no category")
-    text = (other / "params.yaml").read_text()
+    text = (other / "params.yaml").read_text(encoding="utf-8")
     assert "    no: 0.1\n" in text
-    (other / "params.yaml").write_text(text.replace("    no: 0.1\n", ""))
+    (other / "params.yaml").write_text(text.replace("    no: 0.1\n", ""), encoding="utf-8")
     said = run(other, uri)
     assert "registered detr version 4 as challenger" in said
     assert f"{name} loses " in said

@@ -57,7 +57,7 @@ def test_asked_to_stop_it_saves_its_state_and_goes_on_to_the_same_bits(whole, fo
     wait_for(lambda: states.step() >= 2, training)
     os.kill(training.pid, signal.SIGTERM)
     assert training.wait() == PREEMPTED
-    said = (folder / "log").read_text()
+    said = (folder / "log").read_text(encoding="utf-8")
     assert said.endswith("error: the training was asked to stop; the same command goes on from its last state\n")
     assert "Traceback" not in said
     assert not (folder / "artifacts/train").exists()
@@ -111,7 +111,7 @@ def test_the_same_training_started_twice_waits_and_refuses(folder, capfd):
         assert "waiting 0 seconds for its end" in capfd.readouterr().out
         other.stdin.close()
         with alone_in(place, wait_seconds=600.0):
-            assert f"process {os.getpid()} on" in (place / "lock").read_text()
+            assert f"process {os.getpid()} on" in (place / "lock").read_text(encoding="utf-8")
 
 
 def test_early_stopping_ends_after_evaluations_without_a_rise(folder):

@@ -34,13 +34,15 @@ SCRIPTS = {
 @pytest.fixture
 def folder(tmp_path):
     (tmp_path / "elsewhere").mkdir()
-    (tmp_path / "elsewhere/mine.py").write_text("VALUE = 1\n")
+    (tmp_path / "elsewhere/mine.py").write_text("VALUE = 1\n", encoding="utf-8")
     return tmp_path
 
 
 def ended(folder, *arguments, cold):
     env = environment(cold, MINE="here", PYTHONPATH=str(folder / "elsewhere"), PYTHONDONTWRITEBYTECODE="1")
-    done = subprocess.run(arguments, cwd=folder, env=env, input="in", capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        arguments, cwd=folder, env=env, input="in", capture_output=True, encoding="utf-8", check=False
+    )
     return done.returncode, done.stdout, [line for line in done.stderr.splitlines() if not line.startswith("  File")]
 
 
@@ -53,7 +55,7 @@ def test_it_ends_as_a_process_of_its_own(folder, script):
 def test_modules_and_files_are_run_as_by_the_real_one(folder):
     (folder / "pipelines").mkdir()
     for place in ("pipelines/given.py", "given.py"):
-        (folder / place).write_text("import sys\nprint(__name__, __file__, sys.argv, sys.path[0])\n")
+        (folder / place).write_text("import sys\nprint(__name__, __file__, sys.argv, sys.path[0])\n", encoding="utf-8")
     for command in (("python", "-m", "pipelines.given", "x"), ("python", "given.py", "x"), ("dvc", "--version")):
         assert ended(folder, *command, cold=False) == ended(folder, *command, cold=True)
 
@@ -66,7 +68,7 @@ def test_what_is_not_seeded_differs_from_process_to_process(folder):
 
 def start(folder, script, **extra):
     env = environment(**extra)
-    return subprocess.Popen(["python", "-c", script], cwd=folder, env=env, stdout=subprocess.PIPE, text=True)
+    return subprocess.Popen(["python", "-c", script], cwd=folder, env=env, stdout=subprocess.PIPE, encoding="utf-8")
 
 
 WAITING = "import os, time\nprint(os.getpid(), flush=True)\ntime.sleep(600)"
@@ -93,10 +95,12 @@ def test_a_signal_reaches_its_handler_and_its_exit_code_comes_back(folder, numbe
 def test_torchruns_processes_end_with_it(folder):
     """As those of a training: they are warm too, and ask Linux for the end of whoever started them."""
     (folder / "pipelines").mkdir()
-    (folder / "pipelines/given.py").write_text(f"import os\nprint(os.getppid(), flush=True)\n{WAITING}")
+    (folder / "pipelines/given.py").write_text(
+        f"import os\nprint(os.getppid(), flush=True)\n{WAITING}", encoding="utf-8"
+    )
     starting = "import subprocess, sys\nsubprocess.run([sys.executable, '-u', '-m', 'pipelines.given'])"
     command = [sys.executable, "-c", starting.replace("sys.executable", repr(f"{warm.folder()}/python"))]
-    with subprocess.Popen(command, cwd=folder, env=environment(), stdout=subprocess.PIPE, text=True) as process:
+    with subprocess.Popen(command, cwd=folder, env=environment(), stdout=subprocess.PIPE, encoding="utf-8") as process:
         assert int(process.stdout.readline()) == process.pid
         worker = psutil.Process(int(process.stdout.readline()))
         process.kill()
@@ -112,7 +116,7 @@ def test_it_ends_with_the_tests_that_started_it(folder):
     )
     command = [sys.executable, "-c", script, str(folder)]
     env = environment(cold=True, PYTHONPATH=os.pathsep.join(sys.path))
-    with subprocess.Popen(command, cwd=folder, env=env, stdout=subprocess.PIPE, text=True) as session:
+    with subprocess.Popen(command, cwd=folder, env=env, stdout=subprocess.PIPE, encoding="utf-8") as session:
         fork = psutil.Process(int(session.stdout.readline()))
         server = fork.parent()
         session.kill()
