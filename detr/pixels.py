@@ -232,7 +232,7 @@ def _to_rgb(image: Image.Image) -> np.ndarray:
     palette = np.array(image.getpalette() or [], np.uint8).reshape(-1, 3)
     for top in range(0, height, rows):
         part = pixels[top : top + rows]
-        strip = _copy_rows(image, top, len(part))
+        strip = _copy_rows(image, top, len(part)) if rows < height else image
         if image.mode == "I;16":
             part[:] = (np.asarray(strip) >> 8)[..., None]
         elif image.mode == "P":
@@ -240,7 +240,7 @@ def _to_rgb(image: Image.Image) -> np.ndarray:
         elif image.mode in ("1", "L", "LA"):
             part[:] = np.asarray(strip.convert("L"))[..., None]
         else:
-            part[:] = np.asarray(strip.convert("RGB"))
+            part[:] = np.asarray(strip if image.mode == "RGB" else strip.convert("RGB"))
     return pixels
 
 

@@ -119,8 +119,8 @@ def look(data: bytes, decode: bool) -> Picture:
             problem = str(error)
     digest = hashlib.sha256(data).digest()[:16]
     decodes = not problem or not header.whole
-    seen = (header.format, header.mode, _orientation(header.exif), header.whole, decodes, digest, problem)
-    return Picture(True, *header.size, *seen)
+    orientation, (width, height) = _orientation(header.exif), header.size
+    return Picture(True, width, height, header.format, header.mode, orientation, header.whole, decodes, digest, problem)
 
 
 def _orientation(exif_data: bytes) -> int:
