@@ -13,10 +13,10 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
 from pipelines.packaging import detect, load
+from pipelines.sources import PICTURES
 from pipelines.stage import Progress
 
 SUFFIXES = (".jpg", ".jpeg", ".png")
-OTHERS = (".avif", ".bmp", ".gif", ".heic", ".jp2", ".jxl", ".tif", ".tiff", ".webp")  # in folders, to be named
 RESULTS = "detections.json"
 COLOURS = ("#e6194b", "#3cb44b", "#ffe119", "#4363d8", "#f58231", "#46f0f0", "#f032e6", "#bcf60c")
 
@@ -88,7 +88,7 @@ def find_pictures(paths: Iterable[Path], output: Path) -> Iterator[tuple[Path, P
         if not path.is_dir():
             yield path, Path(path.name)
             continue
-        pictures = (found for found in sorted(path.rglob("*")) if found.suffix.lower() in SUFFIXES + OTHERS)
+        pictures = (found for found in sorted(path.rglob("*")) if found.suffix.lower() in PICTURES)
         for found in pictures:
             if found.is_file() and output.resolve() not in found.resolve().parents:
                 yield found, found.relative_to(path)

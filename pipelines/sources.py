@@ -5,7 +5,8 @@ from pathlib import Path
 
 from pipelines.fetch import shown
 
-PICTURES = (".jpg", ".jpeg", ".png")  # what is taken out of a folder
+OTHERS = (".avif", ".bmp", ".gif", ".heic", ".heif", ".jp2", ".jxl", ".tif", ".tiff", ".webp")
+PICTURES = (".jpg", ".jpeg", ".png", *OTHERS)  # what is taken out of a folder: the gate tells what cannot be used
 
 
 @dataclass(frozen=True)
