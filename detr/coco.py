@@ -14,11 +14,11 @@ from safetensors import SafetensorError
 from safetensors.numpy import load, save
 from torch import Tensor
 from torch.utils.data import Dataset
-from torchvision.io import ImageReadMode, decode_image
 
 from detr.batch import Sample
 from detr.checkpoint import write_atomically
 from detr.images import ImageArchive, ImageFolder
+from detr.pixels import decode_pixels
 
 
 @dataclass(frozen=True)
@@ -174,9 +174,8 @@ class CocoDataset(Dataset[Sample]):
 
 
 def decode(data: bytes, name: str) -> Tensor:
-    """An RGB image [3, h, w] uint8 of JPEG or PNG bytes; ValueError names the picture that does not decode."""
+    """An RGB image [3, h, w] uint8 of JPEG or PNG bytes; ValueError names the picture that is none, and why."""
     try:
-        image = decode_image(torch.frombuffer(bytearray(data), dtype=torch.uint8), ImageReadMode.RGB)
-    except (RuntimeError, ValueError) as error:
-        raise ValueError(f"{name} does not decode as an image: {str(error).splitlines()[0]}") from error
-    return image if image.dtype == torch.uint8 else (image.int() >> 8).to(torch.uint8)  # a PNG of 16 bits
+        return torch.from_numpy(decode_pixels(data)).permute(2, 0, 1)
+    except ValueError as error:
+        raise ValueError(f"{name} {error}") from error

@@ -3,7 +3,6 @@
 import hashlib
 import io
 import os
-import struct
 import warnings
 import zipfile
 import zlib
@@ -20,7 +19,6 @@ from pipelines.stage import Progress
 
 CHUNK = 500
 ORIENTATION = 0x0112  # EXIF tag: 1 is upright
-END_OF_IMAGE = {"JPEG": b"\xff\xd9", "PNG": b"IEND"}
 
 
 class Member(NamedTuple):
@@ -45,6 +43,9 @@ class Picture(NamedTuple):
     whole: bool = False  # ends as its format ends
     decodes: bool = True  # True too where it was not decoded
     digest: bytes = b""  # the first half of the SHA-256 of the file
+    problem: str = (
+        ""  # why it cannot be used, the predicate of a sentence whose subject is its name ("is damaged: ...")
+    )
 
 
 def members(path: Path) -> list[Member]:
@@ -100,34 +101,35 @@ def open_archive(path: Path) -> AbstractContextManager[BinaryIO | None]:
 
 
 def look(data: bytes, decode: bool) -> Picture:
-    """What a picture's bytes are. A JPEG is whole when its end marker follows the last of its headers."""
-    file = io.BytesIO(data)
+    """What a picture's bytes are, by the reader and the decoder of training."""
+    from detr.pixels import (
+        decode_pixels,
+        read_header,
+    )  # here, since a process that loads a version must not meet `detr`
+
     try:
-        with Image.open(file) as image:
-            kind = "JPEG" if image.format == "MPO" else str(image.format)  # MPO: a JPEG with more pictures behind it
-            if kind not in END_OF_IMAGE:
-                return Picture(False)
-            whole = data.rfind(END_OF_IMAGE[kind]) >= file.tell()
-            orientation = _orientation(image.info.get("exif", b""))
-            decodes = True
-            if decode:
-                try:
-                    image.load()
-                except (OSError, SyntaxError, ValueError):
-                    decodes = False
-            digest = hashlib.sha256(data).digest()[:16]
-            return Picture(True, *image.size, kind, image.mode, orientation, whole, decodes, digest)
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError):
-        return Picture(False)
+        header = read_header(data)
+    except ValueError as error:
+        return Picture(False, problem=str(error))
+    problem = header.problem
+    if decode and not problem:
+        try:
+            decode_pixels(data)
+        except ValueError as error:
+            problem = str(error)
+    digest = hashlib.sha256(data).digest()[:16]
+    decodes = not problem or not header.whole
+    seen = (header.format, header.mode, _orientation(header.exif), header.whole, decodes, digest, problem)
+    return Picture(True, *header.size, *seen)
 
 
 def _orientation(exif_data: bytes) -> int:
-    """The EXIF orientation, 1 where there is none that can be read. (Image.getexif would decode a PNG without EXIF.)"""
+    """The EXIF orientation, 1 where there is none that can be read."""
     exif = Image.Exif()
     try:
         exif.load(exif_data)
         return int(exif.get(ORIENTATION, 1))
-    except (OSError, SyntaxError, ValueError, TypeError, struct.error):
+    except Exception:  # Pillow promises no kind of error for broken EXIF
         return 1
 
 
@@ -155,6 +157,6 @@ def _inspect_chunk(path: Path, jobs: list[tuple[Member, bool]]) -> list[Picture]
         for member, decode in jobs:
             try:
                 seen.append(look(read(path, archive, member), decode))
-            except ValueError:
-                seen.append(Picture(False))
+            except ValueError as error:
+                seen.append(Picture(False, problem=f"cannot be read: {error}"))
     return seen

@@ -75,11 +75,8 @@ def test_a_picture_that_was_not_decoded_before_and_does_not_is_named(source, tmp
         members = {name: archive.read(name) for name in archive.namelist()}
     with zipfile.ZipFile(source / "train.zip", "w") as archive:
         for name, data in members.items():
-            png = io.BytesIO()
-            Image.open(io.BytesIO(data)).save(png, "PNG")
-            broken = png.getvalue()[:500] + bytes(300) + png.getvalue()[800:]
-            archive.writestr(name, broken)
+            archive.writestr(name, data.replace(b"\xff\xc4", b"\xff\xfe"))  # a JPEG without its tables
     with pytest.raises(
-        ValueError, match=r"\d+\.jpg does not decode \(.*\); mend it, and find others like it by a higher"
+        ValueError, match=r"\d+\.jpg is damaged: cannot decode image data; mend it, and find others like it by a "
     ):
         page(source, tmp_path / "page", 3)

@@ -84,9 +84,17 @@ def test_exif_orientation(orientation):
     assert look(picture(exif=exif), False).orientation == orientation
 
 
-@pytest.mark.parametrize("data", [b"", b"x", b"\xff\xd8\xff", picture(kind="GIF"), picture(kind="BMP"), b"%PDF-1.4"])
-def test_what_is_neither_jpeg_nor_png_does_not_open(data):
-    assert look(data, True) == Picture(False)
+@pytest.mark.parametrize(
+    ("data", "problem"),
+    [
+        (b"", "is no picture: its 0 bytes begin neither as a JPEG nor as a PNG"),
+        (b"x", "is no picture: its 1 bytes begin neither as a JPEG nor as a PNG"),
+        (b"\xff\xd8\xff", "is damaged: its header is broken or cut short"),
+        (picture(kind="GIF"), "is a GIF picture, expected a JPEG or PNG; convert it"),
+    ],
+)
+def test_what_does_not_open_says_why(data, problem):
+    assert look(data, True) == Picture(False, problem=problem)
 
 
 def test_more_pictures_behind_the_first_are_a_jpeg(tmp_path):
