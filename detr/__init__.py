@@ -8,6 +8,8 @@ _HOMES = {
     "Batch": "batch",
     "CocoDataset": "coco",
     "DETR": "model",
+    "Detections": "detector",
+    "Detector": "detector",
     "EvalTransform": "transforms",
     "ImageArchive": "images",
     "ImageFolder": "images",

@@ -7,15 +7,16 @@ unread, so that it can neither take memory nor matter, and no setting that a pro
 import re
 import struct
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from functools import partial
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import numpy as np
 from PIL import Image
 
 MAX_PIXELS = 50_000_000  # of a picture; a small file can claim any number, and decoding takes up to 10 bytes for each
-MAX_SCANS = 200  # of a JPEG; cameras and encoders make 1 to 14, and every one can take as long as a picture
+MAX_SCANS = 100  # of a JPEG; cameras and encoders make 1 to 14, and every one can take as long as a picture
+MAX_PARTS = 100_000  # chunks of a PNG, segments of a JPEG
 STRIP_BYTES, PIECE_BYTES = 2**22, 2**14  # of pixels that are turned into RGB, of a stream that is unpacked, at a time
 JPEG, PNG = b"\xff\xd8\xff", b"\x89PNG\r\n\x1a\n"
 MARKER = re.compile(rb"\xff+([^\x00\x01\xd0-\xd7\xff])")  # of a JPEG, but for those that stand alone among the pixels
@@ -50,6 +51,7 @@ OTHERS = {  # what else people have under the name of a picture, by how it begin
     rb"version https://git-lfs": "a pointer of Git LFS (git lfs pull brings the file itself)",
     rb"PK\x03\x04": "a zip file",
 }
+T = TypeVar("T")
 
 
 class Header(NamedTuple):
@@ -102,10 +104,17 @@ def _expect_size(width: int, height: int) -> None:
         raise ValueError(f"is damaged: its header says {width} x {height} pixels")
 
 
+def _expect_few(parts: Iterable[T]) -> Iterator[T]:
+    for count, part in enumerate(parts):
+        if count == MAX_PARTS:
+            raise ValueError(f"has more than {MAX_PARTS:,} parts, which would take too long; save it anew")
+        yield part
+
+
 def _read_jpeg(data: bytes) -> tuple[Header, Callable[[], Image.Image]]:
     """As `_read`. It finds the very frame that libjpeg finds, since Pillow's decoder trusts in the width."""
     frame, exif, start = b"", b"", 0
-    for marker, place, content in _jpeg_segments(data):
+    for marker, place, content in _expect_few(_jpeg_segments(data)):
         if marker in FRAMES and not frame:
             frame = content
         elif marker in FRAMES or marker == START:
@@ -147,7 +156,7 @@ def _decode_jpeg(data: bytes, mode: str, size: tuple[int, int], start: int) -> I
 
 def _read_png(data: bytes) -> tuple[Header, Callable[[], Image.Image]]:
     """As `_read`. Chunks that say nothing of the pixels are passed over, their checksums too."""
-    chunks = _png_chunks(data)
+    chunks = _expect_few(_png_chunks(data))
     kind, content, intact = next(chunks, (b"", b"", False))
     if kind != b"IHDR" or len(content) != 13 or not intact:
         raise ValueError("is damaged: its header is broken or cut short")

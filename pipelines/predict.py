@@ -3,17 +3,20 @@
 import io
 import json
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
 from pipelines.packaging import detect, load
 from pipelines.stage import Progress
 
 SUFFIXES = (".jpg", ".jpeg", ".png")
+OTHERS = (".avif", ".bmp", ".gif", ".heic", ".jp2", ".jxl", ".tif", ".tiff", ".webp")  # in folders, to be named
 RESULTS = "detections.json"
 COLOURS = ("#e6194b", "#3cb44b", "#ffe119", "#4363d8", "#f58231", "#46f0f0", "#f032e6", "#bcf60c")
 
@@ -21,23 +24,25 @@ COLOURS = ("#e6194b", "#3cb44b", "#ffe119", "#4363d8", "#f58231", "#46f0f0", "#f
 def predict(paths: list[Path], model: str, threshold: float, output: Path) -> None:
     """Writes each picture with its boxes into `output`, and detections.json: a list of {file, boxes, scores, labels}.
 
-    `model` is an alias or a version's number. Folders are searched for JPEG and PNG files, at any depth; below `output`
-    a picture keeps its path within the folder given. Files that cannot be read are named and left out. Any number of
-    them will do: one is in memory at a time. Raises ValueError when there are none, or none can be read.
+    `model` is an alias or a version's number. Folders are searched for pictures, at any depth; below `output` a picture
+    keeps its path within the folder given. What is no JPEG or PNG, or damaged, is named and left out, before a version
+    of earlier code can stumble over it. Any number of files will do: one is in memory at a time. Raises ValueError when
+    there are none, or none can be read.
     """
     if not 0 <= threshold <= 1:
         raise ValueError(f"--threshold is {threshold}, expected a score in 0..1")
     files = list(find_pictures(paths, output))
     if not files:
         raise ValueError(f"there are no {', '.join(SUFFIXES)} files in {', '.join(map(str, paths))}")
-    loaded = load(model)
+    decode, loaded = load_decoder(), load(model)
     used, colours, count = {RESULTS}, dict[str, str](), 0
     with whole_list(output / RESULTS) as add, Progress(None, "predict", len(files), "picture") as bar:
         for path, name in files:
             try:
                 data = path.read_bytes()
+                pixels = decode(data)
                 answer = detect(loaded, data, threshold)
-                drawn = draw(data, answer, colours)
+                drawn = draw(pixels, "PNG" if data.startswith(b"\x89PNG") else "JPEG", answer, colours)
             except (OSError, ValueError) as error:
                 reason = error.strerror if isinstance(error, OSError) and error.strerror else error
                 bar.say(f"warning: {path} is left out: {reason}")
@@ -53,6 +58,27 @@ def predict(paths: list[Path], model: str, threshold: float, output: Path) -> No
     print(f"{count} of {len(files)} pictures, with their boxes, and {RESULTS} are in {output}")
 
 
+def load_decoder() -> Callable[[bytes], np.ndarray]:
+    """The decoder of this checkout, apart from the package `detr`, which in this process is that of the version.
+
+    It raises ValueError that begins with "it".
+    """
+    spec = spec_from_file_location("pixels", Path(__file__).parent.parent / "detr/pixels.py")
+    assert spec
+    assert spec.loader
+    module = module_from_spec(spec)
+    spec.loader.exec_module(module)
+
+    def decode(data: bytes) -> np.ndarray:
+        try:
+            pixels: np.ndarray = module.decode_pixels(data)
+        except ValueError as error:
+            raise ValueError(f"it {error}") from error
+        return pixels
+
+    return decode
+
+
 def find_pictures(paths: Iterable[Path], output: Path) -> Iterator[tuple[Path, Path]]:
     """(file, its path below the folder given) of every file given and every picture in the folders, but for `output`.
 
@@ -62,8 +88,9 @@ def find_pictures(paths: Iterable[Path], output: Path) -> Iterator[tuple[Path, P
         if not path.is_dir():
             yield path, Path(path.name)
             continue
-        for found in sorted(path.rglob("*")):
-            if found.suffix.lower() in SUFFIXES and found.is_file() and output.resolve() not in found.resolve().parents:
+        pictures = (found for found in sorted(path.rglob("*")) if found.suffix.lower() in SUFFIXES + OTHERS)
+        for found in pictures:
+            if found.is_file() and output.resolve() not in found.resolve().parents:
                 yield found, found.relative_to(path)
 
 
@@ -77,10 +104,9 @@ def unused(name: Path, used: set[str]) -> Path:
     return free
 
 
-def draw(data: bytes, answer: dict[str, list], colours: dict[str, str]) -> bytes:
-    """The picture, in the format that it has, with boxes and names in a colour per name, which `colours` remembers."""
-    with Image.open(io.BytesIO(data)) as opened:
-        image, format = opened.convert("RGB"), "PNG" if opened.format == "PNG" else "JPEG"
+def draw(pixels: np.ndarray, format: str, answer: dict[str, list], colours: dict[str, str]) -> bytes:
+    """The picture, as JPEG or PNG, with boxes and names in a colour per name, which `colours` remembers."""
+    image = Image.fromarray(pixels)
     pen = ImageDraw.Draw(image)
     width = max(2, round(max(image.size) / 400))
     font = ImageFont.load_default(max(10, round(max(image.size) / 50)))

@@ -75,7 +75,7 @@ def test_a_picture_that_was_not_decoded_before_and_does_not_is_named(source, tmp
         members = {name: archive.read(name) for name in archive.namelist()}
     with zipfile.ZipFile(source / "train.zip", "w") as archive:
         for name, data in members.items():
-            archive.writestr(name, data.replace(b"\xff\xc4", b"\xff\xfe"))  # a JPEG without its tables
+            archive.writestr(name, data.replace(b"\xff\xdb", b"\xff\xfe"))  # a JPEG without its tables
     with pytest.raises(
         ValueError, match=r"\d+\.jpg is damaged: cannot decode image data; mend it, and find others like it by a "
     ):

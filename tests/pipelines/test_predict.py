@@ -171,19 +171,27 @@ def test_names_folders_and_what_cannot_be_read(project, tmp_path):
     (tmp_path / "b/notes.txt").write_text("not a picture by its name", encoding="utf-8")
     (tmp_path / "b/bad.jpg").write_text("not a picture by its content", encoding="utf-8")
     (tmp_path / "b/cut.jpg").write_bytes(picture[:700])
+    Image.open(io.BytesIO(picture)).save(tmp_path / "b/photo.webp")
+    png = bytearray((tmp_path / "b/z.png").read_bytes())
+    png[len(png) // 2] ^= 1
+    (tmp_path / "b/flipped.png").write_bytes(png)
     given = ["a", "a/x.jpg", "b", "no suffix", "missing.jpg", "--output", "b/out"]
     said = predict(tmp_path, store(project), *given)
     left_out = [line for line in said.splitlines() if line.startswith("warning: ")]
-    assert left_out[0] == "warning: b/bad.jpg is left out: its 28 bytes begin neither as a JPEG nor as a PNG"
-    assert left_out[1].startswith("warning: b/cut.jpg is left out: it does not decode as an image: ")
-    assert left_out[2] == "warning: missing.jpg is left out: No such file or directory"
-    assert len(left_out) == 3
-    assert said.endswith("7 of 10 pictures, with their boxes, and detections.json are in b/out\n")
+    reasons = {
+        "b/bad.jpg": "it is no picture: its 28 bytes begin neither as a JPEG nor as a PNG",
+        "b/cut.jpg": "it is damaged or cut short: it does not end as a JPEG ends",
+        "b/flipped.png": "it is damaged: the checksum of its chunk IDAT is wrong",
+        "b/photo.webp": "it is a WEBP picture, expected a JPEG or PNG; convert it",
+        "missing.jpg": "No such file or directory",
+    }
+    assert left_out == [f"warning: {name} is left out: {reason}" for name, reason in reasons.items()]
+    assert said.endswith("7 of 12 pictures, with their boxes, and detections.json are in b/out\n")
     written = {path.relative_to(tmp_path / "b/out").as_posix() for path in (tmp_path / "b/out").rglob("*.*")}
     names = {"x.jpg", "x_2.jpg", "x_3.jpg", "deep/er/X.JPG", "deep/y.jpeg", "z.png"}
     assert written == names | {"detections.json"}
     assert (tmp_path / "b/out/no suffix").exists()
-    assert predict(tmp_path, store(project), *given).endswith("7 of 10" + said.rpartition("7 of 10")[2])
+    assert predict(tmp_path, store(project), *given).endswith("7 of 12" + said.rpartition("7 of 12")[2])
 
 
 def test_memory_does_not_grow_with_the_number_of_pictures(project, tmp_path):
@@ -282,14 +290,12 @@ def test_no_name_is_used_twice():
 
 
 def test_boxes_lie_where_they_are_said_to_be():
-    file = io.BytesIO()
-    Image.new("RGB", (60, 40)).save(file, "PNG")
+    pixels = np.zeros((40, 60, 3), np.uint8)
     answer = {"boxes": [[10.0, 5.0, 50.0, 35.0], [-20.0, 30.0, 90.0, 70.0]], "scores": [0.9, 0.8], "labels": ["é", "b"]}
-    picture = np.asarray(Image.open(io.BytesIO(draw(file.getvalue(), answer, {}))))
+    picture = np.asarray(Image.open(io.BytesIO(draw(pixels, "PNG", answer, {}))))
     assert picture.shape == (40, 60, 3)
     assert picture[33:36, 30].tolist() == [[0, 0, 0], *[[60, 180, 75]] * 2], "the lower edge of the surest, on top"
     assert picture[39, 57].tolist() == [230, 25, 75], "what lies outside is drawn at the border"
     assert picture[2, 2].tolist() == [0, 0, 0]
-    assert not np.asarray(
-        Image.open(io.BytesIO(draw(file.getvalue(), {"boxes": [], "scores": [], "labels": []}, {})))
-    ).any()
+    nothing = {"boxes": [], "scores": [], "labels": []}
+    assert not np.asarray(Image.open(io.BytesIO(draw(pixels, "PNG", nothing, {})))).any()

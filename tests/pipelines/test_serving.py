@@ -165,6 +165,7 @@ def lying_jpeg(width, height):
     return bytes(data)
 
 
+DAMAGED = png(40, 30)[:-14] + b"\0\0" + png(40, 30)[-12:]  # in its last checksum
 NOISE = Image.fromarray(np.random.default_rng(0).integers(0, 255, (30, 40, 3), dtype=np.uint8))
 
 
@@ -259,16 +260,17 @@ def test_a_threshold_that_is_none_is_refused(server, threshold, message):
     [
         ("@@@", "image 1: it is not base64 (Only base64 data is allowed)"),
         ("abcde", "image 1: it is not base64 ("),
-        ("", "image 1: its 0 bytes begin neither as a JPEG nor as a PNG"),
-        (b"a text file", "image 1: its 11 bytes begin neither as a JPEG nor as a PNG"),
-        (encoded(NOISE, "GIF"), "bytes begin neither as a JPEG nor as a PNG"),
-        (encoded(NOISE, "WEBP"), "bytes begin neither as a JPEG nor as a PNG"),
-        (encoded(NOISE, "PNG")[:20], "image 1: its header is broken ("),
-        (encoded(NOISE, "JPEG")[:30], "image 1: its header is broken ("),
-        (encoded(NOISE, "PNG")[:900], "image 1: it does not decode as an image: "),
-        (encoded(NOISE, "JPEG")[:900], "image 1: it does not decode as an image: "),
-        (png(30_000, 30_000), f"image 1: it has 30000 x 30000 pixels, expected at most {LIMIT} in all"),
-        (lying_jpeg(65_000, 65_000), f"image 1: it has 65000 x 65000 pixels, expected at most {LIMIT} in all"),
+        ("", "image 1: it is no picture: its 0 bytes begin neither as a JPEG nor as a PNG"),
+        (b"a text file", "image 1: it is no picture: its 11 bytes begin neither as a JPEG nor as a PNG"),
+        (encoded(NOISE, "GIF"), "image 1: it is a GIF picture, expected a JPEG or PNG; convert it"),
+        (encoded(NOISE, "WEBP"), "image 1: it is a WEBP picture, expected a JPEG or PNG; convert it"),
+        (encoded(NOISE, "PNG")[:20], "image 1: it is damaged: its header is broken or cut short"),
+        (encoded(NOISE, "JPEG")[:30], "image 1: it is damaged: its header is broken or cut short"),
+        (encoded(NOISE, "PNG")[:900], "image 1: it is damaged or cut short: it does not end as a PNG ends"),
+        (encoded(NOISE, "JPEG")[:900], "image 1: it is damaged or cut short: it does not end as a JPEG ends"),
+        (DAMAGED, "image 1: it is damaged: the checksum of its chunk IDAT is wrong"),
+        (png(30_000, 30_000), f"image 1: it has 30000 x 30000 pixels, expected at most {LIMIT:,} in all"),
+        (lying_jpeg(65_000, 65_000), f"image 1: it has 65000 x 65000 pixels, expected at most {LIMIT:,} in all"),
         (png(1, 20_000), "image 1: it has 1 x 20000 pixels, expected sides that differ by less than 192 times"),
         (None, "image 1: it is null, expected the base64 text of a JPEG or PNG"),
         (5, "image 1: it is a int, expected the base64 text of a JPEG or PNG"),
