@@ -68,7 +68,7 @@ class Detector:
         if isinstance(picture, np.ndarray):
             if picture.dtype != np.uint8 or picture.shape[2:] != (3,) or not picture.size:
                 raise ValueError(f"it is {picture.dtype} of shape {picture.shape}, expected uint8 of (h, w, 3)")
-            image = torch.from_numpy(np.ascontiguousarray(picture)).permute(2, 0, 1)
+            image = torch.from_numpy(np.array(picture)).permute(2, 0, 1)  # a copy: it may be read-only
         else:
             image = decode(picture if isinstance(picture, bytes) else Path(picture).read_bytes(), name)
         size_hw = (image.shape[1], image.shape[2])

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch.utils.data import DataLoader, Dataset, Sampler, get_worker_info
+from torch.utils.data.dataloader import _MultiProcessingDataLoaderIter
 
 from detr.batch import Batch, Sample, collate
 from detr.coco import CocoDataset
@@ -61,8 +62,16 @@ class Loader:
         )
 
     def __iter__(self) -> Iterator[Batch]:
-        for batch in self.loader:
-            yield batch.to(self.device)
+        batches = iter(self.loader)
+        try:
+            for batch in batches:
+                yield batch.to(self.device)
+        except (ConnectionError, EOFError):  # of a worker that died, which torch tells of a moment later
+            raise
+        except Exception:
+            if isinstance(batches, _MultiProcessingDataLoaderIter):
+                batches._shutdown_workers()  # collected later, with the traceback, they would stay, and heed no signal
+            raise
 
     @contextmanager
     def deaths_explained(self) -> Iterator[None]:

@@ -202,7 +202,7 @@ def _decode_png(
     if mode == "P" and not palette:
         raise ValueError("it lacks its palette")
     image = Image.frombytes(mode, size, packed, "zip", raw, interlace)
-    if interlace or not np.asarray(image.crop((0, size[1] - 1, *size))).any():
+    if interlace or not np.asarray(_copy_rows(image, size[1] - 1, 1)).any():
         _expect_all_rows(packed, size, bits * channels, interlace)
     if mode == "P":
         image.putpalette(palette[:768].ljust(768, b"\0"))
@@ -228,13 +228,24 @@ def _to_rgb(image: Image.Image) -> np.ndarray:
     """The pixels [h, w, 3] of an image, which is turned into RGB a few rows at a time to save memory."""
     width, height = image.size
     pixels = np.empty((height, width, 3), np.uint8)
-    rows = max(1, STRIP_BYTES // (4 * width))
+    rows = max(1, min(height, STRIP_BYTES // (4 * width)))
+    palette = np.array(image.getpalette() or [], np.uint8).reshape(-1, 3)
     for top in range(0, height, rows):
-        strip = image.crop((0, top, width, min(height, top + rows)))
+        part = pixels[top : top + rows]
+        strip = _copy_rows(image, top, len(part))
         if image.mode == "I;16":
-            pixels[top : top + rows] = (np.asarray(strip) >> 8)[..., None]
+            part[:] = (np.asarray(strip) >> 8)[..., None]
+        elif image.mode == "P":
+            part[:] = palette[np.asarray(strip)]
         elif image.mode in ("1", "L", "LA"):
-            pixels[top : top + rows] = np.asarray(strip.convert("L"))[..., None]
+            part[:] = np.asarray(strip.convert("L"))[..., None]
         else:
-            pixels[top : top + rows] = np.asarray(strip.convert("RGB"))
+            part[:] = np.asarray(strip.convert("RGB"))
     return pixels
+
+
+def _copy_rows(image: Image.Image, top: int, rows: int) -> Image.Image:
+    """As Image.crop, which would refuse sizes by Image.MAX_IMAGE_PIXELS."""
+    copied = Image.new(image.mode, (image.width, rows))
+    copied.paste(image, (0, -top))
+    return copied

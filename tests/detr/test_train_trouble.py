@@ -2,9 +2,12 @@
 
 import gc
 import math
+import multiprocessing
 import os
+import re
 import resource
 import signal
+import zipfile
 from dataclasses import replace
 from pathlib import Path
 
@@ -16,6 +19,8 @@ from detr.diagnosis import NotFiniteError, first_non_finite
 from detr.model import build_model
 from detr.train import _sampler, fit, learning_rate_factor
 from detr.transforms import TrainTransform, TransformConfig
+from pipelines.stage import explain
+from tests.damage import png
 from tests.detr.trainings import (
     CONFIG,
     CPU,
@@ -154,3 +159,17 @@ def test_a_loader_process_that_dies_is_named_with_its_image(dataset, monkeypatch
         RuntimeError, match=rf"a loader process died at image {image_id} \(.*\); if memory ran out, lower DETR"
     ):
         list(fit(new_model(), dataset, CONFIG, CPU))
+
+
+@pytest.mark.parametrize("workers", ["0", "1"])
+def test_a_damaged_picture_is_named_in_one_line(source, monkeypatch, workers):
+    monkeypatch.setenv("DETR_WORKERS", workers)
+    with zipfile.ZipFile(source / "train.zip") as archive:
+        names = archive.namelist()
+    with zipfile.ZipFile(source / "train.zip", "w") as archive:
+        for name in names:
+            archive.writestr(name, png(96, 96, 8, 2)[:-13] + b"\0" + png(96, 96, 8, 2)[-12:])
+    with pytest.raises(ValueError, match="IDAT") as error:
+        list(fit(new_model(), dataset_of(source), CONFIG, CPU))
+    assert re.fullmatch(r"\S+\.jpg is damaged: the checksum of its chunk IDAT is wrong", explain(error.value))
+    assert not multiprocessing.active_children()

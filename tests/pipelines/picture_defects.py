@@ -1,9 +1,11 @@
 """Defects of images: of their entries, their pictures and the archive that these are in."""
 
 import io
+import struct
 
 from PIL import Image
 
+from tests.damage import join_chunks
 from tests.pipelines.defects import Defect, fixed, image, planting, setting, without
 
 NUM_QUERIES = 20
@@ -164,6 +166,19 @@ def _(d):
     data = bytearray(encoded(d.picture(1), "PNG"))
     data[len(data) // 2 : len(data) // 2 + 500] = bytes(500)
     d.set_picture(1, bytes(data))
+
+
+@defect("a PNG with a wrong checksum", "picture_decodes", ids=image(1), also={"train_images picture_format"})
+def _(d):
+    data = bytearray(encoded(d.picture(1), "PNG"))
+    data[-13] ^= 1
+    d.set_picture(1, bytes(data))
+
+
+@defect("a PNG of 200 megapixels", "picture_opens", ids=image(1))
+def _(d):
+    header = (b"IHDR", struct.pack(">IIBBBBB", 20_000, 10_000, 1, 0, 0, 0, 0))
+    d.set_picture(1, join_chunks([header, (b"IDAT", b""), (b"IEND", b"")]))
 
 
 @defect("a PNG named .jpg", "picture_format", "warning", ids=image(1))

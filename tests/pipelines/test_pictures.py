@@ -1,4 +1,7 @@
+import ast
 import io
+import subprocess
+import sys
 import zipfile
 
 import numpy as np
@@ -7,6 +10,7 @@ from PIL import Image
 
 from pipelines import pictures
 from pipelines.pictures import Picture, find, inspect, look, members, read
+from tests.running import ROOT
 
 
 def picture(seed=0, kind="JPEG", size=(40, 30), **extra):
@@ -71,6 +75,75 @@ def test_every_cut_is_seen_without_decoding(kind, kept):
     data = picture(kind=kind, size=(200, 200))
     cut = data[: int(kept * len(data)) if kept > 0 else kept] if kind == "JPEG" or kept > 0 else data[:-9]
     assert not look(cut, False).whole
+
+
+PEAK = """
+def print_peak(*values):
+    status = open("/proc/self/status", encoding="utf-8").read()
+    print(int(status.partition("VmHWM:")[2].split()[0]) // 1024, *values)  # kB
+"""
+DAMAGED = f"""{PEAK}
+import sys
+from detr.pixels import decode_pixels
+from pipelines.pictures import look
+from tests.damage import DAMAGES, damaged_pictures
+held = dict.fromkeys(DAMAGES, 0)
+for number, (kind, data) in enumerate(damaged_pictures(seed=int(sys.argv[1]), each=45)):
+    print(number, kind, data.hex(), file=sys.stderr)
+    try:
+        problem = "" if decode_pixels(data).dtype == "uint8" else "other pixels"
+        held[kind] += 1
+    except ValueError as error:
+        problem = str(error)
+    seen = look(data, True)
+    assert seen.problem == problem
+    assert (seen.opens and seen.whole and seen.decodes) == (not problem)
+    assert problem.startswith(("is ", "has ")) or not problem
+print_peak(number + 1, held)
+"""
+BOMBS = f"""{PEAK}
+import struct, zlib
+from detr.pixels import decode_pixels
+from tests.damage import join_chunks, png, split_chunks
+header, *rest = split_chunks(png(40, 30, 8, 2))
+packer = zlib.compressobj()
+much = b"".join(packer.compress(bytes(2**20)) for _ in range(200)) + packer.flush()
+wide = (b"IHDR", struct.pack(">IIBBBBB", 2000, 2000, 1, 0, 0, 0, 1))
+text = b"a" + bytes(2) + much
+for chunks in (
+    [header, *[(b"zTXt", text)] * 20, *rest],
+    [header, (b"iCCP", text), *rest],
+    [header, *[(b"IDAT", b"")] * 90_000, *rest],
+    [header, rest[0], (b"IDAT", much), rest[-1]],
+    [wide, (b"IDAT", much), rest[-1]],
+):
+    decode_pixels(join_chunks(chunks))
+print_peak()
+"""
+
+
+def run_apart(code, *arguments):
+    """What a process of its own prints."""
+    done = subprocess.run(
+        [sys.executable, "-c", code, *arguments], cwd=ROOT, capture_output=True, encoding="utf-8", check=False
+    )
+    assert done.returncode == 0, f"ended with {done.returncode} at {done.stderr[-3000:]}"
+    return done.stdout
+
+
+@pytest.mark.parametrize("seed", ["0", "1"])
+def test_no_damaged_picture_ends_a_process_and_what_the_gate_passes_training_decodes(seed):
+    mebibytes, number, held = run_apart(DAMAGED, seed).split(maxsplit=2)
+    assert int(number) == 540
+    assert int(mebibytes) < 400
+    held = ast.literal_eval(held)
+    never = ("checksum of a chunk", "checksum of the pixels", "filter of a row", "too few pixels", "cut")
+    assert not any(held[kind] for kind in never)
+    assert held["inserted marker"] > 0
+
+
+def test_small_files_that_claim_much_take_little_memory():
+    assert int(run_apart(BOMBS)) < 100
 
 
 def test_bytes_behind_the_end_do_no_harm():
