@@ -223,20 +223,20 @@ def take_truth(document: Document, path: Path) -> Truth:
             raise ValueError(f"{path}: {complain(kind, index, key, getattr(entries[index], key))}")
         return values
 
-    def ids(kind: str, key: str) -> np.ndarray:
+    def integers(kind: str, key: str) -> np.ndarray:
         return np.array(column(kind, key), dtype=np.int64)
 
-    image_ids, category_ids = (_unique(ids(kind, "id"), kind, path) for kind in ("images", "categories"))
+    image_ids, category_ids = (_unique(integers(kind, "id"), kind, path) for kind in ("images", "categories"))
     order = np.argsort(category_ids)
     names = column("categories", "name")
     truth = Truth(
         image_ids,
         tuple(column("images", "file_name")),
-        np.array([column("images", key) for key in ("height", "width")], dtype=np.int64).T.reshape(-1, 2),
+        np.stack([integers("images", key) for key in ("height", "width")], axis=1),
         category_ids[order],
         tuple(names[k] for k in order),
-        ids("annotations", "image_id"),
-        ids("annotations", "category_id"),
+        integers("annotations", "image_id"),
+        integers("annotations", "category_id"),
         np.array(column("annotations", "bbox"), dtype=np.float64).reshape(-1, 4),
         np.array(column("annotations", "area"), dtype=np.float64),
         np.array(column("annotations", "iscrowd"), dtype=bool),
