@@ -166,8 +166,8 @@ READINGS: dict[str, dict[str, Reading]] = {
     "images": {
         "id": ID,
         "file_name": Reading(text, "a file name"),
-        "height": Reading(side, "a whole number of pixels"),
-        "width": Reading(side, "a whole number of pixels"),
+        "height": Reading(side, "a whole number of pixels, 1 or more"),
+        "width": Reading(side, "a whole number of pixels, 1 or more"),
     },
     "annotations": {
         "id": Reading(whole, "a whole number"),
