@@ -1,8 +1,8 @@
 """A COCO JSON file as detection takes it: the gate, training, the judge and the registration read it here.
 
-What detection does not use can hold anything and is skipped unread. What it uses is taken as pycocotools and the
-authors take it: a missing `iscrowd` as 0, a missing `area` as that of the box. Needs no torch, so that the gate does not
-wait for it. N images, M annotations, C categories.
+What detection does not use can hold anything and is skipped unread. Of what it uses, a missing `iscrowd` counts as 0,
+as the authors have it, and a missing `area` as that of the box, as pycocotools has it for detections. Needs no torch,
+so that the gate does not wait for it. N images, M annotations, C categories.
 """
 
 import json
@@ -74,7 +74,7 @@ def read_document(path: Path) -> Document:
 
 
 def parse(data: bytes, kind: type[T], name: str) -> T:
-    """COCO JSON in UTF-8, UTF-16 or UTF-32, with or without a byte order mark. Raises ValueError that says what is wrong."""
+    """COCO JSON in UTF-8, -16 or -32, with a byte order mark or without. Raises ValueError that says what is wrong."""
     try:
         data = as_utf8(data)
         try:
@@ -86,10 +86,7 @@ def parse(data: bytes, kind: type[T], name: str) -> T:
     except msgspec.ValidationError as error:
         raise ValueError(f"{name}: {error}; COCO's format has lists images, annotations, categories") from error
     except UnicodeDecodeError as error:
-        byte, at = error.object[error.start], error.start
-        raise ValueError(
-            f"{name} is not valid JSON: byte {at} is 0x{byte:02x}, which is no {error.encoding.upper()}; save it as UTF-8"
-        ) from error
+        raise ValueError(f"{name} is not valid JSON: {_stray_byte(data, error)}; save it as UTF-8") from error
     except RecursionError as error:
         raise ValueError(f"{name} holds lists in lists, or objects in objects, too deep to be read") from error
     except ValueError as error:
@@ -102,6 +99,16 @@ def as_utf8(data: bytes) -> bytes:
     if encoding == "utf-8":
         return data
     return data[3:] if encoding == "utf-8-sig" else data.decode(encoding).encode()
+
+
+def _stray_byte(data: bytes, error: UnicodeDecodeError) -> str:
+    try:
+        data.decode()
+    except UnicodeDecodeError as found:  # at its place in the whole file
+        error = found
+    near = error.object[max(0, error.start - 20) : error.start + 10].decode("latin-1")
+    byte = f"0x{error.object[error.start]:02x} (near {near!r})"
+    return f"byte {error.start} is {byte}, which is not {error.encoding.upper()}"
 
 
 def _integer(digits: str) -> int | float:
@@ -208,38 +215,43 @@ def shown(value: Any) -> str:
 
 
 def read_truth(path: Path) -> Truth:
-    """What detection needs of a COCO JSON file. Raises ValueError that names the first value that is not as expected."""
+    """What detection needs of a COCO JSON file. Raises ValueError that names the first value that cannot be taken."""
     return take_truth(read_document(path), path)
+
+
+def column(document: Document, kind: str, key: str, name: str) -> list[Any]:
+    """`take` of a document's entries. Raises ValueError that names the first value that is not as expected."""
+    entries = getattr(document, kind)
+    values = take(entries, kind, key)
+    if None in values:
+        index = values.index(None)
+        raise ValueError(f"{name}: {complain(kind, index, key, getattr(entries[index], key))}")
+    return values
 
 
 def take_truth(document: Document, path: Path) -> Truth:
     """`read_truth` of what was read of `path` before."""
 
-    def column(kind: str, key: str) -> list[Any]:
-        entries = getattr(document, kind)
-        values = take(entries, kind, key)
-        if None in values:
-            index = values.index(None)
-            raise ValueError(f"{path}: {complain(kind, index, key, getattr(entries[index], key))}")
-        return values
-
     def integers(kind: str, key: str) -> np.ndarray:
-        return np.array(column(kind, key), dtype=np.int64)
+        return np.array(column(document, kind, key, str(path)), dtype=np.int64)
+
+    def reals(key: str) -> np.ndarray:
+        return np.array(column(document, "annotations", key, str(path)), dtype=np.float64)
 
     image_ids, category_ids = (_unique(integers(kind, "id"), kind, path) for kind in ("images", "categories"))
     order = np.argsort(category_ids)
-    names = column("categories", "name")
+    names = column(document, "categories", "name", str(path))
     truth = Truth(
         image_ids,
-        tuple(column("images", "file_name")),
+        tuple(column(document, "images", "file_name", str(path))),
         np.stack([integers("images", key) for key in ("height", "width")], axis=1),
         category_ids[order],
         tuple(names[k] for k in order),
         integers("annotations", "image_id"),
         integers("annotations", "category_id"),
-        np.array(column("annotations", "bbox"), dtype=np.float64).reshape(-1, 4),
-        np.array(column("annotations", "area"), dtype=np.float64),
-        np.array(column("annotations", "iscrowd"), dtype=bool),
+        reals("bbox").reshape(-1, 4),
+        reals("area"),
+        reals("iscrowd") > 0,
     )
     _refuse(truth.image_of, image_ids, f"{path}: annotations have image ids", "images")
     _refuse(truth.category_of, category_ids, f"{path}: annotations have category ids", "categories")
@@ -249,7 +261,9 @@ def take_truth(document: Document, path: Path) -> Truth:
 def _unique(ids: np.ndarray, kind: str, path: Path) -> np.ndarray:
     values, counts = np.unique(ids, return_counts=True)
     if (counts > 1).any():
-        raise ValueError(f"{path}: {kind} have the ids {values[counts > 1][:10].tolist()} more than once, expected once")
+        raise ValueError(
+            f"{path}: {kind} have the ids {values[counts > 1][:10].tolist()} more than once, expected once"
+        )
     return ids
 
 

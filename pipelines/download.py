@@ -12,6 +12,7 @@ from pathlib import Path
 
 import msgspec
 
+from detr.annotation_file import as_utf8
 from pipelines import params
 from pipelines.archive import check_space, copy, extract, opened, pack
 from pipelines.fetch import Remote, claimed, fetch_all, shown, sizes_of
@@ -189,6 +190,7 @@ def _take_annotations(found: Found, target: Path, max_images: int) -> set[str] |
 def _sections(data: bytes, name: str, strict: bool) -> dict[str, msgspec.Raw]:
     """The top level of COCO JSON, unparsed. Python's NaN and Infinity pass unless `strict`: validate judges them."""
     try:
+        data = as_utf8(data)
         try:
             document = msgspec.json.decode(data, type=dict[str, msgspec.Raw])
         except msgspec.DecodeError as error:
@@ -199,7 +201,7 @@ def _sections(data: bytes, name: str, strict: bool) -> dict[str, msgspec.Raw]:
                 ) from error
     except msgspec.ValidationError:
         document = {}
-    except msgspec.DecodeError as error:
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
         raise ValueError(f"{name} is not valid JSON: {error}") from error
     for key in ("images", "annotations", "categories"):
         if memoryview(document.get(key, b""))[:1] != b"[":

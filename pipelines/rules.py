@@ -31,8 +31,8 @@ class ValidateParams:
                 raise ValueError(f"validate.tolerated lacks the key {name!r}")
             if self.tolerated[name] and name in needed:
                 raise ValueError(
-                    f"validate.tolerated.{name} is {self.tolerated[name]}, expected 0: training or its judgement would "
-                    "fail or be wrong on such rows, so none can be tolerated; mend them, or take them out of the JSON file"
+                    f"validate.tolerated.{name} is {self.tolerated[name]}, expected 0: training or its judgement "
+                    "would fail or be wrong on such rows; mend them, or take them out of the JSON file"
                 )
         counts = {f"tolerated.{name}": value for name, value in self.tolerated.items()}
         for name in ("box_tolerance_pixels", "min_objects_per_category", "max_drift", "num_reported", "num_examples"):

@@ -154,7 +154,10 @@ def test_an_image_that_is_not_listed_is_named(tmp_path):
     [
         ("", r"a\.json is not valid JSON: Expecting value"),
         ('{"images": [', r"a\.json is not valid JSON: Expecting value"),
-        ('{"images": [], "categories": []}', r"a\.json: Object missing required field `annotations`; COCO's format has"),
+        (
+            '{"images": [], "categories": []}',
+            r"a\.json: Object missing required field `annotations`; COCO's format has",
+        ),
         ("[]", r"a\.json: Expected `object`, got `array`; COCO's format has lists"),
         (
             '{"images": [], "categories": [], "annotations": [{"id": 1, "image_id": 1, "category_id": 1, "bbox": [1]}]}',
