@@ -48,6 +48,18 @@ class Document(msgspec.Struct):
     categories: list[CategoryEntry]
 
 
+class Skipped(msgspec.Struct, gc=False):
+    """A JSON object of which nothing is read."""
+
+
+class Entries(msgspec.Struct):
+    """A COCO JSON file, to be counted."""
+
+    images: list[Skipped]
+    annotations: list[Skipped]
+    categories: list[Skipped]
+
+
 @dataclass(frozen=True)
 class Truth:
     """A document whose every value is as expected.

@@ -5,12 +5,11 @@ from typing import Any
 
 import numpy as np
 
-from detr.annotation_file import Document
+from detr.annotation_file import Document, Entries
 from pipelines.stage import DATA
 from pipelines.versions import (
     SPLITS,
     DataVersion,
-    Entries,
     Opened,
     Table,
     aligned,

@@ -11,30 +11,17 @@ from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass
 from typing import Any, BinaryIO, TypeVar
 
-import msgspec
 import numpy as np
 from ruamel.yaml import YAML
 from ruamel.yaml.error import YAMLError
 
-from detr.annotation_file import Document, column, parse
+from detr.annotation_file import Document, Entries, column, parse
 from pipelines.stage import DATA, FILES
 
 T = TypeVar("T")
 Table = dict[str, np.ndarray]  # a column per name, a row per entry; one column is `id`
 SPLITS = ("train", "val")
 PASSED = "artifacts/validate/passed.json"
-
-
-class Skipped(msgspec.Struct, gc=False):
-    """A JSON object of which nothing is read."""
-
-
-class Entries(msgspec.Struct):
-    """A COCO JSON file, to be counted."""
-
-    images: list[Skipped]
-    annotations: list[Skipped]
-    categories: list[Skipped]
 
 
 @dataclass(frozen=True)
