@@ -54,8 +54,9 @@ def tabulate(data: Path, box_tolerance: float, decoded_share: float) -> dict[str
 
 
 def pictures_of(data: Path, split: str) -> Path:
-    """The archive of a split, or its folder where there is no archive."""
-    return data / split if (data / split).is_dir() else data / f"{split}.zip"
+    """The archive of a split, which training reads, or its folder where there is no archive."""
+    archive, folder = data / f"{split}.zip", data / split
+    return folder if folder.is_dir() and not archive.exists() else archive
 
 
 def _integers(values: Sequence[int | None]) -> pd.Series:

@@ -13,7 +13,7 @@ from pipelines.dataset_page import write_page
 from pipelines.distribution import distances, statistics
 from pipelines.rules import Rule, ValidateParams, describe, rules
 from pipelines.stage import DATA, DOCS_DIGEST, FILES, Progress, command, write_json
-from pipelines.tables import tabulate
+from pipelines.tables import pictures_of, tabulate
 
 OUTPUT = Path("artifacts/validate")
 DATA_DOCS = Path("scratch/data_docs")
@@ -64,10 +64,10 @@ def digest(data: Path) -> str:
     """The SHA-256 of the four files together; of a folder in an archive's place, of its files and their names."""
     total = hashlib.sha256()
     for name in FILES:
-        folder = data / name.removesuffix(".zip")
-        for path in sorted(folder.rglob("*")) if folder.is_dir() else [data / name]:
+        place = pictures_of(data, name.removesuffix(".zip")) if name.endswith(".zip") else data / name
+        for path in sorted(place.rglob("*")) if place.is_dir() else [place]:
             if path.is_file():
-                total.update(path.relative_to(folder).as_posix().encode() if folder.is_dir() else b"")
+                total.update(path.relative_to(place).as_posix().encode() if place.is_dir() else b"")
                 with path.open("rb") as file:
                     total.update(hashlib.file_digest(file, "sha256").digest())
     return total.hexdigest()

@@ -19,7 +19,7 @@ from detr.judge import coco_metrics
 from detr.transforms import EvalTransform
 from pipelines.params import from_document, merged
 from pipelines.rules import KINDS, ValidateParams, describe, rules
-from pipelines.tables import tabulate
+from pipelines.tables import pictures_of, tabulate
 from pipelines.validate import digest, judge, quiet_context, validate
 from tests.projects import validate_params
 from tests.running import ROOT
@@ -227,13 +227,17 @@ def test_only_a_share_is_decoded_but_all_are_read(source):
     assert broken(0.5) < broken(1.0)
 
 
-def test_folders_are_judged_like_archives(passed, source):
+def test_folders_are_judged_like_archives(drawn, passed, source):
     for split in ("train", "val"):
         with zipfile.ZipFile(source / f"{split}.zip") as archive:
             archive.extractall(source / split)
         (source / f"{split}.zip").unlink()
     assert report_of(source) == json.loads((passed / "out" / "report.json").read_text(encoding="utf-8"))
     before = digest(source)
+    shutil.copy(drawn / "val.zip", source)
+    assert pictures_of(source, "val") == source / "val.zip"  # the archive, as for training
+    assert digest(source) != before
+    (source / "val.zip").unlink()
     picture = next((source / "val").iterdir())
     picture.rename(picture.with_name("another"))
     renamed = digest(source)
