@@ -205,7 +205,7 @@ def judge(client: Any, version: Any, detections: list[dict], data: Path, config:
         note = f"version {number}, the champion, can be judged by nothing, its place is free"
         return decide(candidate, None, None, config, f"{note} ({source})")
     note = f"of the champion only its tag AP counts, which may be of other data ({source})"
-    note += f"; what is not promoted answers by its number, --model {version.version}, or by the alias you give it in MLflow"
+    note += f"; without the alias it answers by its number: predict --model {version.version}"
     per_class = registry.class_aps(client, best)
     champion = Judged(number, float(best.tags["AP"]), None, None, per_class, "its tag AP")
     return decide(candidate, champion, resamples - champion.ap, config, note)

@@ -8,6 +8,7 @@ person knows a row by: its id.
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
+from unicodedata import normalize
 
 import numpy as np
 import pandas as pd
@@ -202,9 +203,20 @@ def _whereabouts(path: Path, names: list[str], found: list[list[Member]], held: 
     said = []
     for row, members_ in enumerate(found):
         several = f"is {len(members_)} times in {path.name}: {', '.join(repr(m.name) for m in members_[:3])}"
-        other = f"; nearest member: {near[row]!r}" if near.get(row) else f"; it has {len(held)} files"
-        said.append(several if len(members_) > 1 else "" if members_ else f"is not in {path.name}{other}")
+        missing = f"is not in {path.name}; {_advice(names[row], near.get(row, ''), len(held))}"
+        said.append(several if len(members_) > 1 else "" if members_ else missing)
     return said
+
+
+def _advice(name: str, near: str, number: int) -> str:
+    if near:
+        alike = (
+            f", of other letters that look alike, {near!a}" if normalize("NFC", near) == normalize("NFC", name) else ""
+        )
+        return f"nearest member: {near!r}{alike}"
+    if name.rpartition(".")[2].lower() not in EXTENSIONS:
+        return "only .jpg, .jpeg and .png files are taken: convert it"
+    return f"none of its {number} files is like it"
 
 
 def _count(images: pd.DataFrame, annotations: pd.DataFrame, categories: pd.DataFrame) -> None:

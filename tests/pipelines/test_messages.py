@@ -2,11 +2,14 @@
 
 import html
 import json
+import zipfile
 
+import pandas as pd
 import pytest
 
 from pipelines.pictures import nearest as nearest_of
 from pipelines.rules import describe
+from pipelines.tables import _look_at_pictures
 from tests.pipelines.test_validate import edit, gate, outside, report_of, set_in
 
 
@@ -75,3 +78,23 @@ def test_a_picture_that_is_not_found_is_named_with_the_nearest_member_on_every_p
     (row,) = (r for r in json.loads((tmp_path / "out/report.json").read_bytes()) if r["outcome"] == "error")
     for text in (capsys.readouterr().out, html.unescape(page.read_text(encoding="utf-8")), describe(row)):
         assert said in text
+
+
+@pytest.mark.parametrize(
+    ("name", "advice"),
+    [
+        ("train/\u00e9.png", "nearest member: 'e\u0301.png'"),
+        ("\u00e9.png", "nearest member: 'e\u0301.png', of other letters that look alike, 'e\\u0301.png'"),
+        ("12.webp", "only .jpg, .jpeg and .png files are taken: convert it"),
+        ("12.png", "none of its 2 files is like it"),
+        ("twice.png", "is 2 times in train.zip: 'a/twice.png', 'b/twice.png'"),
+    ],
+)
+def test_where_a_picture_is_instead_is_said(tmp_path, name, advice):
+    path = tmp_path / "train.zip"
+    with zipfile.ZipFile(path, "w") as archive:
+        for member in ("a/twice.png", "b/twice.png") if name == "twice.png" else ("e\u0301.png", "other"):
+            archive.writestr(member, b"")
+    images = pd.DataFrame({"file_name": [name], "height": [1], "width": [1]})
+    _look_at_pictures(path, images, 1.0)
+    assert images["whereabouts"][0].endswith(advice)
