@@ -135,8 +135,8 @@ def _of_annotations(config: ValidateParams, num_queries: int) -> list[Rule]:
         Rule("box_finite", "error", "boxes are four finite numbers", "finite", True, "{box_problem}", False),
         Rule("box_has_size", "error", "boxes have a positive size", "has_size", True, BOX),
         Rule("box_in_pixels", "error",
-             "not all boxes of an image lie in its first pixel, as fractions of the image (YOLO's) do, not pixels",
-             "in_pixels", True, BOX),
+             "boxes are in pixels, not in fractions of the image as YOLO's are", "in_pixels", True,
+             f"{BOX}, like all of its image below 1 pixel"),
         Rule("box_inside", "error", f"boxes are inside the image by {reach} pixels", "overhang",
              (None, config.box_tolerance_pixels), f"{BOX}, the image {{image_width:.0f}} x {{image_height:.0f}}"),
         Rule("area_given", "warning", "annotations have an area", "area_given", True,
@@ -147,7 +147,7 @@ def _of_annotations(config: ValidateParams, num_queries: int) -> list[Rule]:
              "annotations[{row}].iscrowd of {file_name!r} is missing: taken as 0"),
         Rule("crowd_flag", "error", "crowd flags are 0 or 1", "crowd", (0, 1), "{crowd_problem}", False),
         Rule("object_single", "warning", "annotations are of single objects, not crowds", "crowd", (None, 0), ENTRY),
-        Rule("objects_judged", "error", "some annotation is of an object to be found, neither crowd nor without size",
+        Rule("objects_judged", "error", "there are objects to judge by: not all are crowds or without size",
              "some_of_use", True, f"{BOX}, iscrowd {{crowd}}, area {{area:.10g}}", False),
     ]  # fmt: skip
 
