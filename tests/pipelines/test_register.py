@@ -14,7 +14,7 @@ from pipelines.tracking import connect
     ("outcomes", "text"),
     [
         ([], "0 of 0 hold, 0 warnings"),
-        (["holds"] * 81, "81 of 81 hold, 0 warnings"),
+        (["holds"] * 75, "75 of 75 hold, 0 warnings"),
         (["holds", "warning"], "1 of 2 hold, 1 warning"),
     ],
 )
