@@ -93,7 +93,8 @@ def nearest(names: Sequence[str], held: Sequence[str]) -> list[str]:
     """
     by_name = {_plainly(name): name for name in reversed(held)}
     by_stem = {splitext(key)[0]: name for key, name in by_name.items()}
-    few, found = [*by_name][-SPELLED_AMONG:], []
+    few = [*by_name][-SPELLED_AMONG:]
+    found: list[str] = []
     for name in names:
         key = _plainly(name)
         near = by_name.get(key) or by_stem.get(splitext(key)[0], "")

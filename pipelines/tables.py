@@ -67,7 +67,7 @@ def _integers(values: Sequence[int | None]) -> pd.Series:
     return pd.Series(pd.arrays.IntegerArray(numbers, ~known))
 
 
-def _problems(entries: Sequence[Any], kind: str, values: dict[str, Sequence[Any]]) -> pd.Series:
+def _problems(entries: Sequence[Any], kind: str, values: dict[str, list[Any]]) -> pd.Series:
     """What is wrong with each entry, of these keys and what they are taken as; None where nothing is."""
     found: list[str | None] = [None] * len(entries)
     for key, column in reversed(values.items()):
@@ -127,7 +127,7 @@ def _annotations(
         width=width,
         height=height,
         owner=owner,  # row of the image, -1 where it is not known
-        file_name=np.append(images["file_name"].to_numpy(object), None)[owner],
+        file_name=np.array([*images["file_name"], None], dtype=object)[owner],
         image_width=limits[0],
         image_height=limits[1],
         finite=finite,
