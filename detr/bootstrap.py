@@ -4,7 +4,6 @@ Detections are matched with the objects once, as COCO does; a resample then only
 times that it was drawn. A weighted AP equals that of a dataset in which each image stands as often as it weighs.
 """
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
@@ -13,6 +12,7 @@ from pathlib import Path
 import numpy as np
 from scipy.sparse import csr_array
 
+from detr.annotation_file import read_truth
 from detr.judge import from_results
 
 IOU_THRESHOLDS = np.linspace(0.5, 0.95, 10)
@@ -39,14 +39,10 @@ class Matches:
 def match(annotations: Path, detections: np.ndarray | list[dict]) -> Matches:
     """The matches of detections [n, 7], or in the form of COCO's results, with a COCO JSON file."""
     rows = from_results(detections) if isinstance(detections, list) else detections
-    document = json.loads(annotations.read_text(encoding="utf-8"))
-    image_ids = np.sort([image["id"] for image in document["images"]])
-    category_ids = np.sort([category["id"] for category in document["categories"]])
+    held = read_truth(annotations)
+    image_ids, category_ids = np.sort(held.image_ids), held.category_ids
     num_images, num_categories = len(image_ids), len(category_ids)
-    truth = np.array(
-        [[a["image_id"], *a["bbox"], a.get("iscrowd", 0), a["category_id"]] for a in document["annotations"]],
-        dtype=np.float64,
-    ).reshape(-1, 7)
+    truth = np.column_stack([held.image_of, held.boxes_xywh, held.crowd, held.category_of])
     known = np.isin(rows[:, 0], image_ids) & np.isin(rows[:, 6], category_ids)
     if not known.all():
         raise ValueError(f"detections {rows[~known][:3].tolist()} are of images or categories not in {annotations}")

@@ -7,6 +7,7 @@ import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -19,6 +20,9 @@ from detr.batch import Sample
 from detr.checkpoint import write_atomically
 from detr.images import ImageArchive, ImageFolder
 from detr.pixels import decode_pixels
+
+if TYPE_CHECKING:
+    from detr.annotation_file import Truth
 
 
 @dataclass(frozen=True)
@@ -44,68 +48,46 @@ class Annotations:
 def load_annotations(path: Path) -> Annotations:
     """The annotations of a COCO JSON file, which is parsed once: then they are read from a cache beside it.
 
-    The cache is a hidden file that is named by a digest of this module and of the JSON's bytes, so that it is never
-    stale. Where it is damaged or cannot be written, the JSON is parsed again. Raises ValueError for a file that is not
-    in COCO's format, and for annotations of an image or a category that it does not list.
+    The cache is a hidden file that is named by a digest of the code that reads and of the JSON's bytes, so that it is
+    never stale. Where it is damaged or cannot be written, the JSON is parsed again. Raises ValueError that names the
+    first value that is not as expected, and for annotations of an image or a category that it does not list.
     """
+    from detr import annotation_file  # serving a model, which needs no annotations, may lack what this imports
+
     with path.open("rb") as file:
-        digest = hashlib.file_digest(file, lambda: hashlib.blake2b(Path(__file__).read_bytes(), digest_size=16))
+        code = b"".join(Path(name).read_bytes() for name in (__file__, annotation_file.__file__))
+        digest = hashlib.file_digest(file, lambda: hashlib.blake2b(code, digest_size=16))
         cache = path.with_name(f".{path.name}.{digest.hexdigest()}.safetensors")
         if (kept := _restore(cache)) is not None:
             return kept
         file.seek(0)
-        try:
-            document = json.loads(file.read(), object_hook=_without_polygons)
-        except ValueError as error:
-            raise ValueError(f"{path} is not valid JSON: {error}") from error
-    annotations = _flatten(document, path)
+        document = annotation_file.parse(file.read(), annotation_file.Document, str(path))
+    annotations = _flatten(annotation_file.take_truth(document, path))
     with contextlib.suppress(OSError):
         _store(annotations, cache, path)
     return annotations
 
 
-def _without_polygons(record: dict) -> dict:
-    record.pop("segmentation", None)  # most of the file, and two gigabytes of objects
-    return record
-
-
-def _flatten(document: dict, path: Path) -> Annotations:
-    try:
-        images, categories = document["images"], sorted(document["categories"], key=lambda category: category["id"])
-        image_ids = np.array([image["id"] for image in images], dtype=np.int64)
-        file_names = np.array([image["file_name"] for image in images], dtype=np.str_)
-        sizes_hw = np.array([(image["height"], image["width"]) for image in images], dtype=np.int64).reshape(-1, 2)
-        category_ids = np.array([category["id"] for category in categories], dtype=np.int64)
-        category_names = tuple(category["name"] for category in categories)
-        kept = [a for a in document["annotations"] if not a.get("iscrowd", 0)]
-        boxes = np.array([a["bbox"] for a in kept], dtype=np.float32).reshape(-1, 4)
-        owner_ids, kinds = ([a[key] for a in kept] for key in ("image_id", "category_id"))
-    except (KeyError, TypeError, ValueError) as error:
-        raise ValueError(f"{path} is not in COCO's format (cocodataset.org/#format-data): {error!r}") from error
-    position = {image_id: index for index, image_id in enumerate(image_ids.tolist())}
-    _refuse(set(owner_ids) - position.keys(), f"{path}: annotations have image ids", "images")
-    _refuse(set(kinds) - set(category_ids.tolist()), f"{path}: annotations have category ids", "categories")
-    owner = np.array([position[image_id] for image_id in owner_ids], dtype=np.int64)
+def _flatten(truth: "Truth") -> Annotations:
+    kept = ~truth.crowd
+    position = np.argsort(truth.image_ids, kind="stable")
+    owner = position[np.searchsorted(truth.image_ids, truth.image_of[kept], sorter=position)]
+    labels = np.searchsorted(truth.category_ids, truth.category_of[kept])
+    boxes = truth.boxes_xywh[kept].astype(np.float32)
     boxes[:, 2:] += boxes[:, :2]
-    boxes = np.clip(boxes, 0, sizes_hw[owner][:, [1, 0, 1, 0]].astype(np.float32))
-    labels = np.searchsorted(category_ids, np.array(kinds, dtype=np.int64))
+    boxes = np.clip(boxes, 0, truth.sizes_hw[owner][:, [1, 0, 1, 0]].astype(np.float32))
     solid = (boxes[:, 2:] > boxes[:, :2]).all(axis=1)
     order = np.flatnonzero(solid)[np.argsort(owner[solid], kind="stable")]
     return Annotations(
-        image_ids,
-        file_names,
-        sizes_hw,
+        truth.image_ids,
+        np.array(truth.file_names, dtype=np.str_),
+        truth.sizes_hw,
         boxes[order],
         labels[order],
-        np.searchsorted(owner[order], np.arange(len(images) + 1)),
-        category_ids,
-        category_names,
+        np.searchsorted(owner[order], np.arange(len(truth.image_ids) + 1)),
+        truth.category_ids,
+        truth.category_names,
     )
-
-
-def _refuse(unknown: set, what: str, lists: str) -> None:
-    if unknown:
-        raise ValueError(f"{what} {sorted(unknown)[:10]}, which its {lists} do not list")
 
 
 def _store(annotations: Annotations, cache: Path, path: Path) -> None:

@@ -7,6 +7,7 @@ import weakref
 import zipfile
 from bisect import bisect_left
 from collections.abc import Iterator, Mapping
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
@@ -104,16 +105,22 @@ class ImageArchive:
 
 
 class ImageFolder:
-    """The files of a folder, each found by its path in there."""
+    """The files of a folder, each found by its path in there or, as in an archive, by its bare name."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
+
+    @cached_property
+    def by_name(self) -> dict[str, Path]:
+        return {file.name: file for file in sorted(self.path.rglob("*"), reverse=True) if file.is_file()}
 
     def read(self, name: str) -> bytes:
         """The bytes of one file; FileNotFoundError names it when it is missing."""
         try:
             return (self.path / name).read_bytes()
-        except FileNotFoundError:
+        except (FileNotFoundError, IsADirectoryError, NotADirectoryError):
+            if name in self.by_name:
+                return self.by_name[name].read_bytes()
             raise FileNotFoundError(f"{name} is not in {self.path}") from None
 
 

@@ -44,13 +44,31 @@ def from_results(results: list[dict]) -> np.ndarray:
 
 
 def coco_eval(annotations: Path, detections: np.ndarray) -> Any:
-    """hotcoco's COCOeval of detections [n, 7], summarised. ValueError names images that the annotations lack."""
+    """hotcoco's COCOeval of detections [n, 7], summarised. ValueError names images that the annotations lack.
+
+    Annotations count by their place, whatever their ids: pycocotools takes an object of id 0 for none.
+    """
     from hotcoco import COCO, COCOeval
 
-    truth = COCO(str(annotations))
-    unknown = np.setdiff1d(detections[:, 0], truth.get_img_ids())
+    from detr.annotation_file import read_truth
+
+    held = read_truth(annotations)
+    unknown = np.setdiff1d(detections[:, 0], held.image_ids)
     if unknown.size:
         raise ValueError(f"detections are of image ids {unknown[:10].astype(int).tolist()}, not in {annotations}")
+    truth = COCO.from_arrays(
+        [
+            {"id": image_id, "height": height, "width": width, "file_name": ""}
+            for image_id, (height, width) in zip(held.image_ids.tolist(), held.sizes_hw.tolist(), strict=True)
+        ],
+        [{"id": k, "name": name} for k, name in zip(held.category_ids.tolist(), held.category_names, strict=True)],
+        held.image_of,
+        held.category_of,
+        held.boxes_xywh,
+        ids=np.arange(1, len(held.areas) + 1),
+        area=held.areas,
+        iscrowd=held.crowd.astype(np.int64),
+    )
     judge = COCOeval(truth, truth.load_res(np.ascontiguousarray(detections, dtype=np.float64)), "bbox")
     judge.evaluate()
     judge.accumulate()

@@ -5,11 +5,11 @@ from typing import Any
 
 import numpy as np
 
+from detr.annotation_file import Document, Entries
+from pipelines.stage import DATA
 from pipelines.versions import (
     SPLITS,
     DataVersion,
-    Document,
-    Entries,
     Opened,
     Table,
     aligned,
@@ -36,9 +36,9 @@ def difference(old: DataVersion, new: DataVersion, opened: Opened) -> dict[str, 
     }
     for split in SPLITS:
         annotations, archive = f"instances_{split}.json", f"{split}.zip"
-        before = after = tabulate(read(old, annotations, opened, Document))
+        before = after = tabulate(read(old, annotations, opened, Document), f"{DATA}/{annotations} of {old.title}")
         if old.files[annotations] != new.files[annotations]:
-            after = tabulate(read(new, annotations, opened, Document))
+            after = tabulate(read(new, annotations, opened, Document), f"{DATA}/{annotations} of {new.title}")
         if old.files[archive] != new.files[archive]:
             before = before | {"images": with_pictures(before["images"], old, archive, opened)}
             after = after | {"images": with_pictures(after["images"], new, archive, opened)}

@@ -2,7 +2,6 @@
 
 import hashlib
 import os
-import re
 import shutil
 import zipfile
 from collections.abc import Iterator
@@ -12,6 +11,7 @@ from pathlib import Path
 
 import msgspec
 
+from detr.annotation_file import Entries, as_utf8, parse
 from pipelines import params
 from pipelines.archive import check_space, copy, extract, opened, pack
 from pipelines.fetch import Remote, claimed, fetch_all, shown, sizes_of
@@ -20,7 +20,6 @@ from pipelines.sources import PICTURES, FileSources, addresses, is_url, sources_
 from pipelines.stage import DATA, FILES, command
 
 DOWNLOADS = Path("scratch/downloads")
-NOT_JSON = re.compile(rb"(?<=[:,\[\s])(?:NaN|-?Infinity)(?=[,\]}\s])")  # but Python writes and reads it
 
 
 @dataclass(frozen=True)
@@ -169,10 +168,18 @@ def _take_annotations(found: Found, target: Path, max_images: int) -> set[str] |
 
     Nothing is made into Python's objects but the records' ids.
     """
-    document = _sections(found.path.read_bytes(), found.name, strict=bool(max_images))
+    data = found.path.read_bytes()
+    parse(data, Entries, found.name)
     if not max_images:
         _put(found, target)
         return None
+    try:
+        document = msgspec.json.decode(as_utf8(data), type=dict[str, msgspec.Raw])
+    except msgspec.DecodeError as error:
+        raise ValueError(
+            f"{found.name} holds NaN, Infinity or half a character, which JSON lacks ({error}); mend it, or set "
+            "max_images to 0"
+        ) from error
     raw = list[msgspec.Raw]
     try:
         kept = msgspec.json.decode(document["images"], type=raw)[:max_images]
@@ -184,27 +191,6 @@ def _take_annotations(found: Found, target: Path, max_images: int) -> set[str] |
         raise ValueError(f"{found.name}: an entry is not as COCO's format has it: {error}") from error
     target.write_bytes(msgspec.json.encode(document | {"images": kept, "annotations": owned}))
     return {Path(image.file_name).name for image in images}
-
-
-def _sections(data: bytes, name: str, strict: bool) -> dict[str, msgspec.Raw]:
-    """The top level of COCO JSON, unparsed. Python's NaN and Infinity pass unless `strict`: validate judges them."""
-    try:
-        try:
-            document = msgspec.json.decode(data, type=dict[str, msgspec.Raw])
-        except msgspec.DecodeError as error:
-            document = msgspec.json.decode(NOT_JSON.sub(b"0", data), type=dict[str, msgspec.Raw])
-            if strict:
-                raise ValueError(
-                    f"{name} holds NaN or Infinity, which JSON lacks ({error}); mend it, or set max_images to 0"
-                ) from error
-    except msgspec.ValidationError:
-        document = {}
-    except msgspec.DecodeError as error:
-        raise ValueError(f"{name} is not valid JSON: {error}") from error
-    for key in ("images", "annotations", "categories"):
-        if memoryview(document.get(key, b""))[:1] != b"[":
-            raise ValueError(f"{name} has no list {key!r}; COCO's format has images, annotations, categories")
-    return document
 
 
 def _take_images(found: Found, target: Path, wanted: set[str] | None) -> None:

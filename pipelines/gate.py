@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from detr.annotation_file import read_truth
 from detr.bootstrap import Matches, bootstrap_ap, interval, match, weighted_ap
 from pipelines import registry
 from pipelines.params import nearest
@@ -83,9 +84,17 @@ def decide(
     """Champion when the gain is at least `min_ap_gain`, certain enough, and no protected category loses too much.
 
     `gains` [R] are those of the resamples. Without a champion the candidate takes the place; `note` says what else a
-    reader must know of it.
+    reader must know of it. An AP of -1 is none: a candidate with it takes no place, a champion with it holds none.
     """
     suffix = f"; {note}" if note else ""
+    if candidate.ap < 0:
+        sentence = f"its AP is -1, for no validation image has an object to judge it by: it takes no place{suffix}"
+        return Decision("challenger", sentence, candidate, None, None, None, None, None, [])
+    if champion is not None and champion.ap < 0:
+        sentence = (
+            f"version {champion.version}, the champion, has an AP of -1, which is none: its place is free{suffix}"
+        )
+        return Decision("champion", sentence, candidate, None, None, None, None, None, [])
     if champion is None or gains is None:
         return Decision("champion", note or "there was no champion", candidate, None, None, None, None, None, [])
     gain = candidate.ap - champion.ap
@@ -118,9 +127,9 @@ def decide(
 
 def check_protected(config: RegisterParams, annotations: Path) -> None:
     """Raises ValueError that names a protected category which the validation images cannot judge."""
-    document = json.loads(annotations.read_text(encoding="utf-8"))
-    names = {category["id"]: category["name"] for category in document["categories"]}
-    seen = {names[a["category_id"]] for a in document["annotations"] if not a.get("iscrowd")}
+    truth = read_truth(annotations)
+    names = dict(zip(truth.category_ids.tolist(), truth.category_names, strict=True))
+    seen = {names[category_id] for category_id in truth.category_of[~truth.crowd].tolist()}
     for name in config.protected:
         if name not in names.values():
             raise ValueError(f"register.protected names {name!r}, no category{nearest(name, sorted(names.values()))}")
@@ -132,8 +141,7 @@ def check_protected(config: RegisterParams, annotations: Path) -> None:
 
 def names_of(annotations: Path) -> list[str]:
     """Names of the categories by ascending id."""
-    categories = json.loads(annotations.read_text(encoding="utf-8"))["categories"]
-    return [str(category["name"]) for category in sorted(categories, key=lambda c: int(c["id"]))]
+    return [*read_truth(annotations).category_names]
 
 
 def ap_of_classes(matches: Matches, names: list[str]) -> dict[str, float]:
@@ -197,6 +205,7 @@ def judge(client: Any, version: Any, detections: list[dict], data: Path, config:
         note = f"version {number}, the champion, can be judged by nothing, its place is free"
         return decide(candidate, None, None, config, f"{note} ({source})")
     note = f"of the champion only its tag AP counts, which may be of other data ({source})"
+    note += f"; without the alias it answers by its number: predict --model {version.version}"
     per_class = registry.class_aps(client, best)
     champion = Judged(number, float(best.tags["AP"]), None, None, per_class, "its tag AP")
     return decide(candidate, champion, resamples - champion.ap, config, note)

@@ -1,7 +1,8 @@
 """A model version as MLflow keeps it: made from a trained folder, and loaded again.
 
 A version answers by the code that is packed in it, so a process that loads one never imports this checkout's `detr`.
-`python -m pipelines.packaging VERSION DATA_FOLDER FILE` writes what `detections_of` returns.
+`python -m pipelines.packaging VERSION DATA_FOLDER WANTED FILE` writes what `detections_of` returns, of the images and
+categories that WANTED lists.
 """
 
 import base64
@@ -106,13 +107,19 @@ def detections_of(version: str, data_folder: Path) -> list[dict]:
     with no threshold: one detection per query. They are in the order of the images, by falling score. Raises ValueError
     when the version cannot be had, its categories are not those of the data, or an image is missing or damaged.
     """
+    from detr.annotation_file import read_truth  # here: the process that loads the version must not meet this `detr`
+
+    truth = read_truth(data_folder / "instances_val.json")
+    images = zip(truth.image_ids.tolist(), truth.file_names, strict=True)
+    categories = zip(truth.category_names, truth.category_ids.tolist(), strict=True)
     root = str(Path(__file__).parent.parent)
     env = os.environ | {"MLFLOW_TRACKING_URI": tracking.tracking_uri()}
     env.setdefault("OMP_NUM_THREADS", "1")  # as the evaluation: the number of threads shows in the last digits
     env["PYTHONPATH"] = os.pathsep.join([root, *filter(None, [env.get("PYTHONPATH")])])
     with tempfile.TemporaryDirectory() as folder:
-        file = Path(folder) / "detections.json"
-        asked = [sys.executable, "-m", "pipelines.packaging", version, str(data_folder), str(file)]
+        wanted, file = Path(folder) / "wanted.json", Path(folder) / "detections.json"
+        write_json(wanted, {"images": [*images], "categories": dict(categories)})
+        asked = [sys.executable, "-m", "pipelines.packaging", version, str(data_folder), str(wanted), str(file)]
         said = ""
         with subprocess.Popen(
             asked, env=env, encoding="utf-8", stdout=subprocess.PIPE, stderr=subprocess.STDOUT
@@ -127,29 +134,27 @@ def detections_of(version: str, data_folder: Path) -> list[dict]:
     return found
 
 
-def _detections_here(version: str, data: Path) -> list[dict]:
-    """What `detections_of` returns, by this process."""
-    truth = json.loads((data / "instances_val.json").read_text(encoding="utf-8"))
-    ids = {category["name"]: category["id"] for category in truth["categories"]}
+def _detections_here(version: str, data: Path, images: list[tuple[int, str]], ids: dict[str, int]) -> list[dict]:
+    """What `detections_of` returns, by this process, of images (id, file name) and category ids by name."""
     model = load(version)
     known = {category["name"] for category in _config(version)["categories"]}
     if known != set(ids):
         different = ", ".join(sorted(known ^ set(ids))[:5])
         raise ValueError(f"it knows {len(known)} categories, {data} has {len(ids)}; they differ in {different}")
     path = data / "val.zip" if (data / "val.zip").exists() else data / "val"
-    names = [image["file_name"] for image in truth["images"]]
+    names = [name for _, name in images]
     found: list[dict] = []
     with pictures.open_archive(path) as archive, Progress(None, "detect", len(names), "image") as bar:
-        for image, members in zip(truth["images"], pictures.find(names, pictures.members(path)), strict=True):
+        for (image_id, name), members in zip(images, pictures.find(names, pictures.members(path)), strict=True):
             if len(members) != 1:
-                raise ValueError(f"{image['file_name']} is {len(members)} times in {path}, expected once")
+                raise ValueError(f"{name} is {len(members)} times in {path}, expected once")
             try:
                 answer = detect(model, pictures.read(path, archive, members[0]), 0.0)
             except ValueError as error:
-                raise ValueError(f"{image['file_name']} in {path}: {error}") from error
+                raise ValueError(f"{name} in {path}: {error}") from error
             for (left, top, right, bottom), score, label in zip(*answer.values(), strict=True):
                 box = [left, top, round(right - left, 2), round(bottom - top, 2)]
-                found.append({"image_id": image["id"], "category_id": ids[label], "bbox": box, "score": score})
+                found.append({"image_id": image_id, "category_id": ids[label], "bbox": box, "score": score})
             bar.update()
     return found
 
@@ -168,8 +173,9 @@ def _reason(error: Exception) -> str:
 
 
 def main() -> None:
-    version, data, file = sys.argv[1:]
-    write_json(Path(file), _detections_here(version, Path(data)))
+    version, data, wanted, file = sys.argv[1:]
+    asked = json.loads(Path(wanted).read_text(encoding="utf-8"))
+    write_json(Path(file), _detections_here(version, Path(data), asked["images"], asked["categories"]))
 
 
 if __name__ == "__main__":

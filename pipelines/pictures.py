@@ -1,8 +1,10 @@
 """What a dataset's pictures are: every one read whole, checked against its CRC, its header and its end looked at."""
 
+import difflib
 import hashlib
 import io
 import os
+import unicodedata
 import warnings
 import zipfile
 import zlib
@@ -10,14 +12,17 @@ from collections.abc import Iterable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
+from os.path import splitext
 from pathlib import Path
 from typing import BinaryIO, NamedTuple
+from urllib.parse import unquote
 
 from PIL import Image
 
 from pipelines.stage import Progress
 
 CHUNK = 500
+SPELLED_FIRST, SPELLED_AMONG = 10, 5000  # names compared letter by letter, and with how many: it takes long
 ORIENTATION = 0x0112  # EXIF tag: 1 is upright
 
 
@@ -78,6 +83,29 @@ def find(names: Iterable[str], held: Iterable[Member]) -> list[list[Member]]:
         by_path.setdefault(member.name, []).append(member)
         by_name.setdefault(member.name.rpartition("/")[2], []).append(member)
     return [by_path.get(name) or by_name.get(name, []) for name in names]
+
+
+def nearest(names: Sequence[str], held: Sequence[str]) -> list[str]:
+    """What is held and may have been meant by each name, which is not; "" where nothing is like it.
+
+    Names are alike that differ in their folder, in case, in how a letter or a separator is written, or in their ending;
+    of the first names without such a one, also those that are spelled nearly alike.
+    """
+    by_name = {_plainly(name): name for name in reversed(held)}
+    by_stem = {splitext(key)[0]: name for key, name in by_name.items()}
+    few = [*by_name][-SPELLED_AMONG:]
+    found: list[str] = []
+    for name in names:
+        key = _plainly(name)
+        near = by_name.get(key) or by_stem.get(splitext(key)[0], "")
+        if not near and len(found) < SPELLED_FIRST:
+            near = next((by_name[one] for one in difflib.get_close_matches(key, few, 1, 0.8)), "")
+        found.append(near)
+    return found
+
+
+def _plainly(name: str) -> str:
+    return unicodedata.normalize("NFKC", unquote(name).replace("\\", "/").rpartition("/")[2]).casefold().strip()
 
 
 def read(path: Path, archive: BinaryIO | None, member: Member) -> bytes:

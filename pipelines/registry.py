@@ -84,14 +84,14 @@ def has_files(client: "MlflowClient", version: "ModelVersion") -> bool:
 
 
 def class_aps(client: "MlflowClient", version: "ModelVersion") -> dict[str, float]:
-    """AP by the category's name in metrics, none where the run is gone or of an older release."""
+    """AP by the name in metrics of each category with objects, none where the run is gone or of an older release."""
     from mlflow.exceptions import MlflowException
 
     try:
         metrics = client.get_run(version.run_id).data.metrics
     except MlflowException:
         return {}
-    return {name.removeprefix(CLASS_AP): ap for name, ap in metrics.items() if name.startswith(CLASS_AP)}
+    return {name.removeprefix(CLASS_AP): ap for name, ap in metrics.items() if name.startswith(CLASS_AP) and ap >= 0}
 
 
 def version_with(client: "MlflowClient", weights_sha256: str) -> "ModelVersion | None":

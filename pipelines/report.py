@@ -16,6 +16,7 @@ from pipelines.montage import pictures
 from pipelines.params import read_yaml
 from pipelines.redaction import hidden
 from pipelines.registered import ABSENT, Version, signed, text, unequal
+from pipelines.rules import describe
 
 UI = "DETR_MLFLOW_UI"  # in the environment: MLflow's address as browsers reach it, where that is another
 NUM_DIFFERENCES = 40  # rows of a table of what changed
@@ -266,10 +267,7 @@ def dataset(root: Path) -> str:
         f"{len(report) - len(broken)} of {len(report)} expectations hold.",
     ]
     lines += ["Broken, but tolerated (`validate.tolerated`):", ""] * bool(broken)
-    for row in broken:
-        ids = plain(", ".join(map(str, row["ids"])))
-        said = f"{row['table']}: {row['meaning']}: {row['unexpected']} of {row['rows']}"
-        lines.append(f"- {plain(said)}, as {ids}")
+    lines += [f"- {plain(describe(row))}" for row in broken]
     lines += ["", "The dataset's page, with pictures of every class, is linked in the result of a retraining;"]
     lines += ["`python -m pipelines ui dataset` serves that of the clone."]
     return "\n".join(lines) + "\n"

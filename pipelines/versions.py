@@ -11,58 +11,17 @@ from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass
 from typing import Any, BinaryIO, TypeVar
 
-import msgspec
 import numpy as np
 from ruamel.yaml import YAML
 from ruamel.yaml.error import YAMLError
 
+from detr.annotation_file import Document, Entries, column, parse
 from pipelines.stage import DATA, FILES
 
 T = TypeVar("T")
 Table = dict[str, np.ndarray]  # a column per name, a row per entry; one column is `id`
 SPLITS = ("train", "val")
 PASSED = "artifacts/validate/passed.json"
-
-
-class Skipped(msgspec.Struct, gc=False):
-    """A JSON object of which nothing is read."""
-
-
-class Image(msgspec.Struct, gc=False):
-    id: int
-    file_name: str
-    height: int
-    width: int
-
-
-class Annotation(msgspec.Struct, gc=False):
-    id: int
-    image_id: int
-    category_id: int
-    bbox: tuple[float, float, float, float]
-    area: float = 0.0
-    iscrowd: int | bool = 0
-
-
-class Category(msgspec.Struct, gc=False):
-    id: int
-    name: str
-
-
-class Entries(msgspec.Struct):
-    """A COCO JSON file, to be counted."""
-
-    images: list[Skipped]
-    annotations: list[Skipped]
-    categories: list[Skipped]
-
-
-class Document(msgspec.Struct):
-    """A COCO JSON file, to be compared; segmentations are skipped unread."""
-
-    images: list[Image]
-    annotations: list[Annotation]
-    categories: list[Category]
 
 
 @dataclass(frozen=True)
@@ -138,27 +97,29 @@ def read(version: DataVersion, name: str, opened: Opened, kind: type[T]) -> T:
         data = file.read()
     if hashlib.md5(data, usedforsecurity=False).hexdigest() != version.files[name].md5:
         raise ValueError(f"{DATA}/{name} of {version.title} is not what dvc.lock names; put it back: dvc checkout")
-    try:
-        return msgspec.json.decode(data, type=kind)
-    except msgspec.DecodeError as error:
-        raise ValueError(f"{DATA}/{name} of {version.title} is not in COCO's format: {error}") from error
+    return parse(data, kind, f"{DATA}/{name} of {version.title}")
 
 
-def tabulate(document: Document) -> dict[str, Table]:
-    """The tables `images`, `annotations` and `categories`."""
-    images, annotations, categories = document.images, document.annotations, document.categories
+def tabulate(document: Document, name: str) -> dict[str, Table]:
+    """The tables `images`, `annotations` and `categories`. Raises ValueError for values that are not as expected."""
 
-    def integers(entries: list[Any], *names: str) -> Table:
-        return {name: np.array([getattr(entry, name) for entry in entries], dtype=np.int64) for name in names}
+    def integers(kind: str, *keys: str) -> Table:
+        return {key: np.array(column(document, kind, key, name), dtype=np.int64) for key in keys}
 
-    sizes = np.array([(image.height, image.width) for image in images], dtype=np.int64).reshape(-1, 2)
-    boxes = np.array([annotation.bbox for annotation in annotations], dtype=np.float64).reshape(-1, 4)
-    areas = np.array([annotation.area for annotation in annotations], dtype=np.float64)
+    def reals(key: str) -> np.ndarray:
+        return np.array(column(document, "annotations", key, name), dtype=np.float64)
+
+    sizes = integers("images", "id", "height", "width")
+    texts = [_texts(column(document, *key, name)) for key in (("images", "file_name"), ("categories", "name"))]
     return {
-        "images": integers(images, "id") | {"file_name": _texts(i.file_name for i in images), "size": sizes},
-        "annotations": integers(annotations, "id", "category_id", "image_id", "iscrowd")
-        | {"bbox": boxes, "area": areas},
-        "categories": integers(categories, "id") | {"name": _texts(c.name for c in categories)},
+        "images": {
+            "id": sizes["id"],
+            "file_name": texts[0],
+            "size": np.stack([sizes["height"], sizes["width"]], axis=1),
+        },
+        "annotations": integers("annotations", "id", "category_id", "image_id", "iscrowd")
+        | {"bbox": reals("bbox").reshape(-1, 4), "area": reals("area")},
+        "categories": integers("categories", "id") | {"name": texts[1]},
     }
 
 

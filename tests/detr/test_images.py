@@ -200,7 +200,7 @@ def test_archives_close_what_they_open(tmp_path):
 
 
 def test_folders_read_as_archives_do(tmp_path):
-    contents = {"1.jpg": b"abc", "x/2.jpg": b"def"}
+    contents = {"1.jpg": b"abc", "x/2.jpg": b"def", "x/1.jpg": b"ghi", "z/4.jpg": b"1", "y/4.jpg": b"2"}
     for name, data in contents.items():
         (tmp_path / "folder" / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / "folder" / name).write_bytes(data)
@@ -209,6 +209,11 @@ def test_folders_read_as_archives_do(tmp_path):
     assert (type(folder), type(archive)) == (ImageFolder, ImageArchive)
     for name, data in contents.items():
         assert folder.read(name) == archive.read(name) == data
+    assert folder.read("2.jpg") == archive.read("2.jpg") == b"def"
+    assert folder.read("4.jpg") == archive.read("4.jpg") == b"2"
+    for place in (folder, archive):
+        with pytest.raises(FileNotFoundError):
+            place.read("x")
     with pytest.raises(FileNotFoundError, match=r"^3\.jpg is not in .*folder$"):
         folder.read("3.jpg")
 

@@ -25,7 +25,7 @@ for title, change, shown in (
     ("an annotation without image_id", without("annotations", 1, "image_id"), annotation(1)),
     ("an annotation without category_id", without("annotations", 1, "category_id"), annotation(1)),
     ("a category_id that is a string", setting("annotations", 1, category_id="7"), annotation(1)),
-    ("an annotation without area", without("annotations", 1, "area"), annotation(1)),
+    ("an area that is null", setting("annotations", 1, area=None), annotation(1)),
     ("an area that is a string", setting("annotations", 1, area="9"), annotation(1)),
     ("an area that is no number", setting("annotations", 1, area=float("nan")), annotation(1)),
 ):
@@ -56,7 +56,7 @@ for title, box in {
     defect(title, "box_inside", table=TABLE, ids=annotation(2))(setting("annotations", 2, bbox=box, area=50))
 for title, area in {
     "a negative area": -1,
-    "no area": 0,
+    "an area of zero": 0,
     "an area larger than its box": 1e6,
     "an infinite area": float("inf"),
 }.items():
@@ -68,9 +68,8 @@ for title, flag in {
     "a crowd flag that is null": None,
 }.items():
     defect(title, "crowd_flag", table=TABLE, ids=annotation(0))(setting("annotations", 0, iscrowd=flag))
-defect("no crowd flag, which pycocotools needs", "crowd_flag", table=TABLE, ids=annotation(0))(
-    without("annotations", 0, "iscrowd")
-)
+defect("no crowd flag", "crowd_given", "warning", TABLE, ids=annotation(0))(without("annotations", 0, "iscrowd"))
+defect("no area", "area_given", "warning", TABLE, ids=annotation(0))(without("annotations", 0, "area"))
 defect("a crowd", "object_single", "warning", TABLE, ids=annotation(0))(setting("annotations", 0, iscrowd=1))
 defect("an annotation of an image that is not listed", "image_known", table=TABLE, ids=annotation(1))(
     setting("annotations", 1, image_id=123456)
@@ -78,7 +77,47 @@ defect("an annotation of an image that is not listed", "image_known", table=TABL
 defect("an annotation of a category that is not listed", "category_known", table=TABLE, ids=annotation(3))(
     setting("annotations", 3, category_id=99)
 )
-defect("an annotation with id 0", "annotation_id_positive", table=TABLE, ids=fixed(0))(setting("annotations", 1, id=0))
+
+
+@defect(
+    "a box in fractions of its image",
+    "box_in_pixels",
+    table=TABLE,
+    ids=lambda d: [a["id"] for a in of_first_image(d)],
+)
+def _(d):
+    for number, a in enumerate(of_first_image(d), start=1):
+        a.update(bbox=[0.1 * number, 0.25, 0.5, 0.5], area=0.25)
+
+
+def of_first_image(d):
+    return [a for a in d.json["train"]["annotations"] if a["image_id"] == d["annotations", 0]["image_id"]]
+
+
+@defect(
+    "nothing but crowds",
+    "objects_judged",
+    table=TABLE,
+    ids=annotation(0, 1, 2, 3),
+    count=lambda d: len(d.json["train"]["annotations"]),
+    also={"train_annotations object_single", "train_categories category_has_objects"},
+)
+def _(d):
+    for a in d.json["train"]["annotations"]:
+        a["iscrowd"] = 1
+
+
+@defect(
+    "nothing but areas that pycocotools leaves out, in the validation data",
+    "objects_judged",
+    table="val_annotations",
+    ids=lambda d: [a["id"] for a in d.json["val"]["annotations"][:4]],
+    count=lambda d: len(d.json["val"]["annotations"]),
+    also={"val_annotations area_fits"},
+)
+def _(d):
+    for a in d.json["val"]["annotations"]:
+        a["area"] = -1
 
 
 @defect("two annotations with one id", "annotation_id_unique", table=TABLE, ids=annotation(0, 0), count=2)

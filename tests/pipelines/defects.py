@@ -4,7 +4,7 @@ import json
 import warnings
 import zipfile
 from collections.abc import Callable, Iterable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 
 class Dataset:
@@ -52,7 +52,7 @@ class Defect(NamedTuple):
     rule: str  # what it breaks, as "table rule"
     level: str
     ids: Callable  # the ids that must be reported, of the dataset before
-    count: int | None  # how many rows break the rule, where they are not as many as the ids
+    count: Any  # how many rows break the rule, or of the dataset before, where they are not as many as the ids
     also: set[str]  # the other rules that it must break
 
 

@@ -39,7 +39,11 @@ for title, values in {
 defect("an image without width", "image_valid", ids=image(0))(without("images", 0, "width"))
 UNLISTED = ("train_archive member_listed",)
 defect("an image without a file name", "image_valid", ids=image(0), also=UNLISTED)(without("images", 0, "file_name"))
-defect("an empty file name", "image_valid", ids=image(0), also=UNLISTED)(setting("images", 0, file_name=""))
+for title, name in {
+    "an empty file name": "",
+    "a file name of half a letter": "\ud83d.png",
+}.items():
+    defect(title, "image_valid", ids=image(0), also=UNLISTED)(setting("images", 0, file_name=name))
 
 
 @defect("two images with one id", "image_id_unique", ids=image(0, 0), count=2, also=ORPHANS + EMPTY)

@@ -97,7 +97,7 @@ def escape(folder):
         (break_zip, r"val.zip is not a whole zip file .* fetch it again"),
         (remove_zip, "neither val.zip nor a folder val/"),
         (garble_json, "instances_val.json is not valid JSON"),
-        (empty_json, "has no list 'annotations'"),
+        (empty_json, "Object missing required field `annotations`; COCO's format has lists"),
         (escape, "a path out of the archive"),
     ],
 )

@@ -104,7 +104,8 @@ def change(document, what):
     if what == "more":
         document["categories"].append({"id": 99, "name": "kite"})
     elif what == "fewer":
-        document["categories"] = document["categories"][1:]
+        gone = document["categories"].pop(0)["id"]
+        document["annotations"] = [a for a in document["annotations"] if a["category_id"] != gone]
     elif what == "renamed":
         document["categories"][0]["name"] = "kite"
     else:

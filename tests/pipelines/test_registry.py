@@ -80,6 +80,17 @@ def test_the_first_is_the_champion():
     assert "| champion" not in as_markdown(decision, CONFIG)
 
 
+def test_an_ap_of_minus_one_takes_and_holds_no_place():
+    """Also where it is the first, or seems to be better for certain."""
+    for before, gains in ((None, None), (numbers("1", -1.0), np.zeros(1000)), (numbers("1", -2.0), SURE)):
+        decision = decide(numbers("2", -1.0), before, gains, CONFIG)
+        assert (decision.alias, decision.gain) == ("challenger", None)
+        assert decision.sentence.startswith("its AP is -1, for no validation image has an object to judge it by")
+    decision = decide(numbers("2", 0.0), numbers("1", -1.0), SURE, CONFIG)
+    assert (decision.alias, decision.gain, decision.champion) == ("champion", None, None)
+    assert decision.sentence == "version 1, the champion, has an AP of -1, which is none: its place is free"
+
+
 @pytest.mark.parametrize(
     ("changes", "said"),
     [
