@@ -19,6 +19,7 @@ import psutil
 from pipelines import registry, tracking, worktree
 from pipelines.cache import bytes_in, cache_folder, collect_garbage
 from pipelines.git import git
+from pipelines.lineage import commit_in
 
 HEADS = "refs/heads/"
 RUNS = f"{HEADS}{worktree.BRANCHES}"
@@ -118,7 +119,7 @@ def unneeded_branches(root: Path, versions: Collection[Any], before: float) -> l
     tag of a person does.
     """
     needed = {f"{HEADS}{version.tags['git_branch']}" for version in versions if "git_branch" in version.tags}
-    for commit in {version.tags.get("git_commit", "none") for version in versions} - {"none"}:
+    for commit in filter(None, {commit_in(version.tags) for version in versions}):
         holders = set(refs_with(root, commit, HEADS, "refs/tags"))
         if all(ref.startswith(RUNS) for ref in holders) and not holders & needed:
             needed |= holders
@@ -160,8 +161,8 @@ def locks_of(
 
 def is_committed(root: Path, tags: dict[str, str], doomed: Collection[str]) -> bool:
     """Whether the dvc.lock of a version is that of its commit, and a branch or tag that stays holds it."""
-    commit, digest = tags.get("git_commit", "none"), tags.get("dvc_lock_sha256")
-    holders = refs_with(root, commit, HEADS, "refs/tags", "refs/remotes")
+    commit, digest = commit_in(tags), tags.get("dvc_lock_sha256")
+    holders = refs_with(root, commit, HEADS, "refs/tags", "refs/remotes") if commit else []
     if not {ref.removeprefix(HEADS) for ref in holders} - {*doomed}:
         return False
     try:

@@ -14,7 +14,7 @@ from pipelines.repro import stages
 from tests.running import ROOT, environment
 
 STAGES = ("download", "validate", "train", "evaluate", "register")
-OPERATORS = ["__main__", "automations", "cache", "flow", "git", "history", "report", "repro", "services", "worktree"]
+OPERATORS = ["__main__", "automations", "cache", "flow", "history", "report", "repro", "services", "worktree"]
 GRAPH = read_yaml(ROOT / "dvc.yaml")["stages"]
 
 
@@ -62,7 +62,7 @@ def test_the_library_meets_nobody(path):
         ("prefect", {"automations", "flow"}),
         ("mlflow", {"mirror", "packaging", "registry", "served_model", "tracking"}),
         ("great_expectations", {"validate"}),
-        ("subprocess", {"git", "packaging", "processes", "register", "services"}),
+        ("subprocess", {"git", "packaging", "processes", "services"}),
     ],
 )
 def test_each_tool_has_one_home(package, homes):
@@ -148,7 +148,11 @@ def tracked():
 def test_the_tree_in_the_readme_is_the_tree_on_disk():
     text = (ROOT / "README.md").read_text(encoding="utf-8").partition("```text\n")[2].partition("```")[0]
     shown = {line.split()[0].rstrip("/") for line in text.splitlines() if line.strip()}
-    on_disk = {path.parts[0] for path in tracked() if path.parts[0] not in (".gitignore", ".dvcignore", "dvc.lock")}
+    on_disk = {
+        path.parts[0]
+        for path in tracked()
+        if path.parts[0] not in (".gitattributes", ".gitignore", ".dvcignore", "dvc.lock")
+    }
     assert shown == {name for name in on_disk if (ROOT / name).exists()} | {"data"}
 
 
