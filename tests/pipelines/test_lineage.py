@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from pipelines import register
+from pipelines.git import git
 from pipelines.lineage import commit_in, git_diff, val_digest, validation
 from pipelines.worktree import apply
 from tests.running import call
@@ -58,7 +59,7 @@ def assert_it_applies(root, diff, folder):
     """To HEAD, as `reproduce` does."""
     (folder / "git.diff").write_bytes(diff.encode(errors="surrogateescape"))
     place = folder / "place"
-    call(root, "git", "worktree", "add", "--quiet", "--detach", str(place), "HEAD")
+    git(root, "worktree", "add", "--quiet", "--detach", str(place), "HEAD")
     apply(place, folder / "git.diff", ("dvc.lock",))
     code = ("detr/loss.py", "detr/dos.py", "detr/ümoved there.py", "presets/bytes.yaml", "new.py", "params.yaml")
     assert {name: (place / name).read_bytes() for name in code} == {name: (root / name).read_bytes() for name in code}
@@ -67,14 +68,21 @@ def assert_it_applies(root, diff, folder):
     assert (place / "dvc.lock").read_bytes() == b"old\n"
 
 
-@pytest.mark.parametrize("setting", SETTINGS)
-def test_the_diff_is_the_same_and_applies_under_every_setting(project, setting, tmp_path, monkeypatch):
+def test_the_diff_is_the_same_and_applies_under_every_setting(project, tmp_path, monkeypatch):
     plain = git_diff()
-    key, _, value = setting.partition("=")
-    for name, text in (("COUNT", "1"), ("KEY_0", key), ("VALUE_0", value)):
-        monkeypatch.setenv(f"GIT_CONFIG_{name}", text)
-    assert git_diff() == plain
+    for setting in SETTINGS:
+        have_settings(monkeypatch, setting)
+        assert git_diff() == plain, setting
+    have_settings(monkeypatch, *SETTINGS)
     assert_it_applies(project, plain, tmp_path)
+
+
+def have_settings(monkeypatch, *settings):
+    monkeypatch.setenv("GIT_CONFIG_COUNT", str(len(settings)))
+    for number, setting in enumerate(settings):
+        key, _, value = setting.partition("=")
+        monkeypatch.setenv(f"GIT_CONFIG_KEY_{number}", key)
+        monkeypatch.setenv(f"GIT_CONFIG_VALUE_{number}", value)
 
 
 def test_the_diff_applies_with_external_tools_filters_and_a_callers_variables(project, tmp_path, monkeypatch):
