@@ -1,5 +1,6 @@
 """What the five stage commands share: quiet tools, one-line errors, progress, whole files."""
 
+import contextlib
 import errno
 import getpass
 import json
@@ -36,6 +37,21 @@ OF_A_CALLER = {  # by which a git that calls us, as in a hook or an alias, tells
 DOCS_DIGEST = "data.sha256"  # in the Data Docs: which data they show
 
 
+def project() -> Path:
+    """The current folder; in one that DVC makes for an experiment and removes afterwards, the clone that it is of."""
+    here = Path.cwd()
+    return here.parents[3] if here.parts[-4:-1] == (".dvc", "tmp", "exps") else here
+
+
+def share_scratch() -> None:
+    """Gives one of DVC's experiments the clone's scratch/, which stays when its own folder is removed."""
+    kept, own = project() / "scratch", Path.cwd() / "scratch"
+    if kept != own and not own.exists():
+        kept.mkdir(exist_ok=True)
+        with contextlib.suppress(FileExistsError):
+            own.symlink_to(kept)
+
+
 def own_environment() -> dict[str, str]:
     """The environment for what we start: all telemetry off, no git but that of the folder it works in, a user."""
     env = {name: value for name, value in os.environ.items() if name not in OF_A_CALLER}
@@ -67,6 +83,7 @@ def command(run: Callable[[], None]) -> None:
         del os.environ[name]
     os.environ.update(own)
     try:
+        share_scratch()
         run()
     except KeyboardInterrupt:
         sys.exit(130)

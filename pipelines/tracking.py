@@ -4,10 +4,14 @@ import contextlib
 import hashlib
 import json
 import os
+import sys
 import time
 from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from pipelines.relocation import ARTIFACTS, relocate
+from pipelines.stage import project
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -22,7 +26,7 @@ PICTURES = "pictures"  # the folder of a run's examples, among its artifacts
 
 def tracking_uri() -> str:
     """MLFLOW_TRACKING_URI, or the SQLite file in the root of the project."""
-    return os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{Path('mlflow.db').resolve()}"
+    return os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{(project() / 'mlflow.db').resolve()}"
 
 
 def is_there() -> bool:
@@ -42,10 +46,12 @@ def connect() -> "MlflowClient":
     mlflow.set_tracking_uri(uri)
     mlflow.set_registry_uri(uri)
     try:
-        if not is_there():
-            make_database(Path(uri.removeprefix("sqlite:///")))
+        if uri.startswith("sqlite:///"):
+            prepare_database(Path(uri.removeprefix("sqlite:///")))
         client = mlflow.MlflowClient(uri, uri)
         client.search_experiments(max_results=1)
+    except ValueError:
+        raise
     except Exception as error:
         reason = " ".join(str(error).split())[:300]
         raise ValueError(f"MLflow at {uri} is unreachable ({reason}); start it or unset MLFLOW_TRACKING_URI") from error
@@ -57,6 +63,14 @@ def _quieten() -> None:
 
     for name in ("alembic", "mlflow.store.db.utils"):
         logging.getLogger(name).setLevel(logging.CRITICAL)  # errors are raised too, and told in one line
+
+
+def prepare_database(path: Path) -> None:
+    """Makes MLflow's SQLite file; one that is there finds its artifacts where its folder has moved, which is said."""
+    if not path.exists():
+        make_database(path)
+    elif said := relocate(path):
+        print(said, file=sys.stderr, flush=True)
 
 
 def make_database(path: Path) -> None:
@@ -77,7 +91,7 @@ def make_database(path: Path) -> None:
 
 def artifacts_beside(database: Path) -> str:
     """Where the artifacts of a SQLite file lie."""
-    return (database.parent / "mlartifacts").as_uri()
+    return (database.parent / ARTIFACTS).as_uri()
 
 
 def has_run(client: "MlflowClient", fingerprint: str) -> bool:

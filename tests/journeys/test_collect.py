@@ -19,7 +19,7 @@ from pipelines import tracking, worktree
 from pipelines.cache import bytes_in, cache_folder
 from pipelines.collect import collect
 from pipelines.params import to_yaml
-from tests.projects import relocate
+from pipelines.relocation import relocate
 from tests.running import ROOT, call, environment, free_port
 
 MAKE = """
@@ -94,7 +94,7 @@ def project(registry, tmp_path, monkeypatch):
     monkeypatch.setenv("PATH", environment()["PATH"])
     monkeypatch.setattr(sys, "executable", shutil.which("python"))  # what `collect` runs DVC by
     shutil.copy(registry / "mlflow.db", root)
-    relocate(root, root, registry)
+    relocate(root / "mlflow.db")
     return root
 
 
