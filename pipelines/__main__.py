@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from pipelines import params, worktree
-from pipelines.git import is_dirty
+from pipelines.git import check_repository, is_dirty
 from pipelines.overrides import parameters
 from pipelines.stage import QUIET, command, write_json
 
@@ -44,6 +44,8 @@ def run(preset: str | None, overrides: list[str], refresh: bool) -> None:
     """Runs the pipeline as a Prefect flow: here, or in a worktree of its own with a preset or overrides."""
     root = Path.cwd()
     here = preset is None and not overrides
+    if not here:
+        check_repository(root)
     dirty = not here and is_dirty(root)
     if not dirty:  # else the code of the commit checks what it has
         check(parameters(root, preset, overrides))

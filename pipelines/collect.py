@@ -23,9 +23,20 @@ from pipelines.lineage import commit_in
 
 HEADS = "refs/heads/"
 RUNS = f"{HEADS}{worktree.BRANCHES}"
+EXPERIMENT = re.compile(r"refs/exps/[0-9a-f]{2}/[0-9a-f]{38}/(.+)")  # of DVC, by its name
 LOG_BYTES = 16 << 20  # beyond which the log of a service that still writes to it is emptied
 NUM_NAMES = 20  # of what went that are listed by name, per kind
-KINDS = ("worktrees", "branches", "states", "results of runs", "downloads", "reproductions", "logs", "DVC cache")
+KINDS = (
+    "worktrees",
+    "branches",
+    "experiments",
+    "states",
+    "results of runs",
+    "downloads",
+    "reproductions",
+    "logs",
+    "DVC cache",
+)
 
 
 @dataclass
@@ -91,7 +102,12 @@ def collect(root: Path, keep_days: int, dry_run: bool, shared_cache: bool, log: 
             found.went["logs"].append((f"services/{path.name}, emptied", bytes_in(path)))
             if not dry_run:
                 os.truncate(path, 0)
-        collect_cache(root, locks, lost, shared_cache, found, log)
+        young, old = experiments(root, before)
+        for name, ref in old.items():
+            found.went["experiments"].append((name, 0))
+            if not dry_run:
+                git(root, "update-ref", "-d", ref)
+        collect_cache(root, locks | young, lost, shared_cache, found, log)
         if dry_run and doomed:
             found.remarks.append("what only those branches hold in the DVC cache is not counted")
     return found
@@ -157,6 +173,29 @@ def locks_of(
         elif path or digest:
             lost.append(number)
     return locks, lost
+
+
+def experiments(root: Path, before: float) -> tuple[dict[str, str], dict[str, str]]:
+    """What DVC's own `gc --all-commits` passes over: the dvc.lock of each of DVC's experiments, of git's stashes and of
+    experiments under way, where it is younger than `before`; and the refs of older experiments, by name.
+    """
+    young, old = {}, {}
+    for path in root.glob(".dvc/tmp/exps/*/dvc.lock"):
+        young[path.parent.name] = path.read_text(encoding="utf-8")
+    listed = git(
+        root, "for-each-ref", "--format=%(committerdate:unix) %(objectname) %(refname)", "refs/exps", "refs/stash"
+    )
+    for seconds, commit, ref in (line.split(" ", 2) for line in listed.splitlines()):
+        commits = [f"{seconds} {commit}"]
+        if ref.endswith(("/stash", "/failed")):
+            commits = git(root, "log", "--walk-reflogs", "--format=%ct %H", ref, "--").splitlines()
+        for time_of, name in (line.split() for line in commits):
+            if int(time_of) > before:
+                with suppress(ValueError):  # it has none
+                    young[name] = git(root, "show", f"{name}:./dvc.lock")
+            elif experiment := EXPERIMENT.fullmatch(ref):
+                old[experiment[1]] = ref
+    return young, old
 
 
 def is_committed(root: Path, tags: dict[str, str], doomed: Collection[str]) -> bool:

@@ -73,12 +73,19 @@ def run_git(
 
 
 def check_repository(root: Path) -> None:
-    """Raises ValueError, with what to do, where git cannot make worktrees of the project in `root`."""
-    top = git(root, "rev-parse", "--show-toplevel")
-    if Path(top).resolve() != root.resolve():
+    """Raises ValueError, with what to do, where git or DVC cannot work in a worktree of the project in `root`."""
+    try:
+        top = Path(git(root, "rev-parse", "--show-toplevel"))
+    except ValueError as error:
+        remedy = "; clone the project with git" if "not a git repository" in str(error) else ""
+        raise ValueError(f"a run in a worktree needs git: {error}{remedy}") from error
+    inside = f"a folder of the repository {top}" if top.resolve() != root.resolve() else ""
+    if not inside and (above := git(root, "rev-parse", "--show-superproject-working-tree")):
+        inside = f"a submodule of {above}"
+    if inside:
         raise ValueError(
-            f"{root} is a folder of the repository {top}, and a run in a worktree needs the project in a repository "
-            "of its own; clone it elsewhere, or run without overrides: dvc repro"
+            f"{root} is {inside}, where DVC cannot work in a worktree; clone the project to a folder of its own, or "
+            "run it in place, without overrides"
         )
     try:
         git(root, "rev-parse", "--verify", "--quiet", "HEAD^{commit}")

@@ -305,18 +305,21 @@ def test_a_clone_can_move_with_what_a_killed_run_has_left_and_scratch_can_be_a_l
 
 def test_a_folder_that_git_makes_no_worktree_of_is_refused_in_a_line(root, tmp_path_factory):
     other = tmp_path_factory.mktemp("other")
+    for place in (root / "inside", other / "new"):
+        place.mkdir()
+    call(other / "new", "git", "init", "--quiet")
+    add = ("-c", "protocol.file.allow=always", "submodule", "--quiet", "add", str(root), "sub")
+    call(other / "new", "git", *add)
     for place, said in (
-        (other, "not a git repository"),
+        (other, "a run in a worktree needs git: .*not a git repository.*; clone the project with git"),
         (root / "inside", f"is a folder of the repository {root}"),
         (other / "new", "has no commit yet"),
+        (other / "new/sub", f"is a submodule of {other}/new"),
     ):
-        place.mkdir(exist_ok=True)
-        if place.name == "new":
-            call(place, "git", "init", "--quiet")
         with pytest.raises(ValueError, match=said) as caught:
             run(place)
         assert "\n" not in str(caught.value)
-        assert not [path for path in place.iterdir() if path.name not in (".git", "new")]
+        assert not (place / "scratch").exists()
 
 
 def test_what_a_git_that_calls_us_says_reaches_no_git_of_ours(root, monkeypatch):
