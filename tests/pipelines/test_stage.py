@@ -7,7 +7,7 @@ import termios
 import pytest
 
 from pipelines.stage import explain, write_json
-from tests.running import ROOT, environment
+from tests.running import ROOT, call, environment
 
 COUNT = "from pipelines.stage import Progress\nfor _ in Progress(range(40), 'count', 40, 'image'): pass"
 
@@ -38,6 +38,35 @@ def test_progress_is_a_bar_on_a_terminal():
     os.close(master)
     assert done.wait() == 0
     assert b"\rcount: 100%" in shown
+
+
+STRANGER = """
+import getpass, os, pwd
+os.getuid = lambda: 54321
+from pipelines.stage import OF_A_CALLER, command
+def show():
+    assert not OF_A_CALLER & os.environ.keys()
+    print(getpass.getuser(), os.path.expanduser("~"))
+command(show)
+"""
+
+
+@pytest.mark.parametrize(("home", "own"), [("/nonexistent", True), (str(ROOT), False)])
+def test_a_user_whom_the_machine_does_not_know_has_a_name_and_a_home(tmp_path, home, own):
+    caller = {"GIT_DIR": "/nowhere", "GIT_INDEX_FILE": "/nowhere/index", "GIT_LITERAL_PATHSPECS": "1"}
+    said = call(tmp_path, "python", "-c", STRANGER, HOME=home, PYTHONPATH=str(ROOT), **caller)
+    assert said.split() == ["user-54321", f"{tmp_path}/scratch/home" if own else home]
+    assert (tmp_path / "scratch/home").exists() == own
+
+
+def test_an_experiment_of_dvc_has_the_scratch_of_its_clone(tmp_path):
+    place = tmp_path / ".dvc/tmp/exps/tmpabc"
+    place.mkdir(parents=True)
+    code = "from pathlib import Path; from pipelines.stage import command; command(lambda: Path('scratch/x').touch())"
+    for _ in range(2):
+        call(place, "python", "-c", code, PYTHONPATH=str(ROOT))
+    assert (place / "scratch").readlink() == tmp_path / "scratch"
+    assert (tmp_path / "scratch/x").exists()
 
 
 @pytest.mark.parametrize(
