@@ -180,7 +180,7 @@ def experiments(root: Path, before: float) -> tuple[dict[str, str], dict[str, st
     experiments under way, where it is younger than `before`; and the refs of older experiments, by name.
     """
     young, old = {}, {}
-    for path in root.glob(".dvc/tmp/exps/*/dvc.lock"):
+    for path in (*root.glob(".dvc/tmp/exps/*/dvc.lock"), *root.glob(".dvc/tmp/exps/*/*/dvc.lock")):
         young[path.parent.name] = path.read_text(encoding="utf-8")
     listed = git(
         root, "for-each-ref", "--format=%(committerdate:unix) %(objectname) %(refname)", "refs/exps", "refs/stash"

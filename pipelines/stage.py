@@ -40,7 +40,7 @@ DOCS_DIGEST = "data.sha256"  # in the Data Docs: which data they show
 def project() -> Path:
     """The current folder; in one that DVC makes for an experiment and removes afterwards, the clone that it is of."""
     here = Path.cwd()
-    return here.parents[3] if here.parts[-4:-1] == (".dvc", "tmp", "exps") else here
+    return next((one.parents[2] for one in here.parents if one.parts[-3:] == (".dvc", "tmp", "exps")), here)
 
 
 def share_scratch() -> None:

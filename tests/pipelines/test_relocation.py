@@ -95,10 +95,10 @@ def test_what_is_no_database_is_said(tmp_path):
 
 
 def test_an_experiment_of_dvc_registers_in_the_clone_that_it_is_of(tmp_path, monkeypatch):
-    place = tmp_path / ".dvc/tmp/exps/tmpabc"
+    place = tmp_path / ".dvc/tmp/exps/standalone/tmpabc"
     place.mkdir(parents=True)
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
     monkeypatch.chdir(place)
     assert tracking.tracking_uri() == f"sqlite:///{tmp_path}/mlflow.db"
-    monkeypatch.chdir(place.parent)
-    assert tracking.tracking_uri() == f"sqlite:///{place.parent}/mlflow.db"
+    monkeypatch.chdir(tmp_path / ".dvc/tmp")
+    assert tracking.tracking_uri() == f"sqlite:///{tmp_path}/.dvc/tmp/mlflow.db"

@@ -59,8 +59,9 @@ def test_a_user_whom_the_machine_does_not_know_has_a_name_and_a_home(tmp_path, h
     assert (tmp_path / "scratch/home").exists() == own
 
 
-def test_an_experiment_of_dvc_has_the_scratch_of_its_clone(tmp_path):
-    place = tmp_path / ".dvc/tmp/exps/tmpabc"
+@pytest.mark.parametrize("folder", ["tmpabc", "standalone/tmpabc"])  # of DVC's queue, of `dvc exp run --temp`
+def test_an_experiment_of_dvc_has_the_scratch_of_its_clone(tmp_path, folder):
+    place = tmp_path / ".dvc/tmp/exps" / folder
     place.mkdir(parents=True)
     code = "from pathlib import Path; from pipelines.stage import command; command(lambda: Path('scratch/x').touch())"
     for _ in range(2):

@@ -1,4 +1,4 @@
-"""The disk is freed, and what DVC's experiments and git's stashes hold stays as long as the rest."""
+"""DVC's experiments: where they register, and how long what they hold stays."""
 
 import shutil
 
@@ -7,6 +7,7 @@ import pytest
 from pipelines import tracking
 from pipelines.params import to_yaml
 from tests.collecting import OLD, collectable, collected, parameters, train, weights_in_cache
+from tests.projects import quick_project
 from tests.running import call
 
 
@@ -24,7 +25,7 @@ def test_experiments_and_stashes_stay_as_long_as_the_rest(project):
     call(project, "dvc", "exp", "run", "--temp", "--name", "today", "-S", "train.seed=5")
     (today,) = call(project, "git", "for-each-ref", "--format=%(refname)", "refs/exps/??/*/today").split()
     files = {"today": weights_in_cache(project, today)}
-    running = project / ".dvc/tmp/exps/tmpabc/dvc.lock"
+    running = project / ".dvc/tmp/exps/standalone/tmpabc/dvc.lock"
     running.parent.mkdir(parents=True, exist_ok=True)
     for seed in (6, 7):
         (project / "params.yaml").write_text(to_yaml(parameters(seed, project)), encoding="utf-8")
@@ -49,3 +50,18 @@ def test_experiments_and_stashes_stay_as_long_as_the_rest(project):
     assert call(project, "dvc", "exp", "list", "--name-only").split() == ["today"]
     call(project, "dvc", "exp", "apply", "today")
     assert tracking.sha256(project / "artifacts/train/model.safetensors") == tracking.sha256(files["today"])
+
+
+def test_an_experiment_in_a_folder_of_its_own_registers_in_the_clone(tmp_path, monkeypatch):
+    root = quick_project(tmp_path)
+    said = call(root, "dvc", "exp", "run", "--temp", "--name", "mine", "-S", "train.epochs=1")
+    assert "registered detr version 1 as champion" in said
+    assert not list((root / ".dvc/tmp/exps").rglob("tmp*"))
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{root}/mlflow.db")
+    (version,) = tracking.versions(tracking.connect())
+    assert version.tags["git_commit"] == call(root, "git", "rev-parse", "HEAD").strip()
+    assert list((root / "mlartifacts").rglob("dvc.lock"))
+    call(root, "dvc", "exp", "apply", "mine")
+    assert '"version": 1' in (root / "artifacts/register/version.json").read_text(encoding="utf-8")
+    changed = {line[3:] for line in call(root, "git", "status", "--porcelain").splitlines()}
+    assert changed == {"dvc.lock", "params.yaml"}
