@@ -52,6 +52,16 @@ def share_scratch() -> None:
             own.symlink_to(kept)
 
 
+def require_inside() -> None:
+    """Raises ValueError where a link leads what DVC is to track out of the clone: it would refuse it when it is made."""
+    for place in (DATA, Path("artifacts")):
+        if not place.resolve().is_relative_to(Path.cwd()):
+            raise ValueError(
+                f"{place} leads to {place.resolve()}, out of the clone, where DVC tracks nothing; remove the link, and "
+                "keep what is large on that disk by DVC's cache: dvc cache dir --local FOLDER"
+            )
+
+
 def own_environment() -> dict[str, str]:
     """The environment for what we start: all telemetry off, no git but that of the folder it works in, a user."""
     env = {name: value for name, value in os.environ.items() if name not in OF_A_CALLER}
@@ -83,6 +93,8 @@ def command(run: Callable[[], None]) -> None:
         del os.environ[name]
     os.environ.update(own)
     try:
+        if "DVC_STAGE" in os.environ:
+            require_inside()
         share_scratch()
         run()
     except KeyboardInterrupt:

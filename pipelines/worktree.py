@@ -248,6 +248,7 @@ def _commit(place: Path, file: str, message: str) -> None:
     identity: tuple[str, ...] = ()
     try:
         git(place, "config", "user.email")
+        git(place, "var", "GIT_COMMITTER_IDENT")  # refuses where a name is missing
     except ValueError:
         identity = ("-c", "user.name=pipelines", "-c", "user.email=pipelines@localhost")
     git(place, "add", file)

@@ -14,7 +14,7 @@ from tests.running import call
 
 SETTINGS = (
     "apply.ignoreWhitespace=change", "apply.whitespace=error", "color.diff=always", "color.ui=always", "core.autocrlf=true",
-    "core.quotePath=false", "core.safecrlf=true", "core.whitespace=tab-in-indent", "diff.algorithm=patience", "diff.context=0",
+    "core.quotePath=true", "core.safecrlf=true", "core.whitespace=tab-in-indent", "diff.algorithm=patience", "diff.context=0",
     "diff.external=echo", "diff.ignoreSubmodules=all", "diff.interHunkContext=9", "diff.mnemonicPrefix=true",
     "diff.noprefix=true", "diff.orderFile=/nowhere", "diff.relative=true", "diff.renames=copies", "diff.srcPrefix=x/",
     "diff.submodule=log", "diff.suppressBlankEmpty=true", "diff.wordRegex=.", "status.showUntrackedFiles=no",

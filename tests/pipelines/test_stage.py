@@ -70,6 +70,22 @@ def test_an_experiment_of_dvc_has_the_scratch_of_its_clone(tmp_path, folder):
     assert (tmp_path / "scratch/x").exists()
 
 
+@pytest.mark.parametrize("name", ["data", "data/coco", "artifacts"])
+def test_what_leads_out_of_the_clone_is_refused_before_it_is_made(tmp_path, name):
+    (tmp_path / "clone/data").mkdir(parents=True)
+    (tmp_path / "disk").mkdir()
+    place = tmp_path / "clone" / name
+    if place.exists():
+        place.rmdir()
+    place.symlink_to(tmp_path / "disk")
+    asked = ("python", "-c", "from pipelines.stage import command; command(lambda: print('made'))")
+    said = call(tmp_path / "clone", *asked, code=1, DVC_STAGE="download", PYTHONPATH=str(ROOT))
+    assert f" leads to {tmp_path}/disk" in said
+    assert said.endswith("dvc cache dir --local FOLDER\n")
+    assert said.count("\n") == 1
+    assert call(tmp_path / "clone", *asked, PYTHONPATH=str(ROOT)) == "made\n"
+
+
 @pytest.mark.parametrize(
     ("error", "message"),
     [
