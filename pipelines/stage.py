@@ -53,7 +53,7 @@ def share_scratch() -> None:
 
 
 def require_inside() -> None:
-    """Raises ValueError where a link leads what DVC is to track out of the clone: it would refuse it when it is made."""
+    """Raises ValueError where a link leads out of the clone what DVC is to track: DVC refuses it once it is made."""
     for place in (DATA, Path("artifacts")):
         if not place.resolve().is_relative_to(Path.cwd()):
             raise ValueError(
