@@ -108,9 +108,9 @@ def ui(which: str, port: int | None) -> None:
         raise ValueError(f"{pages} does not exist; run the pipeline first: python -m pipelines run")
     store = f"sqlite:///{root / 'mlflow.db'}"
     if which == "mlflow":
-        from pipelines import tracking
+        from pipelines.database import prepare_database
 
-        tracking.prepare_database(root / "mlflow.db")
+        prepare_database(root / "mlflow.db")
     arguments = {
         "prefect": ["-m", "prefect", "server", "start", "--host", "127.0.0.1", "--port", str(port)],
         "mlflow": ["-m", "mlflow", "ui", "--host", "127.0.0.1", "--port", str(port), "--backend-store-uri", store],

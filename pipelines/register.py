@@ -14,7 +14,7 @@ from typing import Any
 from pipelines import gate, params, registry, tracking
 from pipelines.gate import RegisterParams
 from pipelines.git import git, is_dirty
-from pipelines.lineage import EVALUATED, TRAINED, UNKNOWN, VALIDATED, collect_lineage, git_diff
+from pipelines.lineage import EVALUATED, TRAINED, UNKNOWN, VALIDATED, collect_lineage, commit_in, git_diff
 from pipelines.packaging import log_version
 from pipelines.stage import DATA, DOCS_DIGEST, command, write_json
 
@@ -46,6 +46,12 @@ def register(config: RegisterParams, output: Path) -> None:
             tags = lineage | {name: str(value) for name, value in metrics.items()}
             check()
             version = log_version(run_id, TRAINED, example_image(), tags | {"fingerprint": mark, "run_id": run_id})
+        elif commit_in(version.tags) is None and commit_in(lineage):  # git refused when it was registered
+            for name, value in lineage.items():
+                if name.startswith("git_"):
+                    client.set_model_version_tag(tracking.MODEL, version.version, name, value)
+            if "git_failure" in version.tags:
+                client.delete_model_version_tag(tracking.MODEL, version.version, "git_failure")
         alias, reason = settle(client, version, config, check)
     output.mkdir(parents=True, exist_ok=True)
     write_json(output / "version.json", {"name": tracking.MODEL, "version": int(version.version), "fingerprint": mark})
@@ -92,7 +98,8 @@ def ask_git() -> tuple[dict[str, str], str]:
         diff = git_diff()
         tags["git_dirty"] = str(bool(diff) or is_dirty(root)).lower()
     except ValueError as error:
-        print(f"warning: the version's lineage says {UNKNOWN} where git refuses: {error}", file=sys.stderr, flush=True)
+        said = f"the version's lineage says {UNKNOWN}, until dvc repro runs where git does not refuse: {error}"
+        print(f"warning: {said}", file=sys.stderr, flush=True)
         return tags | {"git_failure": str(error)[:5000]}, ""
     return tags, diff
 
@@ -110,7 +117,8 @@ def publish(client: Any, run_id: str, mark: str, metrics: dict[str, float], line
     results = hashlib.sha256(lineage["weights_sha256"].encode())
     for path in sorted(path for path in EVALUATED.rglob("*") if path.is_file()):
         results.update(tracking.sha256(path).encode())
-    if client.get_run(run_id).data.tags.get("published") == results.hexdigest():
+    known = client.get_run(run_id).data.tags
+    if known.get("published") == results.hexdigest() and (commit_in(known) or not commit_in(lineage)):
         return
     numbers = metrics | class_metrics(EVALUATED / "per_class.csv")
     seconds = training_seconds(history, timings, int(document["train"]["batch_size"]))

@@ -4,20 +4,18 @@ import contextlib
 import hashlib
 import json
 import os
-import sys
 import time
 from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pipelines.relocation import ARTIFACTS, relocate
+from pipelines.database import EXPERIMENT, artifacts_beside, prepare_database, quieten_mlflow
 from pipelines.stage import project
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
     from mlflow.entities.model_registry import ModelVersion
 
-EXPERIMENT = "detr"
 MODEL = "detr"
 VALIDATION_METRICS = ("AP", "AR")  # prefixes of what is measured on the validation images
 SYSTEM = "system/"  # the prefix of what MLflow shows as system metrics
@@ -41,7 +39,7 @@ def connect() -> "MlflowClient":
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "20")
     import mlflow
 
-    _quieten()
+    quieten_mlflow()
     uri = tracking_uri()
     mlflow.set_tracking_uri(uri)
     mlflow.set_registry_uri(uri)
@@ -56,42 +54,6 @@ def connect() -> "MlflowClient":
         reason = " ".join(str(error).split())[:300]
         raise ValueError(f"MLflow at {uri} is unreachable ({reason}); start it or unset MLFLOW_TRACKING_URI") from error
     return client
-
-
-def _quieten() -> None:
-    import logging
-
-    for name in ("alembic", "mlflow.store.db.utils"):
-        logging.getLogger(name).setLevel(logging.CRITICAL)  # errors are raised too, and told in one line
-
-
-def prepare_database(path: Path) -> None:
-    """Makes MLflow's SQLite file; one that is there finds its artifacts where its folder has moved, which is said."""
-    if not path.exists():
-        make_database(path)
-    elif said := relocate(path):
-        print(said, file=sys.stderr, flush=True)
-
-
-def make_database(path: Path) -> None:
-    """Makes MLflow's SQLite file with the experiment, its artifacts in files beside it, so that they can be read
-    with and without a server. Whole or not at all: a process that ends in the middle would leave one for good.
-    """
-    import mlflow
-
-    _quieten()
-    partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
-    partial.unlink(missing_ok=True)
-    client = mlflow.MlflowClient(f"sqlite:///{partial}", f"sqlite:///{partial}")
-    client.create_experiment(EXPERIMENT, artifacts_beside(path))
-    with contextlib.suppress(FileExistsError):  # another process was faster
-        os.link(partial, path)
-    partial.unlink()
-
-
-def artifacts_beside(database: Path) -> str:
-    """Where the artifacts of a SQLite file lie."""
-    return (database.parent / ARTIFACTS).as_uri()
 
 
 def has_run(client: "MlflowClient", fingerprint: str) -> bool:

@@ -11,8 +11,8 @@ from ruamel.yaml import YAML
 
 from pipelines import tracking, worktree
 from pipelines.collect import collect
+from pipelines.database import relocate
 from pipelines.params import to_yaml
-from pipelines.relocation import relocate
 from tests.running import ROOT, call, environment
 
 OLD = time.time() - 30 * 86400

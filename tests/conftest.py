@@ -11,10 +11,9 @@ import pytest
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch: models are small, and threads would wait for each other
 
-from pipelines.relocation import relocate
+from pipelines.database import make_database, relocate
 from pipelines.shapes import write_shapes
 from pipelines.stage import QUIET
-from pipelines.tracking import make_database
 
 pytest.register_assert_rewrite("tests.orchestra", "tests.registering", "tests.running")
 

@@ -20,8 +20,8 @@ from detr.matcher import MatcherConfig
 from detr.model import DETR, ModelConfig
 from detr.train import TrainConfig
 from detr.transforms import TransformConfig
+from pipelines.database import relocate
 from pipelines.params import from_document, merged, read_yaml, to_yaml
-from pipelines.relocation import relocate
 from pipelines.rules import ValidateParams
 from pipelines.shapes import ShapesParams
 from tests.running import ROOT, call

@@ -60,7 +60,7 @@ def test_the_library_meets_nobody(path):
     [
         ("dvc", {"cache", "history", "worktree"}),
         ("prefect", {"automations", "flow"}),
-        ("mlflow", {"mirror", "packaging", "registry", "served_model", "tracking"}),
+        ("mlflow", {"database", "mirror", "packaging", "registry", "served_model", "tracking"}),
         ("great_expectations", {"validate"}),
         ("subprocess", {"git", "packaging", "processes", "services"}),
     ],

@@ -8,7 +8,7 @@ from urllib.request import url2pathname
 import pytest
 
 from pipelines import tracking
-from pipelines.relocation import relocate
+from pipelines.database import relocate
 
 
 @pytest.fixture
@@ -88,7 +88,7 @@ def test_artifacts_in_a_place_of_their_own_and_a_file_behind_a_link_stay(clone, 
 
 def test_what_is_no_database_is_said(tmp_path):
     (tmp_path / "mlflow.db").write_text("no database, but long enough to be read as one" * 10, encoding="utf-8")
-    with pytest.raises(ValueError, match=r"mlflow\.db cannot be read.*: file is not a database"):
+    with pytest.raises(ValueError, match=r"MLflow's .*mlflow\.db cannot be read.*: file is not a database"):
         relocate(tmp_path / "mlflow.db")
     (tmp_path / "empty.db").touch()
     assert relocate(tmp_path / "empty.db") == ""

@@ -1,13 +1,17 @@
-"""MLflow's SQLite file keeps absolute places: after its folder was moved, renamed or copied they are set right."""
+"""MLflow's SQLite file: made, and set right after its folder was moved or copied, since it keeps absolute places."""
 
+import logging
+import os
 import sqlite3
-from contextlib import closing
+import sys
+from contextlib import closing, suppress
 from pathlib import Path
 from urllib.parse import urlsplit
 from urllib.request import url2pathname
 
+EXPERIMENT = "detr"
 ARTIFACTS = "mlartifacts"  # the folder beside the file
-WAIT_SECONDS = 60  # for another process to end what it writes
+WAIT_SECONDS = 20  # for another process to end what it writes
 PLACES = (  # where the file has places
     ("experiments", "artifact_location"),
     ("runs", "artifact_uri"),
@@ -15,6 +19,40 @@ PLACES = (  # where the file has places
     ("model_versions", "storage_location"),
     ("model_versions", "source"),
 )
+
+
+def prepare_database(path: Path) -> None:
+    """Makes MLflow's SQLite file; one that is there finds its artifacts where its folder has moved, which is said."""
+    if not path.exists():
+        make_database(path)
+    elif said := relocate(path):
+        print(said, file=sys.stderr, flush=True)
+
+
+def make_database(path: Path) -> None:
+    """Makes MLflow's SQLite file with the experiment, its artifacts in files beside it, so that they can be read
+    with and without a server. Whole or not at all: a process that ends in the middle would leave one for good.
+    """
+    import mlflow
+
+    quieten_mlflow()
+    partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
+    partial.unlink(missing_ok=True)
+    client = mlflow.MlflowClient(f"sqlite:///{partial}", f"sqlite:///{partial}")
+    client.create_experiment(EXPERIMENT, artifacts_beside(path))
+    with suppress(FileExistsError):  # another process was faster
+        os.link(partial, path)
+    partial.unlink()
+
+
+def quieten_mlflow() -> None:
+    for name in ("alembic", "mlflow.store.db.utils"):
+        logging.getLogger(name).setLevel(logging.CRITICAL)  # errors are raised too, and told in one line
+
+
+def artifacts_beside(database: Path) -> str:
+    """Where the artifacts of a SQLite file lie."""
+    return (database.parent / ARTIFACTS).as_uri()
 
 
 def relocate(database: Path) -> str:
@@ -38,7 +76,8 @@ def relocate(database: Path) -> str:
                 )
             changed = sum(rewrite(store, table, column, old, here) for table, column in PLACES)
     except sqlite3.Error as error:
-        raise ValueError(f"{database} cannot be read, or written where its folder has moved: {error}") from error
+        said = f"MLflow's {database} cannot be read, or, where its folder has moved, be written: {error}"
+        raise ValueError(said) from error
     return f"{database} was made in {old}: {changed} places in it are in {here} now"
 
 
