@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from pipelines import params, worktree
-from pipelines.git import is_dirty
+from pipelines.git import check_repository, is_dirty
 from pipelines.overrides import parameters
 from pipelines.stage import QUIET, command, write_json
 
@@ -44,6 +44,8 @@ def run(preset: str | None, overrides: list[str], refresh: bool) -> None:
     """Runs the pipeline as a Prefect flow: here, or in a worktree of its own with a preset or overrides."""
     root = Path.cwd()
     here = preset is None and not overrides
+    if not here:
+        check_repository(root)
     dirty = not here and is_dirty(root)
     if not dirty:  # else the code of the commit checks what it has
         check(parameters(root, preset, overrides))
@@ -105,6 +107,10 @@ def ui(which: str, port: int | None) -> None:
     if not pages.exists():
         raise ValueError(f"{pages} does not exist; run the pipeline first: python -m pipelines run")
     store = f"sqlite:///{root / 'mlflow.db'}"
+    if which == "mlflow":
+        from pipelines.database import prepare_database
+
+        prepare_database(root / "mlflow.db")
     arguments = {
         "prefect": ["-m", "prefect", "server", "start", "--host", "127.0.0.1", "--port", str(port)],
         "mlflow": ["-m", "mlflow", "ui", "--host", "127.0.0.1", "--port", str(port), "--backend-store-uri", store],

@@ -56,13 +56,13 @@ def _name_all(project: Path, cache: Path, locks: Mapping[str, str]) -> None:
     """Makes a DVC project that names all outputs in `locks`, for --projects of `dvc gc`."""
     from dvc.config import Config
 
-    git(project, "init", "--quiet")  # --all-commits asks every project for its commits
+    git(project, "init", "--quiet", "--template=")  # --all-commits asks every project for its commits
     (project / ".dvc").mkdir()
     with Config(str(project / ".dvc"), validate=False).edit("repo") as settings:
         settings["cache"]["dir"] = str(cache)
         settings["core"]["site_cache_dir"] = str(project / ".dvc" / "site")
     for name, text in locks.items():
-        stages = YAML(typ="safe").load(text)["stages"].values()
+        stages = (YAML(typ="safe").load(text) or {}).get("stages", {}).values()
         made = [out for stage in stages for out in stage.get("outs", []) if _in_cache(cache, out).exists()]
         kept = ("md5", "hash", "size", "nfiles")
         outs = [{"path": str(k)} | {key: out[key] for key in kept if key in out} for k, out in enumerate(made)]

@@ -19,12 +19,24 @@ import psutil
 from pipelines import registry, tracking, worktree
 from pipelines.cache import bytes_in, cache_folder, collect_garbage
 from pipelines.git import git
+from pipelines.lineage import commit_in
 
 HEADS = "refs/heads/"
 RUNS = f"{HEADS}{worktree.BRANCHES}"
+EXPERIMENT = re.compile(r"refs/exps/[0-9a-f]{2}/[0-9a-f]{38}/(.+)")  # of DVC, by its name
 LOG_BYTES = 16 << 20  # beyond which the log of a service that still writes to it is emptied
 NUM_NAMES = 20  # of what went that are listed by name, per kind
-KINDS = ("worktrees", "branches", "states", "results of runs", "downloads", "reproductions", "logs", "DVC cache")
+KINDS = (
+    "worktrees",
+    "branches",
+    "experiments",
+    "states",
+    "results of runs",
+    "downloads",
+    "reproductions",
+    "logs",
+    "DVC cache",
+)
 
 
 @dataclass
@@ -90,7 +102,12 @@ def collect(root: Path, keep_days: int, dry_run: bool, shared_cache: bool, log: 
             found.went["logs"].append((f"services/{path.name}, emptied", bytes_in(path)))
             if not dry_run:
                 os.truncate(path, 0)
-        collect_cache(root, locks, lost, shared_cache, found, log)
+        young, old = experiments(root, before)
+        for name, ref in old.items():
+            found.went["experiments"].append((name, 0))
+            if not dry_run:
+                git(root, "update-ref", "-d", ref)
+        collect_cache(root, locks | young, lost, shared_cache, found, log)
         if dry_run and doomed:
             found.remarks.append("what only those branches hold in the DVC cache is not counted")
     return found
@@ -118,7 +135,7 @@ def unneeded_branches(root: Path, versions: Collection[Any], before: float) -> l
     tag of a person does.
     """
     needed = {f"{HEADS}{version.tags['git_branch']}" for version in versions if "git_branch" in version.tags}
-    for commit in {version.tags.get("git_commit", "none") for version in versions} - {"none"}:
+    for commit in filter(None, {commit_in(version.tags) for version in versions}):
         holders = set(refs_with(root, commit, HEADS, "refs/tags"))
         if all(ref.startswith(RUNS) for ref in holders) and not holders & needed:
             needed |= holders
@@ -158,10 +175,33 @@ def locks_of(
     return locks, lost
 
 
+def experiments(root: Path, before: float) -> tuple[dict[str, str], dict[str, str]]:
+    """What DVC's own `gc --all-commits` passes over: the dvc.lock of each of DVC's experiments, of git's stashes and of
+    experiments under way, where it is younger than `before`; and the refs of older experiments, by name.
+    """
+    young, old = {}, {}
+    for path in (*root.glob(".dvc/tmp/exps/*/dvc.lock"), *root.glob(".dvc/tmp/exps/*/*/dvc.lock")):
+        young[path.parent.name] = path.read_text(encoding="utf-8")
+    listed = git(
+        root, "for-each-ref", "--format=%(committerdate:unix) %(objectname) %(refname)", "refs/exps", "refs/stash"
+    )
+    for seconds, commit, ref in (line.split(" ", 2) for line in listed.splitlines()):
+        commits = [f"{seconds} {commit}"]
+        if ref.endswith(("/stash", "/failed")):
+            commits = git(root, "log", "--walk-reflogs", "--format=%ct %H", ref, "--").splitlines()
+        for time_of, name in (line.split() for line in commits):
+            if int(time_of) > before:
+                with suppress(ValueError):  # it has none
+                    young[name] = git(root, "show", f"{name}:./dvc.lock")
+            elif experiment := EXPERIMENT.fullmatch(ref):
+                old[experiment[1]] = ref
+    return young, old
+
+
 def is_committed(root: Path, tags: dict[str, str], doomed: Collection[str]) -> bool:
     """Whether the dvc.lock of a version is that of its commit, and a branch or tag that stays holds it."""
-    commit, digest = tags.get("git_commit", "none"), tags.get("dvc_lock_sha256")
-    holders = refs_with(root, commit, HEADS, "refs/tags", "refs/remotes")
+    commit, digest = commit_in(tags), tags.get("dvc_lock_sha256")
+    holders = refs_with(root, commit, HEADS, "refs/tags", "refs/remotes") if commit else []
     if not {ref.removeprefix(HEADS) for ref in holders} - {*doomed}:
         return False
     try:

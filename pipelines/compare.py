@@ -15,6 +15,7 @@ from detr.bootstrap import Matches, bootstrap_ap, interval, match
 from pipelines import params, registry, tracking
 from pipelines.evaluate import EvaluateParams
 from pipelines.figures import save_figure
+from pipelines.lineage import commit_in
 from pipelines.markdown import table as markdown
 from pipelines.registered import Version, read, signed, text, unequal
 from pipelines.stage import DATA, write_json
@@ -89,7 +90,7 @@ def resample(found: Sequence[Version], truth: Path, config: EvaluateParams) -> t
     ]
     wanted = first.data.files["instances_val.json"].md5 if first.data else None
     if wanted is None or not truth.exists() or md5(truth) != wanted:
-        commit = first.tags.get("git_commit", "its commit")
+        commit = commit_in(first.tags) or "its commit"
         notes.append(
             f"not paired: {truth} is not the ground truth that version {first.number} was evaluated on; "
             f"get it: git checkout {commit} && dvc checkout"

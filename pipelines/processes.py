@@ -16,7 +16,7 @@ from pathlib import Path
 
 import psutil
 
-from pipelines.stage import QUIET
+from pipelines.stage import own_environment
 
 STOP_SECONDS = 15  # for a training to finish its step and save its state; Prefect kills a cancelled run after 30
 WORKTREE = "DETR_WORKTREE"  # in the environment of what we start: the directory that it works in
@@ -28,7 +28,7 @@ def group(
 ) -> Iterator[subprocess.Popen[str]]:
     """The command in a process group of its own, which does not outlive the block."""
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}"
-    env = {**os.environ, **QUIET, "PATH": path, "PYTHONUNBUFFERED": "1", WORKTREE: str(root), **extra}
+    env = {**own_environment(), "PATH": path, "PYTHONUNBUFFERED": "1", WORKTREE: str(root), **extra}
     errors, follower = subprocess.STDOUT, None
     if sys.stderr.isatty():
         master, errors = pty.openpty()

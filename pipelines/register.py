@@ -4,35 +4,23 @@ import base64
 import csv
 import hashlib
 import json
-import os
-import platform
 import re
-import subprocess
+import sys
 import tempfile
 from dataclasses import replace
-from importlib.metadata import PackageNotFoundError
-from importlib.metadata import version as installed
 from pathlib import Path
 from typing import Any
 
-import psutil
-
 from pipelines import gate, params, registry, tracking
 from pipelines.gate import RegisterParams
+from pipelines.git import git, is_dirty
+from pipelines.lineage import EVALUATED, TRAINED, UNKNOWN, VALIDATED, collect_lineage, commit_in, git_diff
 from pipelines.packaging import log_version
 from pipelines.stage import DATA, DOCS_DIGEST, command, write_json
 
-VALIDATED = Path("artifacts/validate")
-TRAINED = Path("artifacts/train")
-EVALUATED = Path("artifacts/evaluate")
 OUTPUT = Path("artifacts/register")
 SCRATCH = Path("scratch")
-LIBRARIES = (
-    "torch", "torchvision", "numpy", "hotcoco", "pycocotools", "mlflow", "dvc", "prefect", "great-expectations",
-)  # fmt: skip
-CODE = ("detr", "pipelines", "presets", "*.py")  # whose files that git does not know yet are part of a run
 HELD = "held back"  # the decision on what may not be promoted
-NOT_CODE = (":!dvc.lock", ":!.dvc")  # an artifact of its own; may hold the credentials of a remote
 
 
 def register(config: RegisterParams, output: Path) -> None:
@@ -42,8 +30,8 @@ def register(config: RegisterParams, output: Path) -> None:
     and repeated it ends the same. The training's resume state, kept until its results are safe, is removed. Raises
     ValueError when lineage is incomplete, a protected category is unknown, or MLflow does not answer.
     """
-    diff = git_diff()
-    lineage = collect_lineage(diff)
+    of_git, diff = ask_git()
+    lineage = collect_lineage(diff, of_git)
     gate.check_protected(config, DATA / "instances_val.json")
     client = tracking.connect()
     mark = json.loads((TRAINED / "config.json").read_text(encoding="utf-8"))["fingerprint"]
@@ -58,6 +46,12 @@ def register(config: RegisterParams, output: Path) -> None:
             tags = lineage | {name: str(value) for name, value in metrics.items()}
             check()
             version = log_version(run_id, TRAINED, example_image(), tags | {"fingerprint": mark, "run_id": run_id})
+        elif commit_in(version.tags) is None and commit_in(lineage):  # git refused when it was registered
+            for name, value in lineage.items():
+                if name.startswith("git_"):
+                    client.set_model_version_tag(tracking.MODEL, version.version, name, value)
+            if "git_failure" in version.tags:
+                client.delete_model_version_tag(tracking.MODEL, version.version, "git_failure")
         alias, reason = settle(client, version, config, check)
     output.mkdir(parents=True, exist_ok=True)
     write_json(output / "version.json", {"name": tracking.MODEL, "version": int(version.version), "fingerprint": mark})
@@ -95,89 +89,19 @@ def settle(client: Any, version: Any, config: RegisterParams, check: Any) -> tup
     return alias, reason
 
 
-def git(*arguments: str, **env: str) -> str:
-    answer = subprocess.run(["git", *arguments], capture_output=True, check=False, env=os.environ | env)
-    return answer.stdout.decode(errors="surrogateescape") if answer.returncode == 0 else ""
-
-
-def git_diff() -> str:
-    """What `git apply` makes of HEAD the code that runs here: changes, and files of code that git does not know yet."""
-    with tempfile.TemporaryDirectory() as folder:
-        index = {"GIT_INDEX_FILE": f"{folder}/index"}  # so that the person's own stays as it is
-        git("read-tree", "HEAD", **index)
-        for place in CODE:  # one that matches nothing must not keep the others out
-            git("add", "--intent-to-add", "--", place, **index)
-        return git("diff", "--binary", "HEAD", "--", ".", *NOT_CODE, **index)
-
-
-def collect_lineage(diff: str) -> dict[str, str]:
-    """What leads from a model version back to data, code, parameters and machine, as tags."""
-    for path in (
-        VALIDATED / "passed.json",
-        TRAINED / "model.safetensors",
-        EVALUATED / "metrics.json",
-        Path("dvc.lock"),
-    ):
-        if not path.exists():
-            raise ValueError(f"lineage is incomplete: {path} does not exist; run dvc repro")
-    lineage = {
-        "git_commit": git("rev-parse", "HEAD").strip() or "none",
-        "git_branch": git("branch", "--show-current").strip() or "none",
-        "git_dirty": str(bool(git("status", "--porcelain", "--", ".", ":!dvc.lock").strip())).lower(),
-        "data_digest": json.loads((VALIDATED / "passed.json").read_text(encoding="utf-8"))["data"],
-        "val_digest": val_digest(DATA),
-        "validation": validation(json.loads((VALIDATED / "report.json").read_text(encoding="utf-8"))),
-        "weights_sha256": tracking.sha256(TRAINED / "model.safetensors"),
-        "detections_sha256": tracking.sha256(EVALUATED / "detections.json"),
-        "dvc_lock_sha256": tracking.sha256(Path("dvc.lock")),
-        "params_sha256": tracking.sha256(Path("params.yaml")),
-        "python": platform.python_version(),
-    }
-    if diff:
-        lineage["git_diff_sha256"] = hashlib.sha256(diff.encode(errors="surrogateescape")).hexdigest()
-    return lineage | hardware() | {name: library(name) for name in LIBRARIES}
-
-
-def val_digest(data: Path) -> str:
-    """The SHA-256 of the validation annotations and pictures, which may be an archive or a folder."""
-    total = hashlib.sha256(tracking.sha256(data / "instances_val.json").encode())
-    place = data / "val" if (data / "val").is_dir() else data / "val.zip"
-    for path in sorted(place.rglob("*")) if place.is_dir() else [place]:
-        if path.is_file():
-            total.update(path.relative_to(data).as_posix().encode() + tracking.sha256(path).encode())
-    return total.hexdigest()
-
-
-def validation(report: list[dict[str, Any]]) -> str:
-    """The data's validation in words: "75 of 75 hold, 2 warnings"."""
-    outcomes = [row["outcome"] for row in report]
-    number = outcomes.count("warning")
-    return f"{outcomes.count('holds')} of {len(report)} hold, {number} warning{'' if number == 1 else 's'}"
-
-
-def hardware() -> dict[str, str]:
-    """Processor, cores, GPUs and memory of this machine."""
-    import torch
-
-    info = Path("/proc/cpuinfo")
-    names = (
-        re.findall(r"^model name\s*:\s*(.+)$", info.read_text(encoding="utf-8"), re.MULTILINE) if info.exists() else []
-    )
-    gpus = [torch.cuda.get_device_name(k) for k in range(torch.cuda.device_count())]
-    return {
-        "machine": f"{platform.machine()}, {os.cpu_count()} cores",
-        "processor": names[0] if names else platform.processor() or platform.machine(),
-        "cores": str(os.cpu_count()),
-        "gpus": ", ".join(gpus) or "none",
-        "memory_gb": f"{psutil.virtual_memory().total / 1e9:.1f}",
-    }
-
-
-def library(name: str) -> str:
+def ask_git() -> tuple[dict[str, str], str]:
+    """The tags of git, and its diff. What it refuses is said, and is `unknown`; its words are the tag `git_failure`."""
+    root, tags = Path.cwd(), dict.fromkeys(("git_commit", "git_branch", "git_dirty"), UNKNOWN)
     try:
-        return installed(name)
-    except PackageNotFoundError:
-        return "not installed"
+        tags["git_commit"] = git(root, "rev-parse", "--verify", "HEAD")
+        tags["git_branch"] = git(root, "branch", "--show-current") or "none"
+        diff = git_diff()
+        tags["git_dirty"] = str(bool(diff) or is_dirty(root)).lower()
+    except ValueError as error:
+        said = f"the version's lineage says {UNKNOWN}, until dvc repro runs where git does not refuse: {error}"
+        print(f"warning: {said}", file=sys.stderr, flush=True)
+        return tags | {"git_failure": str(error)[:5000]}, ""
+    return tags, diff
 
 
 def publish(client: Any, run_id: str, mark: str, metrics: dict[str, float], lineage: dict[str, str], diff: str) -> None:
@@ -193,7 +117,8 @@ def publish(client: Any, run_id: str, mark: str, metrics: dict[str, float], line
     results = hashlib.sha256(lineage["weights_sha256"].encode())
     for path in sorted(path for path in EVALUATED.rglob("*") if path.is_file()):
         results.update(tracking.sha256(path).encode())
-    if client.get_run(run_id).data.tags.get("published") == results.hexdigest():
+    known = client.get_run(run_id).data.tags
+    if known.get("published") == results.hexdigest() and (commit_in(known) or not commit_in(lineage)):
         return
     numbers = metrics | class_metrics(EVALUATED / "per_class.csv")
     seconds = training_seconds(history, timings, int(document["train"]["batch_size"]))

@@ -11,6 +11,7 @@ from typing import Any
 
 from pipelines import registered, registry, tracking
 from pipelines.history import open_version
+from pipelines.lineage import commit_in
 from pipelines.markdown import fenced, plain, table
 from pipelines.montage import pictures
 from pipelines.params import read_yaml
@@ -190,7 +191,8 @@ def data_changes(old: Version, new: Version, root: Path, missing: list[str]) -> 
     """What changed in the data, entry by entry; empty where a version of it cannot be had."""
     from pipelines import changes
 
-    sides = [replace(v.data, commit=v.tags.get("git_commit", "")[:12]) if v.data else None for v in (old, new)]
+    commits = [commit_in(version.tags) for version in (old, new)]
+    sides = [replace(v.data, commit=c[:12]) if v.data and c else None for v, c in zip((old, new), commits, strict=True)]
     if sides[0] is None or sides[1] is None:
         return ""
     try:

@@ -13,9 +13,9 @@ from typing import Any
 
 from pipelines import registry, repro, tracking, verdict, worktree
 from pipelines.git import full_commit
+from pipelines.lineage import commit_in, hardware
 from pipelines.overrides import absolute_paths
 from pipelines.params import read_yaml, to_yaml
-from pipelines.register import hardware
 from pipelines.stage import write_json
 
 HISTORY, WEIGHTS = "artifacts/train/history.jsonl", "artifacts/train/model.safetensors"
@@ -84,9 +84,10 @@ def say(line: str) -> None:
 
 def commit_of(root: Path, registered: Registered) -> str:
     """The full name of the version's commit. Raises ValueError with what to do where it is not here."""
-    commit, branch = (registered.tags.get(f"git_{name}", "none") for name in ("commit", "branch"))
-    if commit == "none":
-        raise ValueError(f"{registered.name} was registered outside of git: there is no commit to make it again from")
+    commit, branch = commit_in(registered.tags), registered.tags.get("git_branch", "none")
+    if commit is None:
+        why = registered.tags.get("git_failure", "there is no commit to make it again from")
+        raise ValueError(f"{registered.name} was registered outside of git: {why}")
     try:
         return full_commit(root, commit)
     except ValueError:

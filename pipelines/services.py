@@ -13,7 +13,7 @@ from pathlib import Path
 import psutil
 import requests
 
-from pipelines import tracking
+from pipelines.database import prepare_database
 from pipelines.processes import STOP_SECONDS, WORKTREE, environment, stop
 from pipelines.redaction import hidden
 
@@ -73,8 +73,8 @@ def up(root: Path, prefect_port: int, mlflow_port: int, host: str = HOST) -> tup
         "MLFLOW_ARTIFACTS_DESTINATION": str(root / "mlartifacts"),
     } | os.environ
     command = ["mlflow", "server", "--host", host, "--port", str(mlflow_port), "--workers", "1"]
-    if stores["MLFLOW_BACKEND_STORE_URI"] == f"sqlite:///{database}" and not database.exists():
-        tracking.make_database(database)
+    if stores["MLFLOW_BACKEND_STORE_URI"] == f"sqlite:///{database}":
+        prepare_database(database)
     try:
         prefect = start(root, "prefect", ["prefect", "server", "start", "--host", host, "--port", str(prefect_port)])
         mlflow = start(root, "mlflow", command, stores)

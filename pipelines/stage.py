@@ -1,6 +1,8 @@
 """What the five stage commands share: quiet tools, one-line errors, progress, whole files."""
 
+import contextlib
 import errno
+import getpass
 import json
 import os
 import sys
@@ -22,18 +24,78 @@ QUIET = {
     "MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR": "false",
     "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
 }
+OF_A_CALLER = {  # by which a git that calls us, as in a hook or an alias, tells its children where and how it works
+    "GIT_ALTERNATE_OBJECT_DIRECTORIES", "GIT_ATTR_SOURCE", "GIT_AUTHOR_DATE", "GIT_COMMITTER_DATE", "GIT_COMMON_DIR",
+    "GIT_CONFIG", "GIT_DEFAULT_HASH", "GIT_DIFF_OPTS", "GIT_DIR", "GIT_EXTERNAL_DIFF", "GIT_GLOB_PATHSPECS",
+    "GIT_GRAFT_FILE", "GIT_ICASE_PATHSPECS", "GIT_IMPLICIT_WORK_TREE", "GIT_INDEX_FILE", "GIT_INDEX_VERSION",
+    "GIT_INTERNAL_SUPER_PREFIX", "GIT_LITERAL_PATHSPECS", "GIT_NAMESPACE", "GIT_NOGLOB_PATHSPECS",
+    "GIT_NO_REPLACE_OBJECTS", "GIT_OBJECT_DIRECTORY", "GIT_PREFIX", "GIT_QUARANTINE_PATH", "GIT_REFLOG_ACTION",
+    "GIT_REPLACE_REF_BASE", "GIT_SHALLOW_FILE", "GIT_WORK_TREE",
+}  # fmt: skip
 
 
 DOCS_DIGEST = "data.sha256"  # in the Data Docs: which data they show
 
 
+def project() -> Path:
+    """The current folder; in one that DVC makes for an experiment and removes afterwards, the clone that it is of."""
+    here = Path.cwd()
+    return next((one.parents[2] for one in here.parents if one.parts[-3:] == (".dvc", "tmp", "exps")), here)
+
+
+def share_scratch() -> None:
+    """Gives one of DVC's experiments the clone's scratch/, which stays when its own folder is removed."""
+    kept, own = project() / "scratch", Path.cwd() / "scratch"
+    if kept != own and not own.exists():
+        kept.mkdir(exist_ok=True)
+        with contextlib.suppress(FileExistsError):
+            own.symlink_to(kept)
+
+
+def require_inside() -> None:
+    """Raises ValueError where a link leads out of the clone what DVC is to track: DVC refuses it once it is made."""
+    for place in (DATA, Path("artifacts")):
+        if not place.resolve().is_relative_to(Path.cwd()):
+            raise ValueError(
+                f"{place} leads to {place.resolve()}, out of the clone, where DVC tracks nothing; remove the link, and "
+                "keep what is large on that disk by DVC's cache: dvc cache dir --local FOLDER"
+            )
+
+
+def own_environment() -> dict[str, str]:
+    """The environment for what we start: all telemetry off, no git but that of the folder it works in, a user."""
+    env = {name: value for name, value in os.environ.items() if name not in OF_A_CALLER}
+    return env | QUIET | unknown_user()
+
+
+def unknown_user() -> dict[str, str]:
+    """The variables by which DVC, Prefect and PyTorch know a user whom this machine does not: a name, a home folder."""
+    found = {}
+    try:
+        getpass.getuser()
+    except (KeyError, OSError):
+        found["USER"] = f"user-{os.getuid()}"
+    home = os.path.expanduser("~")
+    if not os.path.isdir(home) or (home == "/" and not os.access(home, os.W_OK)):  # as containers have it
+        own = Path.cwd() / "scratch" / "home"
+        own.mkdir(parents=True, exist_ok=True)
+        found["HOME"] = str(own)
+    return found
+
+
 def command(run: Callable[[], None]) -> None:
-    """Runs a command of the project with all telemetry off; an expected failure is one line and exit code 1.
+    """Runs a command of the project in `own_environment`; an expected failure is one line and exit code 1.
 
     DETR_TRACEBACK=1 in the environment shows where it came from.
     """
-    os.environ.update(QUIET)
+    own = own_environment()
+    for name in os.environ.keys() - own.keys():
+        del os.environ[name]
+    os.environ.update(own)
     try:
+        if "DVC_STAGE" in os.environ:
+            require_inside()
+        share_scratch()
         run()
     except KeyboardInterrupt:
         sys.exit(130)

@@ -9,11 +9,13 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from pipelines.database import EXPERIMENT, artifacts_beside, prepare_database, quieten_mlflow
+from pipelines.stage import project
+
 if TYPE_CHECKING:
     from mlflow import MlflowClient
     from mlflow.entities.model_registry import ModelVersion
 
-EXPERIMENT = "detr"
 MODEL = "detr"
 VALIDATION_METRICS = ("AP", "AR")  # prefixes of what is measured on the validation images
 SYSTEM = "system/"  # the prefix of what MLflow shows as system metrics
@@ -22,7 +24,7 @@ PICTURES = "pictures"  # the folder of a run's examples, among its artifacts
 
 def tracking_uri() -> str:
     """MLFLOW_TRACKING_URI, or the SQLite file in the root of the project."""
-    return os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{Path('mlflow.db').resolve()}"
+    return os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{(project() / 'mlflow.db').resolve()}"
 
 
 def is_there() -> bool:
@@ -37,47 +39,21 @@ def connect() -> "MlflowClient":
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "20")
     import mlflow
 
-    _quieten()
+    quieten_mlflow()
     uri = tracking_uri()
     mlflow.set_tracking_uri(uri)
     mlflow.set_registry_uri(uri)
     try:
-        if not is_there():
-            make_database(Path(uri.removeprefix("sqlite:///")))
+        if uri.startswith("sqlite:///"):
+            prepare_database(Path(uri.removeprefix("sqlite:///")))
         client = mlflow.MlflowClient(uri, uri)
         client.search_experiments(max_results=1)
+    except ValueError:
+        raise
     except Exception as error:
         reason = " ".join(str(error).split())[:300]
         raise ValueError(f"MLflow at {uri} is unreachable ({reason}); start it or unset MLFLOW_TRACKING_URI") from error
     return client
-
-
-def _quieten() -> None:
-    import logging
-
-    for name in ("alembic", "mlflow.store.db.utils"):
-        logging.getLogger(name).setLevel(logging.CRITICAL)  # errors are raised too, and told in one line
-
-
-def make_database(path: Path) -> None:
-    """Makes MLflow's SQLite file with the experiment, its artifacts in files beside it, so that they can be read
-    with and without a server. Whole or not at all: a process that ends in the middle would leave one for good.
-    """
-    import mlflow
-
-    _quieten()
-    partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
-    partial.unlink(missing_ok=True)
-    client = mlflow.MlflowClient(f"sqlite:///{partial}", f"sqlite:///{partial}")
-    client.create_experiment(EXPERIMENT, artifacts_beside(path))
-    with contextlib.suppress(FileExistsError):  # another process was faster
-        os.link(partial, path)
-    partial.unlink()
-
-
-def artifacts_beside(database: Path) -> str:
-    """Where the artifacts of a SQLite file lie."""
-    return (database.parent / "mlartifacts").as_uri()
 
 
 def has_run(client: "MlflowClient", fingerprint: str) -> bool:

@@ -12,7 +12,8 @@ from typing import Any
 
 import psutil
 
-from pipelines.git import full_commit, git, unlock
+from pipelines.cache import cache_folder
+from pipelines.git import check_repository, full_commit, git, unlock
 from pipelines.overrides import absolute_paths
 from pipelines.params import read_yaml, to_yaml
 from pipelines.processes import WORKTREE, environment, stop
@@ -51,6 +52,7 @@ def worktree(
     """
     if not re.fullmatch(r"\w[\w.-]*", name) or ".." in name:
         raise ValueError(f"{name!r} names no run; use letters, digits, '-', '_' and '.'")
+    check_repository(root)
     commit = full_commit(root, ref)
     place, branch = _folder(root) / name, f"{BRANCHES}{name}"
     left = _left_behind(root)
@@ -129,13 +131,15 @@ def _add(root: Path, place: Path, commit: str) -> None:
 
 
 def _folder(root: Path) -> Path:
-    return root.resolve() / "scratch" / "worktrees"
+    return (root / "scratch" / "worktrees").resolve()
 
 
 def _left_behind(root: Path) -> list[Path]:
     """The worktrees of runs that were killed, whose processes are ended first: the run lock is ours."""
     unlock(root)
     folder = _folder(root)
+    with suppress(ValueError):  # the clone has moved since
+        git(root, "worktree", "repair", *map(str, folder.glob("*")))
     listed = git(root, "worktree", "list", "--porcelain").splitlines()
     known = {Path(line.removeprefix("worktree ")) for line in listed if line.startswith("worktree ")}
     left = {path for path in known if path.parent == folder} | {*folder.glob("*")}
@@ -226,7 +230,7 @@ def _share_settings(root: Path, place: Path) -> None:
         with Config(str(place / ".dvc"), validate=False).edit("local") as settings:
             for level in ("repo", "local"):
                 merge(settings, ours.load_one(level))
-            settings["cache"].setdefault("dir", str(root / ".dvc" / "cache"))
+            settings["cache"]["dir"] = str(cache_folder(root))
             settings["core"]["site_cache_dir"] = str(_own_git(place) / "dvc")  # goes with it, unlike /var/tmp/dvc
     except ConfigError as error:
         raise ValueError(f"the settings of DVC in {root}/.dvc cannot be read: {error}") from error
@@ -244,6 +248,7 @@ def _commit(place: Path, file: str, message: str) -> None:
     identity: tuple[str, ...] = ()
     try:
         git(place, "config", "user.email")
+        git(place, "var", "GIT_COMMITTER_IDENT")  # refuses where a name is missing
     except ValueError:
         identity = ("-c", "user.name=pipelines", "-c", "user.email=pipelines@localhost")
     git(place, "add", file)

@@ -11,14 +11,14 @@ import pytest
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch: models are small, and threads would wait for each other
 
+from pipelines.database import make_database, relocate
 from pipelines.shapes import write_shapes
 from pipelines.stage import QUIET
-from pipelines.tracking import make_database
 
 pytest.register_assert_rewrite("tests.orchestra", "tests.registering", "tests.running")
 
 from tests import warm  # noqa: E402
-from tests.projects import SHAPES, detections_like, relocate, trained_project  # noqa: E402
+from tests.projects import SHAPES, detections_like, trained_project  # noqa: E402
 from tests.registering import run  # noqa: E402
 
 os.environ.update(QUIET)
@@ -90,7 +90,7 @@ def empty_registry(tmp_path_factory):
 def local(empty_registry, tmp_path, monkeypatch):
     """The folder of a test, in which MLflow's database is that of the environment, and empty."""
     shutil.copy(empty_registry / "mlflow.db", tmp_path)
-    relocate(tmp_path, tmp_path, empty_registry)
+    relocate(tmp_path / "mlflow.db")
     monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path}/mlflow.db")
     return tmp_path
 
@@ -123,7 +123,7 @@ def uri(registered, tmp_path, monkeypatch):
     """A copy of that registry; the artifacts are copied too."""
     shutil.copytree(registered / "mlartifacts", tmp_path / "mlartifacts")
     shutil.copy(registered / "mlflow.db", tmp_path / "mlflow.db")
-    relocate(tmp_path, tmp_path, registered)
+    relocate(tmp_path / "mlflow.db")
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path}/mlflow.db")
     return f"sqlite:///{tmp_path}/mlflow.db"

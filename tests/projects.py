@@ -1,12 +1,10 @@
 """Small projects to run in, and what they are made of: parameters, drawn data, trained models without a training."""
 
-import contextlib
 import fcntl
 import hashlib
 import json
 import os
 import shutil
-import sqlite3
 from collections.abc import Sequence
 from dataclasses import replace
 from importlib.util import cache_from_source
@@ -22,6 +20,7 @@ from detr.matcher import MatcherConfig
 from detr.model import DETR, ModelConfig
 from detr.train import TrainConfig
 from detr.transforms import TransformConfig
+from pipelines.database import relocate
 from pipelines.params import from_document, merged, read_yaml, to_yaml
 from pipelines.rules import ValidateParams
 from pipelines.shapes import ShapesParams
@@ -171,10 +170,10 @@ def reference(folder: Path) -> Path:
                 shutil.rmtree(old)
             made = small_project(kept / "reference-.partial")
             call(made, "dvc", "repro")
-            relocate(made, place)
             made.rename(place)
+            relocate(place / "mlflow.db")
         shutil.copytree(place, folder, symlinks=True, dirs_exist_ok=True, copy_function=_Linked())
-    relocate(folder, folder, place)
+    relocate(folder / "mlflow.db")
     return folder
 
 
@@ -191,21 +190,6 @@ class _Linked:
             return
         shutil.copy2(source, target, follow_symlinks=False)
         self.copied[found.st_ino] = target
-
-
-def relocate(project: Path, new: Path, old: Path | None = None) -> None:
-    """Has MLflow's database in `project`, which was made at `old`, find its artifacts at `new`."""
-    with contextlib.closing(sqlite3.connect(project / "mlflow.db")) as store, store:
-        for table, column in PLACES:
-            store.execute(f"update {table} set {column} = replace({column}, ?, ?)", (f"{old or project}/", f"{new}/"))
-
-
-PLACES = (  # where MLflow's database has paths
-    ("experiments", "artifact_location"),
-    ("runs", "artifact_uri"),
-    ("logged_models", "artifact_location"),
-    ("model_versions", "storage_location"),
-)
 
 
 def _digest() -> str:

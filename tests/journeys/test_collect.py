@@ -2,58 +2,27 @@
 
 import contextlib
 import hashlib
-import json
 import os
-import shutil
 import signal
 import subprocess
 import sys
 import time
-from functools import partial
 from pathlib import Path
 
 import pytest
-from ruamel.yaml import YAML
 
-from pipelines import tracking, worktree
+from pipelines import tracking
 from pipelines.cache import bytes_in, cache_folder
-from pipelines.collect import collect
 from pipelines.params import to_yaml
-from tests.projects import relocate
+from tests.collecting import OLD, collectable, collected, parameters, register, run, weights_in_cache
 from tests.running import ROOT, call, environment, free_port
 
-MAKE = """
-import random, sys
-from pathlib import Path
-seed = int(sys.argv[1])
-for number, name in enumerate(sys.argv[2:]):
-    path = Path(name)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    if path.suffix == ".json":
-        path.write_text('{"fingerprint": "%016x"}' % seed)
-    else:
-        path.write_bytes(random.Random(f"{seed} {number}").randbytes(50_000))
-"""
-GRAPH = """
-stages:
-  download:
-    cmd: python make.py ${download.seed} data/coco/train.zip data/coco/plots/a data/coco/plots/b
-    deps: [make.py]
-    params: [download]
-    outs: [data/coco/train.zip, data/coco/plots]
-  train:
-    cmd: python make.py ${train.seed} artifacts/train/model.safetensors artifacts/evaluate/x artifacts/register/version.json
-    deps: [make.py, data/coco/train.zip]
-    params: [train]
-    outs: [artifacts/train/model.safetensors, artifacts/evaluate, artifacts/register/version.json]
-"""
 PYTHON = sys.executable  # a killed one frees its locks at once
-OLD = time.time() - 30 * 86400
 RUN = """
 import os, signal, sys
 from pathlib import Path
 sys.path.insert(0, sys.argv[1])
-from tests.journeys.test_collect import run
+from tests.collecting import run
 run(Path.cwd(), "killed", 7, ends=lambda: os.kill(os.getpid(), signal.SIGKILL))
 """
 COLLECT = """
@@ -64,86 +33,9 @@ print(collect(Path.cwd(), 0, False, False, print).headline)
 """
 
 
-@pytest.fixture(scope="module")
-def registry(tmp_path_factory):
-    """A folder with an empty registry."""
-    folder = tmp_path_factory.mktemp("registry")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{folder}/mlflow.db")
-        tracking.connect()
-    return folder
-
-
 @pytest.fixture
-def project(registry, tmp_path, monkeypatch):
-    """A project with the real folders and quick stages, and a registry of its own."""
-    root = tmp_path / "project"
-    (root / ".dvc").mkdir(parents=True)
-    shutil.copy(ROOT / ".dvc" / "config", root / ".dvc" / "config")
-    shutil.copy(ROOT / ".gitignore", root / ".gitignore")
-    (root / "make.py").write_text(MAKE, encoding="utf-8")
-    (root / "dvc.yaml").write_text(GRAPH, encoding="utf-8")
-    (root / ".dvc" / ".gitignore").write_text("/config.local\n/tmp\n/cache\n", encoding="utf-8")
-    (root / "params.yaml").write_text(to_yaml(parameters(0, root)), encoding="utf-8")
-    call(root, "git", "init", "--quiet", "--initial-branch=main")
-    for name, value in (("name", "test"), ("email", "test@localhost")):
-        call(root, "git", "config", f"user.{name}", value)
-    call(root, "git", "add", "--all")
-    call(root, "git", "commit", "--quiet", "-m", "start")
-    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{root}/mlflow.db")
-    monkeypatch.setenv("PATH", environment()["PATH"])
-    monkeypatch.setattr(sys, "executable", shutil.which("python"))  # what `collect` runs DVC by
-    shutil.copy(registry / "mlflow.db", root)
-    relocate(root, root, registry)
-    return root
-
-
-def parameters(seed, _):
-    return {
-        "download": {"source": "shapes", "sha256": {}, "seed": seed % 2},
-        "model": {"backbone_weights": "none"},
-        "train": {"initial_weights": "none", "seed": seed},
-    }
-
-
-def train(place):
-    """The run that the training leaves in MLflow, of what is in `place`."""
-    client, path = tracking.connect(), place / "artifacts/register/version.json"
-    return client.get_run(
-        tracking.find_run(client, json.loads(path.read_text(encoding="utf-8"))["fingerprint"], "a training")
-    )
-
-
-def register(place):
-    """What the register stage leaves in MLflow, of what is in `place`; the version's number."""
-    client, run = tracking.connect(), train(place)
-    with contextlib.suppress(Exception):
-        client.create_registered_model(tracking.MODEL)
-    client.log_artifact(run.info.run_id, str(place / "dvc.lock"))
-    weights = tracking.sha256(place / "artifacts/train/model.safetensors")
-    client.set_tag(run.info.run_id, "weights_sha256", weights)
-    tags = {
-        "git_commit": call(place, "git", "rev-parse", "HEAD").strip(),
-        "git_branch": call(place, "git", "branch", "--show-current").strip() or "none",
-        "dvc_lock_sha256": tracking.sha256(place / "dvc.lock"),
-        "weights_sha256": weights,
-        "fingerprint": run.data.tags["fingerprint"],
-    }
-    source = f"{run.info.artifact_uri}/model"
-    return client.create_model_version(tracking.MODEL, source, run.info.run_id, tags=tags).version
-
-
-def run(root, name, seed, ends=lambda: None, registered=False, ref="HEAD"):
-    """A retraining in its worktree; `ends` may end it before its end. Its branch."""
-    with (
-        worktree.only_one(root, print),
-        worktree.worktree(root, name, ref, partial(parameters, seed)) as (place, branch),
-    ):
-        call(place, "dvc", "--wait-for-lock", "repro")
-        worktree.keep_results(place)
-        (register if registered else train)(place)
-        ends()
-    return branch
+def project(empty_registry, tmp_path, monkeypatch):
+    return collectable(tmp_path / "project", empty_registry, monkeypatch)
 
 
 def fail():
@@ -184,10 +76,6 @@ def everything(root):
         if not {"tmp", "run.lock"} & {*path.parts} or "scratch" in path.parts
     }
     return {path: found for path, found in kept.items() if path.name != "run.lock" and ".git" not in path.parts}
-
-
-def collected(root, days=0, dry_run=False, shared_cache=False):
-    return collect(root, days, dry_run, shared_cache, lambda line: None)
 
 
 def in_place(root, seed):
@@ -245,14 +133,6 @@ def test_versions_stay_whole_and_all_else_goes(project, tmp_path):
     assert again == "runs/unregistered"
     held = weights_in_cache(project, again)
     assert hashlib.md5(held.read_bytes()).hexdigest() == held.parent.name + held.name
-
-
-def weights_in_cache(root, branch):
-    """The file in DVC's cache of the weights that a branch has."""
-    lock = YAML(typ="safe").load(call(root, "git", "show", f"{branch}:dvc.lock"))
-    outs = lock["stages"]["train"]["outs"]
-    (md5,) = [out["md5"] for out in outs if out["path"] == "artifacts/train/model.safetensors"]
-    return root / ".dvc/cache/files/md5" / md5[:2] / md5[2:]
 
 
 def test_the_disk_is_bounded_and_a_kill_anywhere_does_no_harm(project, tmp_path):

@@ -143,6 +143,7 @@ def test_the_image_has_the_locked_environment():
     assert ["FROM", "python:3.11-slim"] in steps
     assert ["COPY", "requirements.lock /"] in steps
     assert any("pip install --no-cache-dir --requirement /requirements.lock" in text for _, text in steps)
+    assert any(step == "ENV" and {"USER=detr", "HOME=/tmp"} <= set(text.split()) for step, text in steps)
     assert ["WORKDIR", WORKER["template"]["spec"]["containers"][0]["workingDir"]] in steps
 
 

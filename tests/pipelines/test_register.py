@@ -1,25 +1,9 @@
-"""What the register stage reads and words: the validation, names of metrics, the time of a training, digests."""
-
-import hashlib
-import shutil
-from pathlib import Path
+"""What the register stage words: names of metrics, the time of a training."""
 
 import pytest
 
-from pipelines.register import class_metrics, git_diff, training_seconds, val_digest, validation
+from pipelines.register import class_metrics, training_seconds
 from pipelines.tracking import connect
-
-
-@pytest.mark.parametrize(
-    ("outcomes", "text"),
-    [
-        ([], "0 of 0 hold, 0 warnings"),
-        (["holds"] * 75, "75 of 75 hold, 0 warnings"),
-        (["holds", "warning"], "1 of 2 hold, 1 warning"),
-    ],
-)
-def test_the_validation_in_words(outcomes, text):
-    assert validation([{"outcome": outcome} for outcome in outcomes]) == text
 
 
 def test_names_of_categories_as_metrics(local, tmp_path):
@@ -45,18 +29,3 @@ def test_the_seconds_of_training():
     assert training_seconds(history, timings, 2) == pytest.approx(10 * 2 / 5 + 10 * 2 / 10)
     assert training_seconds(history, timings[1:], 2) is None
     assert training_seconds([], timings, 2) is None
-
-
-def test_the_digest_of_the_validation_data_is_that_of_its_files(drawn, tmp_path):
-    one, two = (Path(shutil.copytree(drawn, tmp_path / name)) for name in ("one", "two"))
-    (two / "instances_train.json").write_text("{}", encoding="utf-8")
-    assert val_digest(one) == val_digest(two)
-    with (two / "val.zip").open("ab") as file:
-        file.write(b"x")
-    assert val_digest(one) != val_digest(two)
-
-
-def test_without_git_there_is_no_diff(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    assert git_diff() == ""
-    assert hashlib.sha256(b"").hexdigest().startswith("e3b0")

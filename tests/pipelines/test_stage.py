@@ -7,7 +7,7 @@ import termios
 import pytest
 
 from pipelines.stage import explain, write_json
-from tests.running import ROOT, environment
+from tests.running import ROOT, call, environment
 
 COUNT = "from pipelines.stage import Progress\nfor _ in Progress(range(40), 'count', 40, 'image'): pass"
 
@@ -38,6 +38,52 @@ def test_progress_is_a_bar_on_a_terminal():
     os.close(master)
     assert done.wait() == 0
     assert b"\rcount: 100%" in shown
+
+
+STRANGER = """
+import getpass, os, pwd
+os.getuid = lambda: 54321
+from pipelines.stage import OF_A_CALLER, command
+def show():
+    assert not OF_A_CALLER & os.environ.keys()
+    print(getpass.getuser(), os.path.expanduser("~"))
+command(show)
+"""
+
+
+@pytest.mark.parametrize(("home", "own"), [("/nonexistent", True), (str(ROOT), False)])
+def test_a_user_whom_the_machine_does_not_know_has_a_name_and_a_home(tmp_path, home, own):
+    caller = {"GIT_DIR": "/nowhere", "GIT_INDEX_FILE": "/nowhere/index", "GIT_LITERAL_PATHSPECS": "1"}
+    said = call(tmp_path, "python", "-c", STRANGER, HOME=home, PYTHONPATH=str(ROOT), **caller)
+    assert said.split() == ["user-54321", f"{tmp_path}/scratch/home" if own else home]
+    assert (tmp_path / "scratch/home").exists() == own
+
+
+@pytest.mark.parametrize("folder", ["tmpabc", "standalone/tmpabc"])  # of DVC's queue, of `dvc exp run --temp`
+def test_an_experiment_of_dvc_has_the_scratch_of_its_clone(tmp_path, folder):
+    place = tmp_path / ".dvc/tmp/exps" / folder
+    place.mkdir(parents=True)
+    code = "from pathlib import Path; from pipelines.stage import command; command(lambda: Path('scratch/x').touch())"
+    for _ in range(2):
+        call(place, "python", "-c", code, PYTHONPATH=str(ROOT))
+    assert (place / "scratch").readlink() == tmp_path / "scratch"
+    assert (tmp_path / "scratch/x").exists()
+
+
+@pytest.mark.parametrize("name", ["data", "data/coco", "artifacts"])
+def test_what_leads_out_of_the_clone_is_refused_before_it_is_made(tmp_path, name):
+    (tmp_path / "clone/data").mkdir(parents=True)
+    (tmp_path / "disk").mkdir()
+    place = tmp_path / "clone" / name
+    if place.exists():
+        place.rmdir()
+    place.symlink_to(tmp_path / "disk")
+    asked = ("python", "-c", "from pipelines.stage import command; command(lambda: print('made'))")
+    said = call(tmp_path / "clone", *asked, code=1, DVC_STAGE="download", PYTHONPATH=str(ROOT))
+    assert f" leads to {tmp_path}/disk" in said
+    assert said.endswith("dvc cache dir --local FOLDER\n")
+    assert said.count("\n") == 1
+    assert call(tmp_path / "clone", *asked, PYTHONPATH=str(ROOT)) == "made\n"
 
 
 @pytest.mark.parametrize(

@@ -3,10 +3,12 @@
 import contextlib
 import fcntl
 import os
+import shutil
 import socket
 import subprocess
 import sys
 import time
+from collections import deque
 from pathlib import Path
 
 import psutil
@@ -14,9 +16,11 @@ import pytest
 from dvc.repo import Repo
 
 from pipelines import worktree
+from pipelines.cache import cache_folder
 from pipelines.git import STALE_SECONDS, fetch
 from pipelines.params import read_yaml, to_yaml
-from pipelines.processes import WORKTREE
+from pipelines.processes import WORKTREE, group
+from pipelines.stage import OF_A_CALLER
 from tests.running import ROOT, call, environment
 
 PARAMS = {
@@ -274,3 +278,64 @@ def test_fetches_take_turns(root, tmp_path_factory):
         assert [one.poll() for one in both] == [None, None]
     assert [one.wait(60) for one in both] == [0, 0]
     assert call(root, "git", "rev-parse", "origin/main") == call(root, "git", "rev-parse", "main")
+
+
+@pytest.mark.parametrize("level", ["local", "global"])
+def test_the_cache_is_that_of_the_clone_wherever_it_was_set(root, level, tmp_path_factory, monkeypatch):
+    monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path_factory.mktemp("settings")))
+    shared = tmp_path_factory.mktemp("cache")
+    asked = str(shared) if level == "global" else os.path.relpath(shared, root)
+    call(root, "dvc", "cache", "dir", f"--{level}", asked, XDG_CONFIG_HOME=os.environ["XDG_CONFIG_HOME"])
+    with worktree.worktree(root, "a", "HEAD", epochs(2)) as (place, _):
+        said = call(place, "dvc", "cache", "dir", XDG_CONFIG_HOME=os.environ["XDG_CONFIG_HOME"])
+        assert said.strip() == str(shared) == str(cache_folder(root))
+        finish(place)
+
+
+def test_a_clone_can_move_with_what_a_killed_run_has_left_and_scratch_can_be_a_link(root, tmp_path_factory):
+    away = tmp_path_factory.mktemp("away")
+    shutil.rmtree(root / "scratch")
+    (away / "scratch").mkdir()
+    (root / "scratch").symlink_to(away / "scratch")
+    killed(root)
+    moved = Path(shutil.move(root, away / "moved"))
+    assert run(moved) == "runs/first"
+    assert_clean(moved)
+
+
+def test_a_folder_that_git_makes_no_worktree_of_is_refused_in_a_line(root, tmp_path_factory):
+    other = tmp_path_factory.mktemp("other")
+    for place in (root / "inside", other / "new"):
+        place.mkdir()
+    call(other / "new", "git", "init", "--quiet")
+    add = ("-c", "protocol.file.allow=always", "submodule", "--quiet", "add", str(root), "sub")
+    call(other / "new", "git", *add)
+    for place, said in (
+        (other, "a run in a worktree needs git: .*not a git repository.*; clone the project with git"),
+        (root / "inside", f"is a folder of the repository {root}"),
+        (other / "new", "has no commit yet"),
+        (other / "new/sub", f"is a submodule of {other}/new"),
+    ):
+        with pytest.raises(ValueError, match=said) as caught:
+            run(place)
+        assert "\n" not in str(caught.value)
+        assert not (place / "scratch").exists()
+
+
+def test_what_a_git_that_calls_us_says_reaches_no_git_of_ours(root, monkeypatch):
+    call(root, "git", "worktree", "add", "--quiet", "-b", "mine", str(root / "scratch/mine"))
+    linked = root / "scratch/mine"
+    (linked / "staged").write_text("staged, not committed", encoding="utf-8")
+    call(linked, "git", "add", "staged")
+    own = call(linked, "git", "rev-parse", "--absolute-git-dir").strip()
+    for name, value in (("DIR", own), ("INDEX_FILE", f"{own}/index"), ("WORK_TREE", str(linked)), ("PREFIX", "x/")):
+        monkeypatch.setenv(f"GIT_{name}", value)
+    with worktree.worktree(linked, "a", "HEAD", epochs(2)) as (place, _):
+        with group(["env"], place, deque(), {}) as process:
+            assert process.stdout is not None
+            assert not {line.partition("=")[0] for line in process.stdout} & OF_A_CALLER
+        finish(place)
+    monkeypatch.undo()
+    assert call(linked, "git", "branch", "--show-current").strip() == "mine"
+    assert call(linked, "git", "status", "--porcelain", "staged").strip() == "A  staged"
+    assert call(root, "git", "log", "--format=%s", "mine") == "start\n"

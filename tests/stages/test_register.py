@@ -91,6 +91,31 @@ def test_a_version_carries_its_lineage_and_no_secret(projects, tmp_path):
     assert look(uri) == ({"champion": 1}, {1: "champion"})
 
 
+def test_where_git_refuses_the_version_says_so_and_never_that_the_code_was_clean(projects, tmp_path):
+    folder = Path(shutil.copytree(projects["strong"], tmp_path / "project"))
+    call(folder, "git", "init", "--quiet", "--initial-branch=main")
+    call(folder, "git", "add", "params.yaml")
+    call(folder, "git", "-c", "user.name=t", "-c", "user.email=t@localhost", "commit", "--quiet", "-m", "start")
+    uri = f"sqlite:///{folder}/mlflow.db"
+    said = run(folder, uri, GIT_TEST_ASSUME_DIFFERENT_OWNER="1")  # as in a container that mounts another user's clone
+    remedy = f"git config --global --add safe.directory {folder}"
+    (warning,) = (line for line in said.splitlines() if line.startswith("warning: "))
+    assert warning.startswith("warning: the version's lineage says unknown, until dvc repro runs where git does not ")
+    assert warning.endswith(remedy)
+    assert "registered detr version 1 as champion" in said
+    tags = at_uri(uri).get_model_version(MODEL, "1").tags
+    assert [tags[f"git_{name}"] for name in ("commit", "branch", "dirty")] == ["unknown"] * 3
+    said = run(folder, uri, ("python", "-m", "pipelines", "reproduce", "1"), code=1)
+    assert the_error(said).startswith("error: models:/detr/1 was registered outside of git: ")
+    assert remedy in said
+    run(folder, uri)
+    version = at_uri(uri).get_model_version(MODEL, "1")
+    commit = call(folder, "git", "rev-parse", "HEAD").strip()
+    assert [version.tags[f"git_{name}"] for name in ("commit", "branch", "dirty")] == [commit, "main", "true"]
+    assert "git_failure" not in version.tags
+    assert at_uri(uri).get_run(version.run_id).data.tags["git_commit"] == commit
+
+
 def test_the_better_takes_the_place_an_equal_does_not_and_protection_holds(projects, uri, tmp_path, drawn):
     said = run(projects["strong"], uri)
     assert "registered detr version 2 as champion: AP" in said
