@@ -102,8 +102,8 @@ def measure(side: str, folder: Path) -> dict:
 
         rows = np.load(folder / "found.npy")
         started = time.perf_counter()
-        aps = bootstrap_ap([match(folder / "truth.json", rows)], 1000, seed=0)[0]
-        numbers = list(interval(aps, 0.95))
+        matches = match(folder / "truth.json", rows)
+        numbers = list(interval(bootstrap_ap([matches], 1000, seed=0)[0], 0.95, len(matches.objects), lowest=0))
         seconds = time.perf_counter() - started
     else:
         find = {"ours": "hotcoco", **PEERS}[side]

@@ -18,17 +18,20 @@ from detr.judge import from_results
 IOU_THRESHOLDS = np.linspace(0.5, 0.95, 10)
 RECALL_THRESHOLDS = np.linspace(0, 1, 101)
 MAX_DETECTIONS = 100  # per image and category
+MAX_AREA = 1e10  # objects and detections of a larger area are none to COCO, as are those of a negative one
 CHUNK = 100  # resamples at a time, which bounds memory
 
 
 @dataclass(frozen=True)
 class Matches:
-    """Detections as matched with the objects of N images, by category and falling score.
+    """Detections as matched with the objects of N images at T = 10 IoU thresholds, by category and falling score.
 
-    category, image [D] are indices; hit, ignored [D, T]: matched with an object, or with a crowd;
-    objects [N, C] counts those to be found, crowds left out.
+    row [D] is the place of each in what was given; category, image [D] are indices by ascending id; hit [D, T]: matched
+    with an object; ignored [D, T]: neither right nor wrong, as matched with a crowd or of an area that COCO leaves out;
+    objects [N, C] counts those to be found.
     """
 
+    row: np.ndarray
     category: np.ndarray
     image: np.ndarray
     hit: np.ndarray
@@ -42,7 +45,7 @@ def match(annotations: Path, detections: np.ndarray | list[dict]) -> Matches:
     held = read_truth(annotations)
     image_ids, category_ids = np.sort(held.image_ids), held.category_ids
     num_images, num_categories = len(image_ids), len(category_ids)
-    truth = np.column_stack([held.image_of, held.boxes_xywh, held.crowd, held.category_of])
+    truth = np.column_stack([held.image_of, held.boxes_xywh, held.crowd, held.category_of, held.areas])
     known = np.isin(rows[:, 0], image_ids) & np.isin(rows[:, 6], category_ids)
     if not known.all():
         raise ValueError(f"detections {rows[~known][:3].tolist()} are of images or categories not in {annotations}")
@@ -51,26 +54,40 @@ def match(annotations: Path, detections: np.ndarray | list[dict]) -> Matches:
         """Category and image as one number."""
         return np.searchsorted(category_ids, table[:, 6]) * num_images + np.searchsorted(image_ids, table[:, 0])
 
-    crowd = truth[:, 5] > 0
-    truth = truth[np.lexsort([crowd, keys(truth)])]  # within a key, crowds last
-    rows = rows[np.lexsort([-rows[:, 5], keys(rows)])]
-    owner = keys(rows)
+    passed = (truth[:, 5] != 0) | _outside(truth[:, 7])  # not to be found
+    order = np.lexsort([passed, keys(truth)])  # within a key, these last
+    truth, passed = truth[order], passed[order]
+    row = np.lexsort([-rows[:, 5], keys(rows)])
+    owner = keys(rows[row])
     rank = np.arange(len(rows)) - np.searchsorted(owner, owner)
-    rows, owner, rank = (x[rank < MAX_DETECTIONS] for x in (rows, owner, rank))
-    hit, ignored = _assign(rows[:, 1:5], owner, rank, truth[:, 1:5], keys(truth), truth[:, 5] > 0)
+    row, owner, rank = (x[rank < MAX_DETECTIONS] for x in (row, owner, rank))
+    rows = rows[row]
+    hit, ignored = _assign(rows[:, 1:5], owner, rank, truth[:, 1:5], keys(truth), truth[:, 5] != 0, passed)
+    ignored |= ~hit & _outside(rows[:, 3] * rows[:, 4])[:, None]
     category, image = np.divmod(owner, max(num_images, 1))
     order = np.lexsort([-rows[:, 5], category])  # stable: among equal scores by image, as pycocotools
-    objects = np.bincount(keys(truth)[truth[:, 5] == 0], minlength=num_images * num_categories)
+    objects = np.bincount(keys(truth)[~passed], minlength=num_images * num_categories)
     per_image = objects.reshape(num_categories, num_images).T
-    return Matches(category[order], image[order], hit[order], ignored[order], per_image)
+    return Matches(row[order], category[order], image[order], hit[order], ignored[order], per_image)
+
+
+def _outside(area: np.ndarray) -> np.ndarray:
+    return (area < 0) | (area > MAX_AREA)
 
 
 def _assign(
-    boxes: np.ndarray, owner: np.ndarray, rank: np.ndarray, truth: np.ndarray, holder: np.ndarray, crowd: np.ndarray
+    boxes: np.ndarray,
+    owner: np.ndarray,
+    rank: np.ndarray,
+    truth: np.ndarray,
+    holder: np.ndarray,
+    crowd: np.ndarray,
+    passed: np.ndarray,
 ) -> tuple[np.ndarray, np.ndarray]:
     """hit, ignored [D, T]: each detection, best first, takes the free object of its key with the highest IoU.
 
-    A crowd is taken when no object is, by any number. Of equal overlaps the later object counts, as in pycocotools.
+    One that is passed over is taken when no other is; a crowd by any number. Of equal overlaps the later object counts,
+    as in pycocotools.
     """
     first = np.searchsorted(holder, owner)
     number = np.searchsorted(holder, owner, side="right") - first
@@ -93,7 +110,7 @@ def _assign(
         if not len(pairs):
             continue
         d, g = detection[pairs], target[pairs]
-        value = np.where(crowd[g], iou[pairs], iou[pairs] + 2)[:, None]  # any object before any crowd
+        value = np.where(passed[g], iou[pairs], iou[pairs] + 2)[:, None]
         open_ = (iou[pairs, None] >= IOU_THRESHOLDS) & ~(taken[g] & ~crowd[g, None])
         value = np.where(open_, value, -1.0)  # [P, T]
         firsts = np.flatnonzero(np.r_[True, d[1:] != d[:-1]])
@@ -103,9 +120,23 @@ def _assign(
         which, threshold = np.nonzero(best >= 0)
         chosen = g[last[which, threshold]]
         taken[chosen, threshold] = True
-        hit[d[firsts[which]], threshold] = ~crowd[chosen]
-        ignored[d[firsts[which]], threshold] = crowd[chosen]
+        hit[d[firsts[which]], threshold] = ~passed[chosen]
+        ignored[d[firsts[which]], threshold] = passed[chosen]
     return hit, ignored
+
+
+def rank_images(matches: Matches) -> tuple[np.ndarray, np.ndarray]:
+    """Indices of the images where detections or misses are wrong, worst first, and of those with hits, best first.
+
+    By F1 at IoU 0.50; among equals those with more errors are worse and those with more hits better. Crowds, and what
+    is detected on them, count as neither.
+    """
+    num_images, hit = len(matches.objects), matches.hit[:, 0]
+    hits = np.bincount(matches.image[hit], minlength=num_images)
+    invented = np.bincount(matches.image[~hit & ~matches.ignored[:, 0]], minlength=num_images)
+    errors = invented + matches.objects.sum(axis=1) - hits
+    ranked = np.lexsort([hits - errors, 2 * hits / np.maximum(2 * hits + errors, 1)])
+    return ranked[errors[ranked] > 0], ranked[::-1][hits[ranked[::-1]] > 0]
 
 
 def weighted_ap(matches: Matches, weights: np.ndarray) -> np.ndarray:
@@ -149,26 +180,49 @@ def _area(image: np.ndarray, hit: np.ndarray, wanted: np.ndarray, weights: np.nd
 
 
 def bootstrap_ap(matches: Sequence[Matches], num_resamples: int, seed: int) -> np.ndarray:
-    """APs (0..1) [len(matches), num_resamples] of models over the same resamples of the images, drawn with replacement.
+    """APs (0..1) [len(matches), num_resamples] of models over the same random halves of the images.
 
-    Differences between rows are paired. A resample repeats images, which raises the AP of rare categories; so each row
-    is shifted to have the AP of the images themselves as its mean. Raises ValueError for matches with different images
-    or objects.
+    Differences between rows are paired. The AP of a half, drawn without replacement, lies about as far from that of all
+    images as this lies from that of all images there could be; drawing all with replacement has no new image, and
+    finds less spread than there is (benchmarks/ap_interval.py). Each row is shifted to have the AP of the images
+    themselves as its mean. Raises ValueError for matches with different images or objects.
+    Source: Shao and Wu, A General Theory for Jackknife Variance Estimation, Annals of Statistics 17, 1989.
     """
     objects = [m.objects for m in matches]
     if any(not np.array_equal(o, objects[0]) for o in objects[1:]):
         raise ValueError("the models were matched with different objects, expected the same annotations for all")
-    num_images = len(objects[0])
-    drawn = np.random.default_rng(seed).multinomial(num_images, np.full(num_images, 1 / num_images), num_resamples).T
+    drawn = draw_halves(len(objects[0]), num_resamples, seed)
     chunks = [slice(start, start + CHUNK) for start in range(0, num_resamples, CHUNK)]
     rows = []
     for m in matches:
+        ap = weighted_ap(m, np.ones((len(drawn), 1)))[0]
         found = np.concatenate([weighted_ap(m, drawn[:, chunk]) for chunk in chunks])
-        rows.append(found - found.mean() + weighted_ap(m, np.ones((num_images, 1)))[0])
+        found = np.where(found < 0, ap, found)  # of halves without an object
+        rows.append(found - found.mean() + ap)
     return np.array(rows)
 
 
-def interval(values: np.ndarray, confidence: float) -> tuple[float, float]:
-    """The percentile interval that holds the share `confidence` of the values."""
-    low, high = np.quantile(values, [(1 - confidence) / 2, (1 + confidence) / 2])
+def draw_halves(num_images: int, num_resamples: int, seed: int) -> np.ndarray:
+    """Random halves of the images, each followed later by the other half: bool [N, R]."""
+    half = np.tile(np.arange(num_images) < num_images // 2, (-(-num_resamples // 2), 1))
+    half = np.random.default_rng(seed).permuted(half, axis=1).T
+    return np.concatenate([half, ~half], axis=1)[:, :num_resamples]
+
+
+def interval(values: np.ndarray, confidence: float, num_images: int, lowest: float = -1.0) -> tuple[float, float]:
+    """The interval that holds the share `confidence` of the resampled APs or differences, in lowest..1.
+
+    Where all are alike, as with one image or with an AP of 0, each side is as long as the share that images of another
+    kind may have though none of these is one.
+    """
+    ends = np.quantile(values, [(1 - confidence) / 2, (1 + confidence) / 2])
+    if ends[0] == ends[1]:
+        margin = 1 - ((1 - confidence) / 2) ** (1 / max(num_images, 1))
+        ends += [-margin, margin]
+    low, high = np.clip(ends, lowest, 1)
     return float(low), float(high)
+
+
+def can_be_certain(num_images: int, confidence: float) -> bool:
+    """Whether the images are so many that chance would hardly favour one of two equal models in all: 5 for 0.95."""
+    return 0.5**num_images <= 1 - confidence

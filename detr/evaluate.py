@@ -13,6 +13,8 @@ from detr.loader import Loader
 from detr.model import DETR, for_inference
 from detr.postprocess import postprocess
 
+PIXEL_DECIMALS, SCORE_DECIMALS = 4, 7
+
 
 @torch.no_grad()
 def detect(
@@ -27,7 +29,8 @@ def detect(
 
     Each image passes the model alone: batch mates bring padding, and their number other kernels, which round otherwise.
     So no batch size and no number of processes changes a detection. `size_multiple` is that of the model's `InputSize`.
-    Coordinates are rounded to 1/100 pixel and scores to 6 digits, which no COCO metric sees.
+    Coordinates are rounded to PIXEL_DECIMALS and scores to SCORE_DECIMALS, about what float32 holds: of 100 images of
+    COCO that moves its 12 numbers by less than 1e-4, where 2 decimals of a pixel move them by up to 1e-3.
     """
     model = for_inference(model).to(device)
     category_ids = torch.from_numpy(dataset.annotations.category_ids)
@@ -42,8 +45,8 @@ def detect(
             boxes_xyxy[:, 2:] -= boxes_xyxy[:, :2]
             rows = torch.empty(len(scores), COLUMNS, dtype=torch.float64)
             rows[:, 0] = batch.image_ids.cpu()
-            rows[:, 1:5] = boxes_xyxy.double().round(decimals=2)
-            rows[:, 5] = scores.double().round(decimals=6)
+            rows[:, 1:5] = boxes_xyxy.double().round(decimals=PIXEL_DECIMALS)
+            rows[:, 5] = scores.double().round(decimals=SCORE_DECIMALS)
             rows[:, 6] = category_ids[labels]
             layers.append(rows)
         yield torch.stack(layers).numpy()

@@ -118,23 +118,9 @@ def limits(judge: Any) -> dict[str, tuple[float, int]]:
     return {name: (float(found["delta_ap"][key]), int(found["counts"][key])) for key, name in LIMITS.items()}
 
 
-def confusion(judge: Any, threshold: float) -> np.ndarray:
+def confusion(judge: Any) -> np.ndarray:
     """Counts [C+1, C+1] of true and, along columns, detected categories at IoU 0.50; the last is background.
 
-    Of detections with a score of at least `threshold`.
+    All detections count, those on crowds as of background: leave them out before.
     """
-    return np.asarray(judge.confusion_matrix(iou_thr=0.5, min_score=threshold)["matrix"]).astype(np.int64)
-
-
-def by_quality(judge: Any, threshold: float) -> list[int]:
-    """Ids of the images with objects or detections of a score from `threshold`, worst first.
-
-    By F1 at IoU 0.50; among equals those with more errors are worse and those with more hits better.
-    """
-    summary = judge.image_diagnostics(iou_thr=0.5, score_thr=threshold)["img_summary"]
-    ranked = [
-        (row["f1"], row["tp"] - row["fp"] - row["fn"], image_id)
-        for image_id, row in summary.items()
-        if row["tp"] + row["fp"] + row["fn"]
-    ]
-    return [image_id for *_, image_id in sorted(ranked)]
+    return np.asarray(judge.confusion_matrix(iou_thr=0.5)["matrix"]).astype(np.int64)

@@ -44,7 +44,8 @@ def set_loss(
     logits [L, B, Q, C+1]; boxes_cxcywh [L, B, Q, 4]; `totals` [3] are the `batch_totals` of the global batch that these
     images are a part of. Invariant: losses and parts of the parts of a batch add up to those of the whole.
     Parts: `loss_class`, `loss_box`, `loss_giou`, `cardinality_error`, each [L], and `class_error` [], the
-    percentage of matched queries of the last layer with a wrong class.
+    percentage of matched queries of the last layer with a wrong class: NaN for a global batch without targets, of which
+    the authors' code says 100.
     Source: paper, equations 2 to 4, appendix A.2.
     """
     if not config.auxiliary:
@@ -78,7 +79,7 @@ def set_loss(
         counts = (targets.owners == torch.arange(num_images, device=logits.device)[:, None]).sum(dim=1)
         cardinality_error = ((guess != no_object).sum(dim=2) - counts).abs().sum(dim=1) / all_images
         wrong = (guess[-1, targets.owners, matched[-1]] != targets.labels) & found[-1]
-        class_error = 100 * wrong.sum() / all_matched.clamp(min=1)
+        class_error = 100 * wrong.sum() / all_matched
 
     total = (config.class_weight * loss_class + config.box_weight * loss_box + config.giou_weight * loss_giou).sum()
     parts = {

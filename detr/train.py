@@ -44,7 +44,7 @@ class TrainConfig:
     micro_batch: int  # images that pass through the model together: what bounds memory
     group_window: int  # images of the shuffled order among which micro-batches of like shapes are made, 0 for none
     lr: float
-    lr_backbone: float
+    lr_backbone: float  # 0 freezes the backbone
     weight_decay: float
     schedule: str  # cosine, or step: a tenth from lr_drop_epoch on
     lr_drop_epoch: int
@@ -179,6 +179,8 @@ def fit(
     step, sums, since, skipped = given["step"], given["sums"], given["since"], given["skipped"]
     sampler = _sampler(dataset, model, config, process, step)
     model.load_state_dict(given["model"])
+    if not config.lr_backbone:
+        model.backbone.requires_grad_(False)
     model.to(process.device).to(memory_format=torch.channels_last)
     optimizer = build_optimizer(model, config)
     average = _average(model, config.ema_decay)
@@ -232,6 +234,7 @@ def fit(
                 batches = list(islice(source, sampler.share))
                 waited += time.perf_counter() - started
             model.train()
+            model.backbone.train(config.lr_backbone > 0)  # a frozen one keeps its norms' statistics too
             factor = learning_rate_factor(step, steps_per_epoch, config)
             for group in optimizer.param_groups:
                 group["lr"] = group["base_lr"] * factor
@@ -259,7 +262,7 @@ def fit(
                 optimizer.step()
                 if average:
                     average.update_parameters(model)
-                sums = {name: sums.get(name, 0.0) + value for name, value in measured.items()}
+                sums = _add(sums, measured)
                 since += 1
             step += 1
             timed += 1
@@ -273,7 +276,7 @@ def fit(
                     "epoch": (step - 1) // steps_per_epoch,
                     "step": step,
                     **rates,
-                    **_means(sums or dict.fromkeys(measured, math.nan), max(since, 1)),
+                    **_means(sums or dict.fromkeys((*measured, "judged"), math.nan), max(since, 1)),
                     "skipped": skipped,
                 }
                 sums, since = {}, 0
@@ -292,7 +295,7 @@ def _sampler(dataset: CocoDataset, model: DETR, config: TrainConfig, process: Pr
         process.num_processes, step, config.group_window, view_sizes,
     )  # fmt: skip
     uneven = sampler.micro_batches % process.num_processes
-    if model.config.backbone_norm == "batch" and (uneven or config.max_skipped):
+    if model.config.backbone_norm == "batch" and config.lr_backbone and (uneven or config.max_skipped):
         raise ValueError(
             "model.backbone_norm is batch: its statistics need as many micro-batches on every process, and cannot be "
             f"taken back; there are {sampler.micro_batches} for {process.num_processes} processes, and "
@@ -355,7 +358,15 @@ def _accumulate(
     return numbers, ""
 
 
+def _add(sums: dict[str, float], measured: dict[str, float]) -> dict[str, float]:
+    """The sums with one more step; a batch without targets has no class error, and is not counted in its mean."""
+    judged = not math.isnan(measured["class_error"])
+    step = measured | {"judged": float(judged)} | ({} if judged else {"class_error": 0.0})
+    return {name: sums.get(name, 0.0) + value for name, value in step.items()}
+
+
 def _means(sums: dict[str, float], count: int) -> dict[str, float]:
     """Of an interval of `count` steps."""
-    means = {name: value / count for name, value in sums.items() if not name.endswith("pixels")}
+    means = {name: value / count for name, value in sums.items() if name not in ("pixels", "padded_pixels", "judged")}
+    means["class_error"] = sums["class_error"] / sums["judged"] if sums["judged"] else math.nan
     return means | {"padding_ratio": sums["padded_pixels"] / sums["pixels"]}

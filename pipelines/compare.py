@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from detr.bootstrap import Matches, bootstrap_ap, interval, match
+from detr.bootstrap import Matches, bootstrap_ap, can_be_certain, interval, match
 from pipelines import params, registry, tracking
 from pipelines.evaluate import EvaluateParams
 from pipelines.figures import save_figure
@@ -59,15 +59,15 @@ def compare(root: Path, versions: list[str]) -> str:
 def compared(found: Sequence[Version], root: Path, config: EvaluateParams) -> dict[str, Any]:
     """The comparison as a document; every list in it is in the order of the versions, None for what is not known."""
     first, *others = found
-    notes, resampled = resample(found, root / DATA / "instances_val.json", config)
+    notes, resampled, num_images = resample(found, root / DATA / "instances_val.json", config)
     aps = [version.metrics.get("AP") for version in found]
     document: dict[str, Any] = {
         "versions": [version.number for version in found],
         "titles": [version.title for version in found],
         "AP": aps,
         "confidence": config.confidence,
-        "interval": [limits(version, resampled.get(version.number), config.confidence) for version in found],
-        "difference": [None, *(difference(first, other, resampled, config.confidence) for other in others)],
+        "interval": [limits(v, resampled.get(v.number), config.confidence, num_images) for v in found],
+        "difference": [None, *(difference(first, other, resampled, config.confidence, num_images) for other in others)],
         "metrics": {name: [version.metrics.get(name) for version in found] for name in METRICS},
         "classes": changes(found),
         "params": unequal([version.params for version in found]),
@@ -79,8 +79,10 @@ def compared(found: Sequence[Version], root: Path, config: EvaluateParams) -> di
     return document | {"notes": notes}
 
 
-def resample(found: Sequence[Version], truth: Path, config: EvaluateParams) -> tuple[list[str], dict[int, np.ndarray]]:
-    """Why versions are not paired with the first, and the resampled APs of those that are, by number."""
+def resample(
+    found: Sequence[Version], truth: Path, config: EvaluateParams
+) -> tuple[list[str], dict[int, np.ndarray], int]:
+    """Why versions are not paired with the first, the resampled APs of those that are, and of how many images."""
     first, *others = found
     comparable = [first, *(other for other in others if other.held_out == first.held_out)]
     notes = [
@@ -95,7 +97,7 @@ def resample(found: Sequence[Version], truth: Path, config: EvaluateParams) -> t
             f"not paired: {truth} is not the ground truth that version {first.number} was evaluated on; "
             f"get it: git checkout {commit} && dvc checkout"
         )
-        return notes, {}
+        return notes, {}, 0
     matches: dict[int, Matches] = {}
     for version in comparable:
         if version.detections is None:
@@ -103,9 +105,9 @@ def resample(found: Sequence[Version], truth: Path, config: EvaluateParams) -> t
         else:
             matches[version.number] = match(truth, json.loads(version.detections.read_text(encoding="utf-8")))
     if not matches:
-        return notes, {}
+        return notes, {}, 0
     rows = bootstrap_ap(list(matches.values()), config.num_resamples, config.seed)
-    return notes, dict(zip(matches, rows, strict=True))
+    return notes, dict(zip(matches, rows, strict=True)), len(next(iter(matches.values())).objects)
 
 
 def md5(path: Path) -> str:
@@ -114,15 +116,17 @@ def md5(path: Path) -> str:
         return hashlib.file_digest(file, lambda: hashlib.md5(usedforsecurity=False)).hexdigest()
 
 
-def limits(version: Version, resampled: np.ndarray | None, confidence: float) -> tuple[float, float] | None:
+def limits(
+    version: Version, resampled: np.ndarray | None, confidence: float, num_images: int
+) -> tuple[float, float] | None:
     """The interval of a version's AP: that of its evaluation, else that of the resamples."""
     if {"AP_low", "AP_high"} <= version.metrics.keys():
         return version.metrics["AP_low"], version.metrics["AP_high"]
-    return None if resampled is None else interval(resampled, confidence)
+    return None if resampled is None else interval(resampled, confidence, num_images, lowest=0)
 
 
 def difference(
-    first: Version, other: Version, resampled: dict[int, np.ndarray], confidence: float
+    first: Version, other: Version, resampled: dict[int, np.ndarray], confidence: float, num_images: int
 ) -> dict[str, Any] | None:
     """How much higher AP is than the first's; paired also its interval and p, from the same resampled images.
 
@@ -135,10 +139,11 @@ def difference(
     if first.number not in resampled or other.number not in resampled:
         return gain
     gains = resampled[other.number] - resampled[first.number]
-    low, high = interval(gains, confidence)
+    low, high = interval(gains, confidence, num_images)
     rarer = min(int((gains <= 0).sum()), int((gains >= 0).sum()))
     p = min(1.0, 2 * (rarer + 1) / (len(gains) + 1))
-    return gain | {"paired": True, "low": low, "high": high, "p": p, "significant": not low <= 0 <= high}
+    significant = not low <= 0 <= high and can_be_certain(num_images, confidence)
+    return gain | {"paired": True, "low": low, "high": high, "p": p, "significant": significant}
 
 
 def changes(found: Sequence[Version]) -> list[dict[str, Any]]:

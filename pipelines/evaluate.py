@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torchvision.io import write_png
 
-from detr.bootstrap import IOU_THRESHOLDS, bootstrap_ap, interval, match
+from detr.bootstrap import IOU_THRESHOLDS, bootstrap_ap, interval, match, rank_images
 from detr.checkpoint import Category, load_model, write_atomically
 from detr.coco import Annotations, CocoDataset, load_annotations
 from detr.distributed import process_group
@@ -22,7 +22,6 @@ from detr.judge import (
     METRICS,
     PER_CLASS,
     ap_per_class,
-    by_quality,
     coco_eval,
     confusion,
     limits,
@@ -76,7 +75,7 @@ def evaluate(config: EvaluateParams, data: Path, model_folder: Path, output: Pat
     judges = [coco_eval(truth, detections) for detections in layers]
     metrics = metrics_of(judges[-1])
     resampled = bootstrap_ap([match(truth, layers[-1])], config.num_resamples, config.seed)[0]
-    metrics["AP_low"], metrics["AP_high"] = interval(resampled, config.confidence)
+    metrics["AP_low"], metrics["AP_high"] = interval(resampled, config.confidence, len(dataset), lowest=0)
     metrics["parameters_millions"] = count_parameters(model) / 1e6
     if len(dataset):
         first = annotations.sizes_hw[:NUM_SIZES].tolist()
@@ -84,7 +83,10 @@ def evaluate(config: EvaluateParams, data: Path, model_folder: Path, output: Pat
     output.mkdir(parents=True, exist_ok=True)
     write_json(output / "detections.json", to_results(layers[-1]))
     write_json(output / "metrics.json", {name: round(value, 6) for name, value in metrics.items()})
-    errors, confusions = limits(judges[-1]), confusion(judges[-1], config.picture_threshold)
+    shown = layers[-1][layers[-1][:, 5] >= config.picture_threshold]
+    matches = match(truth, shown)
+    on_crowds = matches.row[matches.ignored[:, 0]]
+    errors, confusions = limits(judges[-1]), confusion(coco_eval(truth, np.delete(shown, on_crowds, axis=0)))
     write_tables(judges, annotations, errors, confusions, output)
     plots = output / "plots"
     shutil.rmtree(plots, ignore_errors=True)
@@ -93,7 +95,7 @@ def evaluate(config: EvaluateParams, data: Path, model_folder: Path, output: Pat
     figures.precision_recall(precision_of(judges[-1]), names, plots / "precision_recall.png")
     figures.limits(errors, plots / "errors.png")
     figures.confusion(confusions, names, plots / "confusion.png")
-    draw_images(by_quality(judges[-1], config.picture_threshold), dataset, layers[-1], config, plots)
+    draw_images(rank_images(matches), dataset, layers[-1], config, plots)
     print(", ".join(f"{name} {value:.3f}" for name, value in metrics.items()), flush=True)
 
 
@@ -148,17 +150,21 @@ def write_tables(
 
 
 def draw_images(
-    ranked: list[int], dataset: CocoDataset, detections: np.ndarray, config: EvaluateParams, folder: Path
+    ranked: tuple[np.ndarray, np.ndarray],
+    dataset: CocoDataset,
+    detections: np.ndarray,
+    config: EvaluateParams,
+    folder: Path,
 ) -> None:
-    """Writes the query slots' boxes and, of image ids ranked from the worst on, the worst and the best images."""
+    """Writes the query slots' boxes and the worst and best images, as `rank_images` gives them."""
     record = dataset.annotations
     if len(dataset):
         boxes = slot_boxes(detections, record.sizes_hw)
         write_png(draw_slots(boxes, range(min(NUM_SLOTS, boxes.shape[1]))), str(folder / "slots.png"))
-    place = {image_id: index for index, image_id in enumerate(record.image_ids.tolist())}
-    for kind, image_ids in (("worst", ranked), ("best", ranked[::-1])):
-        for number, image_id in enumerate(image_ids[: config.num_pictures]):
-            picture = beside_truth(dataset, detections, place[image_id], config.picture_threshold)
+    by_id = np.argsort(record.image_ids)
+    for kind, indices in zip(("worst", "best"), ranked, strict=True):
+        for number, index in enumerate(by_id[indices[: config.num_pictures]].tolist()):
+            picture = beside_truth(dataset, detections, index, config.picture_threshold)
             write_png(picture, str(folder / f"{kind}_{number:02d}.png"))
 
 

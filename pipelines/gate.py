@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from detr.annotation_file import read_truth
-from detr.bootstrap import Matches, bootstrap_ap, interval, match, weighted_ap
+from detr.bootstrap import Matches, bootstrap_ap, can_be_certain, interval, match, weighted_ap
 from pipelines import registry
 from pipelines.params import nearest
 
@@ -47,6 +47,7 @@ class Judged:
     high: float | None
     per_class: dict[str, float]  # of the categories with objects, empty where unknown
     source: str  # of the numbers
+    num_images: int
 
 
 @dataclass(frozen=True)
@@ -98,7 +99,7 @@ def decide(
     if champion is None or gains is None:
         return Decision("champion", note or "there was no champion", candidate, None, None, None, None, None, [])
     gain = candidate.ap - champion.ap
-    low, high = interval(gains, config.confidence)
+    low, high = interval(gains, config.confidence, candidate.num_images)
     share = float((gains > ROUNDING).mean())
     losses = []
     for name, allowed in config.protected.items():
@@ -114,6 +115,8 @@ def decide(
         against.append(f"the gain is below {config.min_ap_gain:g}")
     if share < config.confidence:
         against.append(f"it is not certain enough ({config.confidence:.1%} are asked for)")
+    elif not can_be_certain(candidate.num_images, config.confidence):
+        against.append(f"{candidate.num_images} images cannot make it certain ({config.confidence:.1%} are asked for)")
     against += [
         f"{x.name} loses {x.loss:.4f} AP, {x.allowed:g} allowed" for x in losses if x.loss is not None and x.too_much()
     ]
@@ -165,9 +168,10 @@ def ap_of_classes(matches: Matches, names: list[str]) -> dict[str, float]:
 
 def judged(version: str, matches: Matches, resamples: np.ndarray, names: list[str], confidence: float) -> Judged:
     """The numbers of a version whose detections are matched; `resamples` [R] are its APs."""
-    ap = float(weighted_ap(matches, np.ones((len(matches.objects), 1)))[0])
-    low, high = interval(resamples, confidence)
-    return Judged(version, ap, low, high, ap_of_classes(matches, names), "its detections")
+    num_images = len(matches.objects)
+    ap = float(weighted_ap(matches, np.ones((num_images, 1)))[0])
+    low, high = interval(resamples, confidence, num_images, lowest=0)
+    return Judged(version, ap, low, high, ap_of_classes(matches, names), "its detections", num_images)
 
 
 def judge(client: Any, version: Any, detections: list[dict], data: Path, config: RegisterParams) -> Decision:
@@ -207,7 +211,7 @@ def judge(client: Any, version: Any, detections: list[dict], data: Path, config:
     note = f"of the champion only its tag AP counts, which may be of other data ({source})"
     note += f"; without the alias it answers by its number: predict --model {version.version}"
     per_class = registry.class_aps(client, best)
-    champion = Judged(number, float(best.tags["AP"]), None, None, per_class, "its tag AP")
+    champion = Judged(number, float(best.tags["AP"]), None, None, per_class, "its tag AP", candidate.num_images)
     return decide(candidate, champion, resamples - champion.ap, config, note)
 
 

@@ -78,6 +78,7 @@ def up(root: Path, prefect_port: int, mlflow_port: int, host: str = HOST) -> tup
     try:
         prefect = start(root, "prefect", ["prefect", "server", "start", "--host", host, "--port", str(prefect_port)])
         mlflow = start(root, "mlflow", command, stores)
+        wait_for(f"{urls['MLflow']}/health", mlflow, log_of(root, "mlflow"))
         wait_for(f"{urls['Prefect']}/api/health", prefect, log_of(root, "prefect"))
         from pipelines import automations
 
@@ -85,7 +86,6 @@ def up(root: Path, prefect_port: int, mlflow_port: int, host: str = HOST) -> tup
         if start(root, "deploy", automations.deploy_command(root)).wait():
             raise RuntimeError(f"prefect deploy --all failed: {end_of(log_of(root, 'deploy'))}")
         died = automations.resume_interrupted()
-        wait_for(f"{urls['MLflow']}/health", mlflow, log_of(root, "mlflow"))
         start(root, "worker", ["prefect", "worker", "start", "--pool", automations.POOL, "--name", "here"])
     except BaseException:
         down(root)

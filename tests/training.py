@@ -2,16 +2,21 @@
 
 import json
 import os
+import shutil
+import signal
 import subprocess
 import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from benchmarks.kill_resume import OUTPUTS
+import pytest
+
+from benchmarks.kill_resume import OUTPUTS, prepare
 from detr.checkpoint import load_state
 from pipelines.params import read_yaml, to_yaml
-from tests.running import ROOT, environment
+from pipelines.repro import reproduce
+from tests.running import ROOT, call, environment
 
 COMMAND = ("python", "-m", "pipelines.train")
 
@@ -31,6 +36,39 @@ def started(folder: Path, processes: int = 1, cold: bool = False) -> subprocess.
     with (folder / "log").open("w", encoding="utf-8") as log:
         env = environment(cold, **quiet(processes))
         return subprocess.Popen(COMMAND, cwd=folder, env=env, stdout=log, stderr=log, start_new_session=True)
+
+
+def trained_undisturbed(folder: Path, epochs: int, cold: bool = False) -> Path:
+    """The folder, in which a training went through."""
+    prepare(folder, epochs)
+    assert "starting with 1 processes" in call(folder, *COMMAND, cold=cold, **quiet())
+    return folder
+
+
+def untrained(folder: Path, copy: Path) -> Path:
+    """A copy of the folder as it was before its training."""
+    return Path(shutil.copytree(folder, copy, ignore=shutil.ignore_patterns("train", "scratch")))
+
+
+def kill_training(folder: Path, step: int, processes: int = 1, cold: bool = False) -> None:
+    """Starts a training and kills it from this step on."""
+    training, states = started(folder, processes, cold), States(folder)
+    wait_for(lambda: states.step() >= step, training)
+    os.killpg(training.pid, signal.SIGKILL)
+    training.wait()
+    wait_until_nobody_works_in(folder)
+
+
+def interrupt_training(project: Path) -> None:
+    """Starts the train stage and interrupts it, as Ctrl-C does, once it says that it starts."""
+
+    def interrupt(line: str) -> None:
+        if line.startswith("train ") and "starting" in line:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        reproduce("train", project, interrupt)
+    wait_until_nobody_works_in(project)
 
 
 def wait_for(reached: Callable[[], Any], process: subprocess.Popen) -> None:

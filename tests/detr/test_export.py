@@ -1,4 +1,4 @@
-"""Exported models answer as the model does: a small one here, others in tests/slow/test_export.py."""
+"""Exported models answer as the model does: two small ones here, others in tests/slow/test_export.py."""
 
 import copy
 import sys
@@ -10,6 +10,7 @@ import onnxruntime
 import pytest
 import torch
 import torch.nn.functional as F
+from onnxruntime.capi.onnxruntime_pybind11_state import Fail
 
 from detr.batch import Sample, collate, normalize
 from detr.export import export_onnx, export_program
@@ -18,6 +19,8 @@ from tests.projects import TINY_MODEL
 from tests.running import ROOT
 
 CASES = {
+    "frozen": replace(TINY_MODEL, backbone_norm="frozen", dropout=0.5, attention_dropout=0.5),
+    "learned_group": replace(TINY_MODEL, position="learned", num_encoder_layers=0, num_decoder_layers=1),
     "group": replace(TINY_MODEL, dropout=0.5, attention_dropout=0.5),
     "frozen_dilated": replace(TINY_MODEL, backbone_norm="frozen", stride=16, position_temperature=10000.0),
     "learned_pre_norm": replace(TINY_MODEL, position="learned", pre_norm=True, num_encoder_layers=2),
@@ -51,7 +54,13 @@ def export_case(name, folder):
 
 @pytest.fixture(scope="module")
 def case(tmp_path_factory):
-    return export_case("group", tmp_path_factory.mktemp("group"))
+    return export_case("frozen", tmp_path_factory.mktemp("frozen"))
+
+
+@pytest.fixture(scope="module")
+def learned(tmp_path_factory):
+    """One with learned positions and group norms, and hardly more."""
+    return export_case("learned_group", tmp_path_factory.mktemp("learned_group"))
 
 
 def batch_of(*sizes_hw):
@@ -91,12 +100,22 @@ def test_both_forms_equal_the_model(case, sizes_hw):
     assert_same(case.run(*inputs), expected)
 
 
-def test_group_norms_are_exact_over_wide_padding(case):
+def test_group_norms_are_exact_over_wide_padding(learned):
     images, padding = batch_of((800, 1200), (600, 700))
-    expected = eager(copy.deepcopy(case.model).double(), images.double(), padding)
-    for form in (case.call, case.run):
+    expected = eager(copy.deepcopy(learned.model).double(), images.double(), padding)
+    for form in (learned.call, learned.run):
         for result, value in zip(form(images, padding), expected, strict=True):
             torch.testing.assert_close(result.double(), value, rtol=0, atol=1e-5)
+
+
+def test_learned_positions_are_in_both_forms_and_end_in_them(learned):
+    inside, outside = batch_of((64, 1600)), batch_of((64, 1601))
+    for form in (learned.call, learned.run):
+        assert_same(form(*inside), eager(learned.model, *inside))
+    with pytest.raises(AssertionError, match=r"Guard failed: images.size\(\)\[3\] <= 1600"):
+        learned.call(*outside)
+    with pytest.raises(Fail, match="mismatched dimensions of 51 and 50"):
+        learned.run(*outside)
 
 
 def test_a_program_survives_a_file(case, tmp_path):
@@ -146,11 +165,13 @@ def test_the_file_says_what_it_is(case):
     assert str(ROOT).encode() not in case.path.read_bytes()
 
 
-def test_a_program_is_made_quietly_and_leaves_the_model_alone(case, capfd):
+def test_export_is_quiet_repeatable_and_leaves_the_model_alone(case, tmp_path, capfd):
     model = another_model(case)
     capfd.readouterr()
     program = export_program(model)
+    export_onnx(program, tmp_path / "new/model.onnx", METADATA)
     assert capfd.readouterr() == ("", "")
+    assert (tmp_path / "new/model.onnx").read_bytes() == case.path.read_bytes()
     assert_left_alone(model, case)
     assert_apart(program, model, case)
 

@@ -8,10 +8,10 @@ from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 from safetensors.numpy import load_file
 
+from detr.bootstrap import match
 from detr.judge import (
     METRICS,
     ap_per_class,
-    by_quality,
     coco_eval,
     coco_metrics,
     confusion,
@@ -206,14 +206,48 @@ def test_an_error_is_found_under_its_name(tmp_path, change, kind):
 
 def test_confusions_are_counted_from_true_to_detected(tmp_path):
     truth = write_truth(tmp_path / "truth.json", range(6), (3, 44), OBJECTS)
-    assert confusion(coco_eval(truth, seen(other_category)), 0.5).tolist() == [[2, 1, 0], [0, 3, 0], [0, 0, 0]]
-    assert confusion(coco_eval(truth, seen(without_first)), 0.5).tolist() == [[2, 0, 1], [0, 3, 0], [0, 0, 0]]
-    assert confusion(coco_eval(truth, seen(invented)), 0.5).tolist() == [[3, 0, 0], [0, 3, 0], [1, 0, 0]]
-    assert confusion(coco_eval(truth, seen(invented)), 0.92).tolist() == [[0, 0, 3], [0, 0, 3], [1, 0, 0]]
+    assert confusion(coco_eval(truth, seen(other_category))).tolist() == [[2, 1, 0], [0, 3, 0], [0, 0, 0]]
+    assert confusion(coco_eval(truth, seen(without_first))).tolist() == [[2, 0, 1], [0, 3, 0], [0, 0, 0]]
+    assert confusion(coco_eval(truth, seen(invented))).tolist() == [[3, 0, 0], [0, 3, 0], [1, 0, 0]]
 
 
-def test_the_worst_images_come_first(tmp_path):
-    truth = write_truth(tmp_path / "truth.json", range(7), (3, 44), OBJECTS)  # image 6 has nothing, and nothing wrong
-    ranked = by_quality(coco_eval(truth, seen(without_first)), 0.5)
-    assert ranked[0] == 0
-    assert sorted(ranked) == [0, 1, 2, 3, 4, 5]
+def confusion_by_hand(rows, found, num_categories):
+    """Every detection, best first, takes the object of its image that it overlaps most, of any category, from 0.5 on."""
+    counts = np.zeros((num_categories + 1, num_categories + 1), dtype=int)
+    free = [row for row in rows if not row[6]]
+    for image_id, x, y, w, h, _, category in sorted(found.tolist(), key=lambda row: -row[5]):
+        overlaps = []
+        for row in free:
+            wide, high = min(x + w, row[1] + row[3]) - max(x, row[1]), min(y + h, row[2] + row[4]) - max(y, row[2])
+            shared = max(0, wide) * max(0, high) * (row[0] == image_id)
+            overlaps.append(shared / (w * h + row[3] * row[4] - shared))
+        true = num_categories
+        if overlaps and max(overlaps) >= 0.5:
+            true = free.pop(int(np.argmax(overlaps)))[7] - 1
+        counts[true, int(category) - 1] += 1
+    for row in free:
+        counts[row[7] - 1, num_categories] += 1
+    return counts.tolist()
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_confusions_and_kinds_of_errors_are_those_of_a_naive_count(tmp_path, seed):
+    """Of detections off crowds; of an error on them, TIDE's kinds together are COCO's false positives."""
+    rng = np.random.default_rng(seed)
+    rows, found = [], []
+    for image_id in (1, 2, 3):
+        for _ in range(int(rng.integers(0, 7))):
+            box = [float(v) for v in (*rng.uniform(0, 120, 2), *rng.uniform(20, 90, 2))]
+            rows.append((image_id, *box, box[2] * box[3], rng.random() < 0.2, int(rng.integers(1, 4))))
+            for _ in range(int(rng.integers(0, 3))):
+                near = np.array(box) + rng.normal(0, 4, 4)
+                found.append([image_id, *near, rng.random(), rng.integers(1, 4)])
+    truth, found = write_truth(tmp_path / "truth.json", (1, 2, 3), (1, 2, 3), rows), np.array(found)
+    matches = match(truth, found)
+    on_crowds = matches.row[matches.ignored[:, 0]]
+    judged = np.delete(found, on_crowds, axis=0)
+    assert confusion(coco_eval(truth, judged)).tolist() == confusion_by_hand(rows, judged, 3)
+    kinds = limits(coco_eval(truth, found))
+    wrong = int((~matches.hit & ~matches.ignored)[:, 0].sum())
+    assert sum(count for kind, (_, count) in kinds.items() if kind != "missed") == wrong
+    assert kinds["missed"][1] <= matches.objects.sum() - matches.hit[:, 0].sum()

@@ -154,6 +154,11 @@ def test_class_error_is_the_percentage_of_matched_queries_with_a_wrong_class():
     assert loss_of(logits, targets.boxes_cxcywh[None, None], targets)[1]["class_error"] == 25
 
 
+def test_without_targets_there_is_no_class_error():
+    """Neither 0 nor, as by the authors, 100 would be true."""
+    assert loss_of(*predictions(), targets_of(0, 0))[1]["class_error"].isnan()
+
+
 @pytest.mark.filterwarnings("ignore:an image has:UserWarning")
 @pytest.mark.parametrize("counts", [(3, 1, 0, 2), (0, 0, 0, 0), (6, 5, 0, 1)])
 def test_the_parts_of_a_batch_add_up_to_the_whole(counts):
@@ -177,7 +182,7 @@ def test_the_parts_of_a_batch_add_up_to_the_whole(counts):
             parts = {name: parts.get(name, 0) + value for name, value in found.items()}
             start += size
         torch.testing.assert_close(loss, expected, rtol=1e-12, atol=1e-12)
-        torch.testing.assert_close(parts, expected_parts, rtol=1e-12, atol=1e-12)
+        torch.testing.assert_close(parts, expected_parts, rtol=1e-12, atol=1e-12, equal_nan=True)
         torch.testing.assert_close(
             torch.autograd.grad(loss, (logits, boxes)), expected_gradients, rtol=1e-9, atol=1e-12
         )

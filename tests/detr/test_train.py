@@ -3,6 +3,7 @@
 import math
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 
@@ -13,6 +14,7 @@ from detr.transforms import TrainTransform, TransformConfig
 from tests.detr.trainings import (
     CONFIG,
     CPU,
+    TINY,
     assert_same_bits,
     dataset_of,
     new_model,
@@ -130,7 +132,20 @@ def test_log_steps_change_no_weight(dataset):
 
 def test_images_without_any_object_are_trained_on(dataset):
     rows, _ = undisturbed(without_objects(dataset), replace(CONFIG, epochs=1))
-    assert all(row["loss_box"] == row["loss_giou"] == row["class_error"] == 0 < row["loss_class"] for row in rows)
+    assert all(row["loss_box"] == row["loss_giou"] == 0 < row["loss_class"] for row in rows)
+    assert all(math.isnan(row["class_error"]) for row in rows)
+
+
+def test_steps_without_objects_do_not_count_in_the_class_error(dataset):
+    record = without_objects(dataset).annotations
+    starts = np.where(np.arange(len(record.starts)) > 5, 1, 0)  # image 5 has one
+    one = replace(record, boxes_xyxy=np.array([[9, 9, 60, 60]], np.float32), labels=np.array([1]), starts=starts)
+    some = CocoDataset(one, dataset.archive, dataset.transform)
+    config = replace(CONFIG, epochs=1, transform=replace(CONFIG.transform, crop=0.0))
+    errors = [row["class_error"] for row in undisturbed(some, replace(config, log_steps=1))[0]]
+    assert [math.isnan(error) for error in errors].count(False) == 1 < len(errors)
+    (row,) = undisturbed(some, replace(config, log_steps=100))[0]
+    assert row["class_error"] in errors
 
 
 def test_averaged_weights_are_what_the_report_shows_and_go_through_a_resume(dataset, tmp_path):
@@ -171,14 +186,27 @@ def test_deterministic_algorithms_are_on_when_asked_for(dataset, reference):
     assert_same_bits(weights, reference[1])
 
 
-def test_a_backbone_rate_of_zero_leaves_the_backbone_as_it_was(dataset):
-    config = replace(CONFIG, epochs=1, lr_backbone=0.0)
-    model = new_model()
+@pytest.mark.parametrize("norm", ["group", "frozen", "batch"])
+def test_a_backbone_rate_of_zero_freezes_the_backbone(dataset, tmp_path, norm):
+    """No gradient of it enters the norm that is clipped, the optimizer keeps nothing for it, statistics stay, too."""
+    config = replace(CONFIG, epochs=1, lr_backbone=0.0, clip_norm=0.0, log_steps=1)
+    model = new_model(config=replace(TINY, backbone_norm=norm))
     before = {key: value.clone() for key, value in model.state_dict().items()}
-    list(fit(model, dataset, config, CPU))
+    for report in fit(model, dataset, config, CPU):
+        if report.step == 1:
+            others = [p.grad for name, p in model.named_parameters() if not name.startswith("backbone.")]
+            norm_of_others = torch.linalg.vector_norm(torch.cat([gradient.flatten() for gradient in others]))
+            assert report.row["grad_norm"] == pytest.approx(float(norm_of_others), rel=1e-5)
+            assert all(p.grad is None for p in model.backbone.parameters())
+            assert len(report.state()["optimizer"]["state"]) == len(others)
+            save_state(report.state(), tmp_path / "state")
+    assert not model.backbone.training
     changed = {key for key, value in model.state_dict().items() if not torch.equal(value, before[key])}
     assert not any(key.startswith("backbone.") for key in changed)
     assert {"class_embed.weight", "query_embed.weight", "input_proj.weight"} <= changed
+    resumed = new_model(seed=1, config=replace(TINY, backbone_norm=norm))
+    list(fit(resumed, dataset, config, CPU, load_state(tmp_path / "state")))
+    assert_same_bits(resumed.state_dict(), model.state_dict())
 
 
 def test_half_precision_trains_with_float32_weights_and_losses(dataset):

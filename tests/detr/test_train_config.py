@@ -89,3 +89,4 @@ def test_batch_norm_refuses_what_its_statistics_cannot_do(dataset, change, proce
     sampler = partial(_sampler, dataset, new_model(config=replace(TINY, backbone_norm="batch")))
     with pytest.raises(ValueError, match="model.backbone_norm is batch: its statistics need"):
         sampler(replace(CONFIG, **change), Process(0, processes, CPU.device), 0)
+    sampler(replace(CONFIG, lr_backbone=0.0, **change), Process(0, processes, CPU.device), 0)  # frozen, it has none

@@ -6,10 +6,9 @@ import socket
 
 import pytest
 
-from pipelines.repro import reproduce
 from tests.projects import quick_project, reference
 from tests.running import call
-from tests.training import wait_until_nobody_works_in
+from tests.training import interrupt_training
 
 
 @pytest.fixture(scope="module")
@@ -59,14 +58,7 @@ def test_an_interrupted_stage_ends_with_all_its_processes(tmp_path):
         call(slow, "dvc", "repro", "--single-item", stage)
     (slow / "scratch").mkdir(exist_ok=True)
     (slow / "scratch/hold").write_text("1", encoding="utf-8")
-
-    def interrupt(line):
-        if line.startswith("train ") and "starting" in line:
-            raise KeyboardInterrupt
-
-    with pytest.raises(KeyboardInterrupt):
-        reproduce("train", slow, interrupt)
-    wait_until_nobody_works_in(slow)
+    interrupt_training(slow)
 
 
 @pytest.mark.parametrize("which", ["mlflow", "docs"])

@@ -5,10 +5,6 @@ import random
 import threading
 from pathlib import Path
 
-import pytest
-from urllib3.util import Retry
-
-from pipelines import fetch
 from pipelines.fetch import Remote, claimed, fetch_all, sizes_of
 from pipelines.part import Part
 from pipelines.stage import Progress
@@ -16,13 +12,6 @@ from pipelines.stage import Progress
 CONTENT = random.Random(0).randbytes(10_000)
 OTHER = random.Random(1).randbytes(9_000)
 SUM = hashlib.sha256(CONTENT).hexdigest()
-
-
-def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
-    """It hardly waits between attempts, and asks 127.0.0.1 itself."""
-    monkeypatch.setattr(fetch, "RETRY", Retry(total=3, backoff_factor=0.001, backoff_jitter=0.001, retry_after_max=0))
-    monkeypatch.setattr(fetch, "REAL_PROGRESS", 1_000)
-    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
 
 
 def get(folder: Path, *addresses: str, sha256: str = "", keep: bool = False) -> bytes:

@@ -10,18 +10,9 @@ from urllib3.util import Retry
 from pipelines import fetch
 from pipelines.fetch import Interrupted, Remote, shown, sizes_of
 from tests.bad_line import Answer, Site, serving
-from tests.pipelines.fetching import CONTENT, SUM, get, impatient, kept, part_in
+from tests.pipelines.fetching import CONTENT, SUM, get, kept, part_in
 
-
-@pytest.fixture(autouse=True)
-def _impatient(monkeypatch):
-    impatient(monkeypatch)
-
-
-@pytest.fixture
-def site():
-    with serving(Site(a=CONTENT)) as site:
-        yield site
+pytestmark = pytest.mark.usefixtures("impatient")
 
 
 @pytest.mark.parametrize("sha256", ["", SUM])

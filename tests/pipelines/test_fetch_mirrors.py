@@ -3,19 +3,10 @@
 import pytest
 
 from pipelines.fetch import Remote, claimed, fetch_all, sizes_of
-from tests.bad_line import Answer, Site, serving
-from tests.pipelines.fetching import CONTENT, OTHER, SUM, get, impatient
+from tests.bad_line import Answer
+from tests.pipelines.fetching import CONTENT, OTHER, SUM, get
 
-
-@pytest.fixture(autouse=True)
-def _impatient(monkeypatch):
-    impatient(monkeypatch)
-
-
-@pytest.fixture
-def site():
-    with serving(Site(a=CONTENT)) as site:
-        yield site
+pytestmark = pytest.mark.usefixtures("impatient")
 
 
 def test_sizes_are_those_of_the_first_address_that_tells(site):

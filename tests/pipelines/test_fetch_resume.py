@@ -6,22 +6,13 @@ import pytest
 from urllib3.util import Retry
 
 from pipelines import fetch
-from tests.bad_line import DATE, Answer, Site, serving
-from tests.pipelines.fetching import CONTENT, OTHER, SUM, get, impatient, kept
+from tests.bad_line import DATE, Answer
+from tests.pipelines.fetching import CONTENT, OTHER, SUM, get, kept
+
+pytestmark = pytest.mark.usefixtures("impatient")
 
 NO_VALIDATOR = {"ETag": None, "Last-Modified": None}
 WEAK = {"ETag": 'W/"a"', "Last-Modified": None}
-
-
-@pytest.fixture(autouse=True)
-def _impatient(monkeypatch):
-    impatient(monkeypatch)
-
-
-@pytest.fixture
-def site():
-    with serving(Site(a=CONTENT)) as site:
-        yield site
 
 
 @pytest.mark.parametrize("sha256", ["", SUM])

@@ -31,11 +31,11 @@ from tests.projects import detections_like
 from tests.running import ROOT, call, environment
 
 CONFIG = RegisterParams(0.0, 0.95, 1000, 0, {}, True)
-SURE, EVEN = np.full(1000, 0.01), np.linspace(-0.01, 0.01, 1000)
+SURE, EVEN = np.linspace(0.00999, 0.01001, 1000), np.linspace(-0.01, 0.01, 1000)
 
 
-def numbers(version, ap, **per_class):
-    return Judged(version, ap, ap - 0.05, ap + 0.05, per_class, "its detections")
+def numbers(version, ap, num_images=500, **per_class):
+    return Judged(version, ap, ap - 0.05, ap + 0.05, per_class, "its detections", num_images)
 
 
 @pytest.mark.parametrize(
@@ -72,6 +72,21 @@ def test_the_gate(candidate, before, gains, changes, alias, said):
     )
     assert "| cat | 0.4000 | 0.5000 | -0.1000 |" in page
     assert f"| {'champion before' if alias == 'champion' else 'champion'} | 1 | {before:.4f} |" in page
+
+
+@pytest.mark.parametrize(
+    ("num_images", "confidence", "alias"),
+    [(1, 0.95, "challenger"), (4, 0.95, "challenger"), (5, 0.95, "champion"), (1, 0.5, "champion")],
+)
+def test_some_images_cannot_make_a_gain_certain(num_images, confidence, alias):
+    gains = np.full(1000, 0.1)
+    decision = decide(
+        numbers("2", 0.3, num_images), numbers("1", 0.2, num_images), gains, replace(CONFIG, confidence=confidence)
+    )
+    assert decision.alias == alias
+    assert decision.gain_low < 0.1 < decision.gain_high
+    said = f"{num_images} images cannot make it certain (95.0% are asked for)"
+    assert (said in decision.sentence) == (alias == "challenger")
 
 
 def test_the_first_is_the_champion():

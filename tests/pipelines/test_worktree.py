@@ -21,6 +21,7 @@ from pipelines.git import STALE_SECONDS, fetch
 from pipelines.params import read_yaml, to_yaml
 from pipelines.processes import WORKTREE, group
 from pipelines.stage import OF_A_CALLER
+from tests.projects import commit
 from tests.running import ROOT, call, environment
 
 PARAMS = {
@@ -40,14 +41,9 @@ def root(tmp_path):
     (tmp_path / ".gitignore").write_text("/scratch\n/artifacts\n", encoding="utf-8")
     (tmp_path / "params.yaml").write_text(to_yaml(PARAMS), encoding="utf-8")
     call(tmp_path, "git", "init", "--quiet", "--initial-branch=main")
-    commit(tmp_path, "start")
+    commit(tmp_path, "start", "--all")
     (tmp_path / "scratch").mkdir()
     return tmp_path
-
-
-def commit(root, message):
-    call(root, "git", "add", "--all")
-    call(root, "git", "-c", "user.name=t", "-c", "user.email=t@localhost", "commit", "--quiet", "-m", message)
 
 
 def epochs(number):
@@ -114,7 +110,7 @@ def test_a_run_that_ends_well_is_on_its_branch_and_one_that_fails_leaves_none(ro
 def test_a_branch_stays_for_a_run_whose_results_are_those_of_its_commit(root):
     call(root, "git", "switch", "--quiet", "--create", "other")
     (root / "dvc.lock").write_text(LOCK, encoding="utf-8")
-    commit(root, "a lock")
+    commit(root, "a lock", "--all")
     assert run(root, "same", 1) in branches(root)
     call(root, "git", "switch", "--quiet", "main")
     with contextlib.suppress(InterruptedError), worktree.worktree(root, "killed", "other", epochs(1)) as (place, _):

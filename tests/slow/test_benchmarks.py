@@ -87,6 +87,14 @@ def test_coco_numbers_are_measured_and_equal():
     assert result["figures"]["bootstrap_seconds"] > 0
 
 
+def test_how_often_the_interval_of_ap_is_right_is_measured():
+    result = measured("ap_interval")
+    assert result["ratios"]["bootstrap"] > 0
+    for found in result["figures"].values():
+        assert found.keys() == {"bias", "halves", "bootstrap", "shifted to the AP", "shifted by the bias"}
+        assert all(0 <= share <= 1 for share in found["halves"].values())
+
+
 def test_the_demos_benchmark_runs(tmp_path):
     result = measured("demo", reference(tmp_path))
     assert result["ratios"] == {}

@@ -166,7 +166,8 @@ def test_the_artifacts_are_rendered(served, page):
     expect(page.get_by_text("AP50", exact=True)).to_be_visible()
     visit("training")
     expect(page.get_by_text("Progress: 100%")).to_be_visible()
-    for key in ("precision-recall", "worst-images", "best-images", "confusion"):
+    best = ["best-images"] if PICTURES else []  # a training of seconds gets nothing right
+    for key in ("precision-recall", "worst-images", "confusion", *best):
         visit(key)
         image = page.locator("img[src^='data:image/']").first
         image.wait_for()

@@ -36,7 +36,7 @@ def exported(tmp_path_factory):
     return cache(lambda name: export_case(name, tmp_path_factory.mktemp(name)))
 
 
-@pytest.fixture(params=["frozen_dilated", "learned_pre_norm"])
+@pytest.fixture(params=["frozen_dilated", "learned_pre_norm", "group"])
 def case(request, exported):
     """The cases of every test that comes from tests/detr; others name their own."""
     return exported(request.param)

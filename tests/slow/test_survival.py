@@ -2,17 +2,13 @@
 
 import os
 import resource
-import shutil
 import signal
-from pathlib import Path
 
 import psutil
 import pytest
 from safetensors.torch import load_file
 
-from benchmarks.kill_resume import prepare
 from detr.checkpoint import load_state
-from pipelines.repro import reproduce
 from pipelines.train import PREEMPTED
 from tests.projects import reference
 from tests.running import call
@@ -20,12 +16,15 @@ from tests.training import (
     COMMAND,
     States,
     change,
+    interrupt_training,
+    kill_training,
     quiet,
     results,
     rows,
     started,
+    trained_undisturbed,
+    untrained,
     wait_for,
-    wait_until_nobody_works_in,
 )
 
 EPOCHS = 3
@@ -33,26 +32,12 @@ EPOCHS = 3
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory):
-    """A folder in which a training went through undisturbed."""
-    folder = tmp_path_factory.mktemp("whole")
-    prepare(folder, EPOCHS)
-    assert "starting with 1 processes" in call(folder, *COMMAND, cold=True, **quiet())
-    return folder
+    return trained_undisturbed(tmp_path_factory.mktemp("whole"), EPOCHS, cold=True)
 
 
 @pytest.fixture
 def folder(whole, tmp_path):
-    """The same before any training."""
-    return Path(shutil.copytree(whole, tmp_path / "there", ignore=shutil.ignore_patterns("train", "scratch")))
-
-
-def killed(folder, step, processes=1):
-    """Kills a training from this step on."""
-    training, states = started(folder, processes, cold=True), States(folder)
-    wait_for(lambda: states.step() >= step, training)
-    os.killpg(training.pid, signal.SIGKILL)
-    training.wait()
-    wait_until_nobody_works_in(folder)
+    return untrained(whole, tmp_path / "there")
 
 
 @pytest.mark.parametrize(("number", "processes"), [(signal.SIGTERM, 2), (signal.SIGINT, 1)])
@@ -85,7 +70,7 @@ def test_asked_to_stop_in_an_evaluation_it_ends_at_once_and_judges_later(whole, 
 @pytest.mark.parametrize("processes", [1, 2])
 def test_killed_in_the_middle_it_goes_on_to_the_same_bits(whole, folder, processes):
     """SIGKILL after a state is on disk; what follows resumes and ends as if nothing had happened."""
-    killed(folder, 1, processes)
+    kill_training(folder, 1, processes, cold=True)
     assert not (folder / "artifacts/train/model.safetensors").exists()
     assert "resuming at step" in call(folder, *COMMAND, **quiet(processes))
     assert results(folder) == results(whole)
@@ -98,14 +83,7 @@ def test_an_interrupted_stage_ends_with_all_its_processes(tmp_path):
         assert was in text
         text = text.replace(was, now)
     (slow / "params.yaml").write_text(text, encoding="utf-8")
-
-    def interrupt(line):
-        if line.startswith("train ") and "starting" in line:
-            raise KeyboardInterrupt
-
-    with pytest.raises(KeyboardInterrupt):
-        reproduce("train", slow, interrupt)
-    wait_until_nobody_works_in(slow)
+    interrupt_training(slow)
 
 
 def test_a_full_disk_is_a_warning_and_the_last_good_state_stays(whole, folder):
@@ -127,7 +105,7 @@ def test_a_full_disk_is_a_warning_and_the_last_good_state_stays(whole, folder):
 
 
 def test_a_damaged_state_is_put_aside_for_the_one_before_and_it_says_so(whole, folder):
-    killed(folder, step=4)
+    kill_training(folder, step=4, cold=True)
     (lock,) = folder.glob("scratch/*/lock")
     path = lock.with_name("state")
     if not path.exists():  # killed between the two renames of save_state
@@ -141,7 +119,7 @@ def test_a_damaged_state_is_put_aside_for_the_one_before_and_it_says_so(whole, f
 
 
 def test_other_hardware_is_said_and_changes_the_bits_at_most(whole, folder):
-    killed(folder, 4, processes=2)
+    kill_training(folder, 4, processes=2, cold=True)
     said = call(folder, *COMMAND, **quiet())
     assert "with 1 processes on cpu, not 2 as before: the same order of samples, other rounding" in said
     for row, other in zip(rows(folder), rows(whole), strict=True):

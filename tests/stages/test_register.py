@@ -10,7 +10,7 @@ import pytest
 
 from pipelines import gate, registry
 from pipelines.tracking import MODEL, sha256
-from tests.projects import detections_like, trained_project
+from tests.projects import commit, detections_like, trained_project
 from tests.registering import assert_nothing_is_lost, at, at_uri, look, run, the_error, together
 from tests.running import call
 
@@ -23,8 +23,7 @@ def test_a_version_carries_its_lineage_and_no_secret(projects, tmp_path):
     (folder / "pipelines").mkdir()
     (folder / "pipelines/known.py").write_text("old = 1\n", encoding="utf-8")
     call(folder, "git", "init", "--quiet", "--initial-branch=main")
-    call(folder, "git", "add", "--all")
-    call(folder, "git", "-c", "user.name=t", "-c", "user.email=t@localhost", "commit", "--quiet", "-m", "start")
+    commit(folder, "start", "--all")
     (folder / "pipelines/known.py").write_text("new = 1\n", encoding="utf-8")
     (folder / "pipelines/unknown.py").write_text("unknown = 1\n", encoding="utf-8")
     (folder / "private.env").write_text("PASSWORD=hunter2-file\n", encoding="utf-8")
@@ -122,7 +121,7 @@ def test_the_better_takes_the_place_an_equal_does_not_and_protection_holds(proje
     assert "better in 100.0% of 1000 resamples" in said
     said = run(projects["equal"], uri)
     assert "registered detr version 3 as challenger: AP" in said
-    assert "+0.0000 [+0.0000, +0.0000], better in 0.0% of 1000 resamples: it is not certain enough" in said
+    assert "+0.0000 [-0.2646, +0.2646], better in 0.0% of 1000 resamples: it is not certain enough" in said
     assert look(uri)[0] == {"champion": 2, "previous_champion": 1, "challenger": 3}
     (name, *_) = gate.names_of(drawn / "instances_val.json")
     better = detections_like(drawn / "instances_val.json", 0.0, lost=name)

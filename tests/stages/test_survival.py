@@ -4,12 +4,10 @@ import os
 import shutil
 import signal
 import subprocess
-from pathlib import Path
 
 import pytest
 import torch
 
-from benchmarks.kill_resume import prepare
 from detr.checkpoint import load_state
 from pipelines.train import PREEMPTED, alone_in
 from tests.running import call, environment
@@ -17,12 +15,14 @@ from tests.training import (
     COMMAND,
     States,
     change,
+    kill_training,
     quiet,
     results,
     rows,
     started,
+    trained_undisturbed,
+    untrained,
     wait_for,
-    wait_until_nobody_works_in,
 )
 
 EPOCHS = 2
@@ -30,26 +30,12 @@ EPOCHS = 2
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory):
-    """A folder in which a training went through undisturbed."""
-    folder = tmp_path_factory.mktemp("whole")
-    prepare(folder, EPOCHS)
-    assert "starting with 1 processes" in call(folder, *COMMAND, **quiet())
-    return folder
+    return trained_undisturbed(tmp_path_factory.mktemp("whole"), EPOCHS)
 
 
 @pytest.fixture
 def folder(whole, tmp_path):
-    """The same before any training."""
-    return Path(shutil.copytree(whole, tmp_path / "there", ignore=shutil.ignore_patterns("train", "scratch")))
-
-
-def killed(folder, step, processes=1):
-    """Kills a training from this step on."""
-    training, states = started(folder, processes), States(folder)
-    wait_for(lambda: states.step() >= step, training)
-    os.killpg(training.pid, signal.SIGKILL)
-    training.wait()
-    wait_until_nobody_works_in(folder)
+    return untrained(whole, tmp_path / "there")
 
 
 def test_asked_to_stop_it_saves_its_state_and_goes_on_to_the_same_bits(whole, folder):
@@ -67,14 +53,14 @@ def test_asked_to_stop_it_saves_its_state_and_goes_on_to_the_same_bits(whole, fo
 
 
 def test_killed_in_the_middle_it_goes_on_to_the_same_bits(whole, folder):
-    killed(folder, step=2, processes=2)
+    kill_training(folder, step=2, processes=2)
     assert not (folder / "artifacts/train").exists()
     assert "resuming at step" in call(folder, *COMMAND, **quiet(processes=2))
     assert results(folder) == results(whole)
 
 
 def test_a_damaged_state_is_put_aside_for_the_one_before(whole, folder):
-    killed(folder, step=4)
+    kill_training(folder, step=4)
     (lock,) = folder.glob("scratch/*/lock")
     path = lock.with_name("state")
     if not path.exists():  # killed between the two renames of save_state

@@ -1,0 +1,22 @@
+"""A process that hardly waits when it fetches, and a server with one file."""
+
+import pytest
+from urllib3.util import Retry
+
+from pipelines import fetch
+from tests.bad_line import Site, serving
+from tests.pipelines.fetching import CONTENT
+
+
+@pytest.fixture
+def impatient(monkeypatch):
+    """Fetching hardly waits between attempts, and asks 127.0.0.1 itself."""
+    monkeypatch.setattr(fetch, "RETRY", Retry(total=3, backoff_factor=0.001, backoff_jitter=0.001, retry_after_max=0))
+    monkeypatch.setattr(fetch, "REAL_PROGRESS", 1_000)
+    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
+
+
+@pytest.fixture
+def site():
+    with serving(Site(a=CONTENT)) as site:
+        yield site
