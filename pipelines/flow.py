@@ -24,7 +24,7 @@ from prefect.client.schemas.objects import State
 from prefect.events import Event
 from prefect.states import Completed, Failed
 
-from pipelines import report, repro, worktree
+from pipelines import freshness, report, repro, worktree
 from pipelines.form import NOTE_LENGTH, DryRun, KeepDays, Note, Overrides, Preset, Promote, Ref, Refresh, SharedCache
 from pipelines.git import fetch
 from pipelines.overrides import confine, parameters
@@ -48,7 +48,10 @@ def run_stage(stage: str, root: Path, force: bool) -> Any:
             progress.take(line)
 
     try:
-        outcome = repro.reproduce(stage, root, take, force)
+        if stage == "download":
+            outcome = freshness.reproduce_download(root, take, force)
+        else:
+            outcome = repro.reproduce(stage, root, take)
     except repro.StageFailed as failure:
         page = report.failure(stage, str(failure), failure.lines)
         show("failure", lambda: create_markdown_artifact(page, key="failure", description=f"{stage} failed"))

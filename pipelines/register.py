@@ -19,6 +19,7 @@ import psutil
 
 from pipelines import gate, params, registry, tracking
 from pipelines.gate import RegisterParams
+from pipelines.looks import warn_of_other_source
 from pipelines.packaging import log_version
 from pipelines.stage import DATA, DOCS_DIGEST, command, write_json
 
@@ -264,6 +265,7 @@ def example_image() -> str:
 
 
 def main() -> None:
+    warn_of_other_source(Path())
     register(params.load("register", RegisterParams), OUTPUT)
 
 

@@ -1,3 +1,4 @@
+import os
 from dataclasses import dataclass
 
 import pytest
@@ -109,6 +110,42 @@ def test_overrides_come_last_and_presets_chain():
 def test_a_wrong_override_is_refused(override, message):
     with pytest.raises(ValueError, match=message):
         merged(ROOT, None, [override])
+
+
+TEXTS = ["/a/set #2", "C:#", "a: b", "yes", "~", "null", "1e3", "007", "2026-11-28", "*a", "&a", "@a", "%a", "!a", "- a", "? a", "| a",
+         "> a", " a ", "a,b", "a]", "it's", 'say "a"', "行人/Käse", "a\\b", "=", "<<", "$HOME", "x=y", "\ta", ".", "---", "# a"]  # fmt: skip
+
+
+@pytest.mark.parametrize("text", TEXTS)
+@pytest.mark.parametrize("key", ["download.source", "train.initial_weights", "download.source.train_images"])
+def test_a_text_is_taken_as_it_stands(key, text):
+    document = merged(ROOT, None, [f"{key}={text}"])
+    for part in key.split("."):
+        document = document[part]
+    assert document == text
+    assert parse_yaml(to_yaml({"text": text}), "params.yaml") == {"text": text}
+
+
+@pytest.mark.parametrize(
+    ("text", "value"),
+    [('"/a/set #2"', "/a/set #2"), ("'it''s'", "it's"), ('"a\\tb"', "a\tb"), ("{a: 'b #c'}", {"a": "b #c"})],
+)
+def test_a_text_in_quotes_and_a_mapping_are_yaml(text, value):
+    assert merged(ROOT, None, [f"download.source={text}"])["download"]["source"] == value
+
+
+@pytest.mark.parametrize(
+    "override",
+    ["train.epochs=3 # few", "download.source='a' # b", "download.source={a: b #c\n}", "register.protected={#\na: 1}"],
+)
+def test_what_yaml_would_drop_is_refused_by_its_character(override):
+    with pytest.raises(ValueError, match="YAML drops what follows '#'; put the value into quotes"):
+        merged(ROOT, None, [override])
+
+
+def test_bytes_of_another_encoding_are_refused_in_words():
+    with pytest.raises(ValueError, match=r"'download.source=/a/K\\udce4se' has bytes that are no UTF-8; rename"):
+        merged(ROOT, None, [os.fsdecode(b"download.source=/a/K\xe4se")])
 
 
 @pytest.mark.parametrize("override", ["train.epochs=0", "model.stride=8", "train.schedule=linear", "train=3"])

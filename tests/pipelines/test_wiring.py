@@ -14,7 +14,19 @@ from pipelines.repro import stages
 from tests.running import ROOT, environment
 
 STAGES = ("download", "validate", "train", "evaluate", "register")
-OPERATORS = ["__main__", "automations", "cache", "flow", "git", "history", "report", "repro", "services", "worktree"]
+OPERATORS = [
+    "__main__",
+    "automations",
+    "cache",
+    "flow",
+    "freshness",
+    "git",
+    "history",
+    "report",
+    "repro",
+    "services",
+    "worktree",
+]
 GRAPH = read_yaml(ROOT / "dvc.yaml")["stages"]
 
 
