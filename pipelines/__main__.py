@@ -20,24 +20,12 @@ PAGES = {"docs": Path("scratch/data_docs"), "dataset": Path("artifacts/validate/
 
 
 def check(document: Any) -> None:
-    """Checks every section of params.yaml as its stage would. Raises ValueError that names the key."""
-    from detr.model import ModelConfig
-    from detr.train import TrainConfig
-    from pipelines.download import DownloadParams
-    from pipelines.evaluate import EvaluateParams
-    from pipelines.register import RegisterParams
-    from pipelines.validate import ValidateParams
+    """Checks params.yaml as `agreement.check` does, and warns of what is seldom meant."""
+    from pipelines import agreement
 
-    kinds: dict[str, type] = {
-        "download": DownloadParams,
-        "validate": ValidateParams,
-        "model": ModelConfig,
-        "train": TrainConfig,
-        "evaluate": EvaluateParams,
-        "register": RegisterParams,
-    }
-    for section, kind in kinds.items():
-        params.from_document(document, section, kind)
+    agreement.check(document)
+    for oddity in agreement.find_oddities(document):
+        print(f"warning: {oddity}", file=sys.stderr, flush=True)
 
 
 def run(preset: str | None, overrides: list[str], refresh: bool) -> None:

@@ -53,6 +53,8 @@ class EvaluateParams:
     seed: int
 
     def __post_init__(self) -> None:
+        if self.seed < 0:
+            raise ValueError(f"evaluate.seed is {self.seed}, expected 0 or more")
         if self.num_pictures < 0 or not 0 <= self.picture_threshold <= 1:
             raise ValueError("evaluate: num_pictures must be 0 or more, picture_threshold in 0..1")
         if self.num_resamples < 1 or not 0 < self.confidence < 1:

@@ -173,3 +173,50 @@ def test_an_unknown_preset_names_the_nearest():
 def test_dvc_reads_what_a_run_writes(preset, overrides):
     document = merged(ROOT, preset, overrides)
     assert parse_yaml(to_yaml(document), "params.yaml") == document
+
+
+@pytest.mark.parametrize(
+    ("preset", "overrides", "said"),
+    [
+        (None, ["train.batch_size=4"], "train.batch_size is 4, expected a multiple of train.micro_batch, 8"),
+        (None, ["download.max_images=8"], "train.batch_size is 16, but download.max_images is 8"),
+        (None, ["download.shapes.num_train=8"], "train.batch_size is 16, but download.shapes.num_train is 8"),
+        ("detr-r50", ["train.lr_drop_epoch=0"], "train.lr_drop_epoch is 0 with train.schedule step"),
+        ("finetune", ["model.stride=16"], "is 'detr-r50', which is another architecture; set model.stride=32"),
+        ("finetune", ["train.initial_weights=detr-r101"], "is another architecture; set model.backbone=resnet101"),
+        ("finetune", ["train.initial_weights=detr-r5"], "is 'detr-r5': no such file or folder, no URL"),
+        ("finetune", ["train.initial_weights=detr"], "is 'detr', a folder that lacks config.json"),
+        ("photos", ["model.backbone_weights=x.pth"], "model.backbone_weights is 'x.pth': no such file"),
+        (
+            "photos",
+            ["model.backbone=resnet10", "model.backbone_width=0.5"],
+            "set model.backbone to resnet18, 34, 50 or 101, model.b",
+        ),
+        (None, ["model.position=learned", "train.transform.max_size=1333"], "'learned', which reaches 800 pixels"),
+        (None, ["register.protected={elipse: 0.1}"], "names 'elipse', no category .* did you mean 'ellipse'?"),
+        (None, ["register.seed=-1"], "register.seed is -1, expected 0 or more"),
+        (None, ["evaluate.seed=-1"], "evaluate.seed is -1, expected 0 or more"),
+        (None, ["download.shapes.crowd_share=2"], "download.shapes.crowd_share is 2.0, expected a share in 0..1"),
+    ],
+)
+def test_what_does_not_go_together_is_refused_before_anything_starts(preset, overrides, said, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    with pytest.raises(ValueError, match=said) as caught:
+        check(merged(ROOT, preset, overrides))
+    assert "\n" not in str(caught.value)
+
+
+def test_more_processes_than_micro_batches_are_refused(monkeypatch):
+    monkeypatch.setenv("PET_NPROC_PER_NODE", "4")
+    with pytest.raises(ValueError, match="feeds 2 processes, and PET_NPROC_PER_NODE asks for 4; lower that or"):
+        check(merged(ROOT, None, []))
+
+
+def test_what_is_seldom_meant_is_said(capsys):
+    check(merged(ROOT, "detr-r50", ["train.epochs=3", "model.backbone_weights=none", "train.warmup_steps=1000"]))
+    check(merged(ROOT, None, []))
+    assert capsys.readouterr().err.splitlines() == [
+        "warning: train.lr_drop_epoch is 400 of 3 epochs: the rate never drops",
+        "warning: model.backbone_norm is frozen without any weights: from random ones group or batch learn better",
+        "warning: train.warmup_steps is 1000 of 513 steps: train.lr is never reached",
+    ]
