@@ -10,10 +10,11 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from pipelines import params, worktree
+from pipelines import params, readiness, tracking, worktree
 from pipelines.git import is_dirty
 from pipelines.overrides import parameters
 from pipelines.stage import QUIET, command, write_json
+from pipelines.surroundings import past_proxies
 
 PORTS = {"prefect": 4200, "mlflow": 5000, "docs": 8000, "dataset": 8001}
 PAGES = {"docs": Path("scratch/data_docs"), "dataset": Path("artifacts/validate/dataset")}
@@ -35,9 +36,9 @@ def run(preset: str | None, overrides: list[str], refresh: bool) -> None:
     dirty = not here and is_dirty(root)
     if not dirty:  # else the code of the commit checks what it has
         check(parameters(root, preset, overrides))
-    os.environ.setdefault("PREFECT_HOME", str(root / ".prefect"))
+    os.environ["PREFECT_HOME"] = os.environ.get("PREFECT_HOME") or str(root / ".prefect")
     os.environ.setdefault("PREFECT_SERVER_EPHEMERAL_STARTUP_TIMEOUT_SECONDS", "120")
-    os.environ.setdefault("MLFLOW_TRACKING_URI", f"sqlite:///{root / 'mlflow.db'}")
+    readiness.check(root)
     leave_on_signals()
     if here:
         with worktree.only_one(root, lambda line: print(line, flush=True)):
@@ -92,7 +93,8 @@ def ui(which: str, port: int | None) -> None:
     pages = root / PAGES.get(which, "")
     if not pages.exists():
         raise ValueError(f"{pages} does not exist; run the pipeline first: python -m pipelines run")
-    store = f"sqlite:///{root / 'mlflow.db'}"
+    uri = tracking.tracking_uri()
+    store = uri if uri.startswith(tracking.SQLITE) else f"{tracking.SQLITE}{root / 'mlflow.db'}"
     arguments = {
         "prefect": ["-m", "prefect", "server", "start", "--host", "127.0.0.1", "--port", str(port)],
         "mlflow": ["-m", "mlflow", "ui", "--host", "127.0.0.1", "--port", str(port), "--backend-store-uri", store],
@@ -112,7 +114,7 @@ def up(prefect_port: int, mlflow_port: int, host: str) -> None:
     urls, died = services.up(Path.cwd(), prefect_port, mlflow_port, host)
     python = os.path.relpath(sys.executable)
     settings = {"PREFECT_API_URL": f"{urls['Prefect']}/api", "MLFLOW_TRACKING_URI": urls["MLflow"]}
-    settings |= {"DO_NOT_TRACK": "true"} | services.past_proxies(host)
+    settings |= {"DO_NOT_TRACK": "true"} | past_proxies(host)
     for line in died:
         print(f"Run        {line}")
     print(f"""\

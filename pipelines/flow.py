@@ -2,7 +2,6 @@
 
 import contextlib
 import contextvars
-import os
 import re
 import threading
 import time
@@ -24,7 +23,7 @@ from prefect.client.schemas.objects import State
 from prefect.events import Event
 from prefect.states import Completed, Failed
 
-from pipelines import freshness, report, repro, worktree
+from pipelines import freshness, readiness, report, repro, worktree
 from pipelines.form import NOTE_LENGTH, DryRun, KeepDays, Note, Overrides, Preset, Promote, Ref, Refresh, SharedCache
 from pipelines.git import fetch
 from pipelines.overrides import confine, parameters
@@ -161,7 +160,6 @@ def retrain(
 ) -> Any:
     """Trains, evaluates and registers in a git worktree; the result is a commit on a branch `runs/...`."""
     root, log = Path.cwd(), get_run_logger().info
-    os.environ.setdefault("MLFLOW_TRACKING_URI", f"sqlite:///{root / 'mlflow.db'}")
     chosen = None if preset == "none" else preset
     settings = [*overrides, *([] if promote else ["register.promote=false"])]
 
@@ -171,6 +169,7 @@ def retrain(
         return document
 
     try:
+        readiness.check(root)
         fetch(root, ref)
         with worktree.only_one(root, log):
             name = f"{chosen or 'overrides'}-{time.strftime('%Y%m%d-%H%M%S')}"

@@ -22,6 +22,7 @@ OPERATORS = [
     "freshness",
     "git",
     "history",
+    "readiness",
     "report",
     "repro",
     "services",
