@@ -34,6 +34,7 @@ from detr.speed import count_parameters, gflops
 from detr.transforms import EvalTransform, fit_size
 from detr.visualize import beside_truth, draw_slots
 from pipelines import figures, params
+from pipelines.labels import drawable, picture_font
 from pipelines.stage import DATA, Progress, command, write_json
 
 MODEL_FOLDER = Path("artifacts/train")
@@ -157,10 +158,11 @@ def draw_images(
     if len(dataset):
         boxes = slot_boxes(detections, record.sizes_hw)
         write_png(draw_slots(boxes, range(min(NUM_SLOTS, boxes.shape[1]))), str(folder / "slots.png"))
+    names, font = drawable(record.category_names), picture_font(record.category_names)
     place = {image_id: index for index, image_id in enumerate(record.image_ids.tolist())}
     for kind, image_ids in (("worst", ranked), ("best", ranked[::-1])):
         for number, image_id in enumerate(image_ids[: config.num_pictures]):
-            picture = beside_truth(dataset, detections, place[image_id], config.picture_threshold)
+            picture = beside_truth(dataset, detections, place[image_id], config.picture_threshold, names, font)
             write_png(picture, str(folder / f"{kind}_{number:02d}.png"))
 
 

@@ -10,6 +10,7 @@ from typing import Any
 
 from PIL import Image, ImageDraw, ImageFont
 
+from pipelines.labels import drawable, picture_font
 from pipelines.packaging import detect, load
 from pipelines.stage import Progress
 
@@ -83,12 +84,13 @@ def draw(data: bytes, answer: dict[str, list], colours: dict[str, str]) -> bytes
         image, format = opened.convert("RGB"), "PNG" if opened.format == "PNG" else "JPEG"
     pen = ImageDraw.Draw(image)
     width = max(2, round(max(image.size) / 400))
-    font = ImageFont.load_default(max(10, round(max(image.size) / 50)))
+    size, own = max(10, round(max(image.size) / 50)), picture_font(answer["labels"])
+    font = ImageFont.truetype(own, size) if own else ImageFont.load_default(size)
     for box, score, label in reversed(list(zip(*answer.values(), strict=True))):  # the surest on top
         colour = colours.setdefault(label, COLOURS[len(colours) % len(COLOURS)])
         left, top, right, bottom = (min(max(v, 0), side - 1) for v, side in zip(box, image.size * 2, strict=True))
         pen.rectangle((left, top, max(left, right), max(top, bottom)), outline=colour, width=width)
-        text, at = f"{label} {score:.2f}", (left + width, top + width)
+        text, at = f"{drawable([label])[0]} {score:.2f}", (left + width, top + width)
         pen.rectangle(pen.textbbox(at, text, font), fill=colour)
         pen.text(at, text, "black", font)
     drawn = io.BytesIO()

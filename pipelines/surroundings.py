@@ -4,6 +4,7 @@ import importlib.util
 import locale
 import os
 import sys
+from contextlib import suppress
 
 HOST = "127.0.0.1"
 PROXIES = tuple(f"{kind}_proxy" for kind in ("http", "https", "all", "socks", "ws"))  # a websocket takes any of them
@@ -27,7 +28,7 @@ def use_utf8() -> None:
         os.environ["PYTHONUTF8"] = "1"
         os.execve(sys.executable, [sys.executable, *sys.orig_argv[1:]], os.environ)
     for stream in (sys.stdout, sys.stderr):
-        if hasattr(stream, "reconfigure"):  # a name in another encoding is printed all the same
+        with suppress(AttributeError, OSError):  # a name in another encoding is printed all the same
             stream.reconfigure(errors="backslashreplace")
 
 

@@ -4,6 +4,7 @@ import contextlib
 import hashlib
 import json
 import os
+import posixpath
 import re
 import time
 from collections.abc import Iterable
@@ -146,11 +147,21 @@ def find_run(client: "MlflowClient", fingerprint: str, name: str) -> str:
 
 
 def flatten(document: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """{"a": {"b": 1}} as {"a.b": 1}."""
+    """{"a": {"b": 1}} as {"a.b": 1}; a mapping by names that are no keys of MLflow's is one value, as JSON."""
     flat: dict[str, Any] = {}
     for key, value in document.items():
-        flat |= flatten(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
+        if not isinstance(value, dict):
+            flat[f"{prefix}{key}"] = value
+        elif all(is_key(f"{prefix}{key}.{name}") for name in value):
+            flat |= flatten(value, f"{prefix}{key}.")
+        else:
+            flat[f"{prefix}{key}"] = json.dumps(value, ensure_ascii=False)
     return flat
+
+
+def is_key(name: str) -> bool:
+    """Whether MLflow takes a name for a parameter, and for no path to another."""
+    return bool(re.fullmatch(r"[/\w.\- :]{1,250}", name)) and posixpath.normpath(name) == name
 
 
 def log_params(client: "MlflowClient", run_id: str, document: dict[str, Any]) -> None:
