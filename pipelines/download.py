@@ -96,7 +96,7 @@ def download(config: DownloadParams, data: Path, downloads: Path) -> None:
 @contextmanager
 def _all_or_none(data: Path) -> Iterator[Path]:
     """A folder for the four files, which are moved to `data` when the block ends well."""
-    partial = data.parent / f".{data.name}.partial"
+    partial = data.resolve().parent / f".{data.name}.partial"  # on the disk that `data` leads to
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir()
     try:
