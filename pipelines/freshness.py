@@ -13,8 +13,6 @@ from pipelines.looks import Look, Taken
 from pipelines.params import read_yaml
 from pipelines.sources import is_url, split_place
 
-LONGEST = 300  # characters of what has changed
-
 
 def reproduce_download(root: Path, log: Callable[[str], None], force: bool = False) -> str:
     """`repro.reproduce` of the download stage, by force where its source is not as it was when data was taken from it.
@@ -74,9 +72,8 @@ def compare(taken: Taken | None, now: Look) -> str:
     when = f"since it was taken on {taken.at}" if taken.at else "since the last look"
     if looks.is_as_it_was(taken.seen, now):
         return f"unchanged {when}"
-    different = "; ".join(looks.changes(taken.seen, now)) or "files were written anew, with their size and time"
-    different = different if len(different) <= LONGEST else f"{different[:LONGEST]} ..."
-    return f"changed {when}, and taken again: {different}"
+    different = [name.removeprefix("download.source.") for name, one in now.items() if taken.seen.get(name) != one]
+    return f"changed {when}, and taken again: {', '.join(different)}"
 
 
 def md5s(root: Path) -> dict[str, str]:
