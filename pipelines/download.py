@@ -16,7 +16,16 @@ from pipelines import looks, params
 from pipelines.archive import check_space, copy, extract, opened, pack
 from pipelines.fetch import Remote, claimed, fetch_all, shown, sizes_of
 from pipelines.shapes import ShapesParams, write_shapes
-from pipelines.sources import PICTURES, FileSources, addresses, is_url, pictures_in, sources_in, split_place
+from pipelines.sources import (
+    PICTURES,
+    FileSources,
+    addresses,
+    is_url,
+    pictures_in,
+    require_inside,
+    sources_in,
+    split_place,
+)
 from pipelines.stage import DATA, FILES, command
 
 DOWNLOADS = Path("scratch/downloads")
@@ -96,7 +105,7 @@ def download(config: DownloadParams, data: Path, downloads: Path) -> None:
 @contextmanager
 def _all_or_none(data: Path) -> Iterator[Path]:
     """A folder for the four files, which are moved to `data` when the block ends well."""
-    partial = data.resolve().parent / f".{data.name}.partial"  # on the disk that `data` leads to
+    partial = data.parent / f".{data.name}.partial"
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir()
     try:
@@ -230,6 +239,7 @@ def _take_images(found: Found, target: Path, wanted: set[str] | None) -> None:
 
 
 def main() -> None:
+    require_inside(Path(), DATA)
     config, document = params.load("download", DownloadParams), params.read_yaml(Path("params.yaml"))
     seen = looks.look_at_files(Path(), document)
     download(config, DATA, DOWNLOADS)

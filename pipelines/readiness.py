@@ -9,6 +9,8 @@ from pathlib import Path
 from urllib.parse import unquote, urlparse
 
 from pipelines import tracking
+from pipelines.sources import require_inside
+from pipelines.stage import DATA
 
 ROOM = 256 * 2**20  # bytes of disk, below which not even the state of a small training fits
 
@@ -19,6 +21,8 @@ def check(root: Path) -> None:
     From here on MLFLOW_TRACKING_URI and PREFECT_HOME are the same in every folder that a stage runs in.
     """
     require_room(root)
+    for folder in (DATA, Path("artifacts")):
+        require_inside(root, folder)
     if home := os.environ.get("PREFECT_HOME"):
         os.environ["PREFECT_HOME"] = str(require_folder("PREFECT_HOME", Path(home).expanduser().absolute()))
     uri = os.environ["MLFLOW_TRACKING_URI"] = tracking.tracking_uri()
