@@ -44,7 +44,7 @@ def check(document: Any, root: Path = Path()) -> None:
 
     It names the key, its value and what was expected, before anything is downloaded or trained.
     """
-    sections = {name: from_document(document, name, kind) for name, kind in KINDS.items()}
+    sections: dict[str, Any] = {name: from_document(document, name, kind) for name, kind in KINDS.items()}
     for contradiction in find_contradictions(root, **sections):
         raise ValueError(contradiction)
 
@@ -125,7 +125,8 @@ def _misfit_weights(root: Path, model: ModelConfig, train: TrainConfig) -> Itera
 
 def find_oddities(document: Any) -> list[str]:
     """What is allowed and seldom meant, a sentence each. The document must have been checked."""
-    model, train = (from_document(document, name, KINDS[name]) for name in ("model", "train"))
+    model = from_document(document, "model", ModelConfig)
+    train = from_document(document, "train", TrainConfig)
     found = []
     if train.schedule == "step" and train.lr_drop_epoch >= train.epochs:
         found.append(f"train.lr_drop_epoch is {train.lr_drop_epoch} of {train.epochs} epochs: the rate never drops")

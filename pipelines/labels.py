@@ -33,7 +33,7 @@ def fonts_for(names: tuple[str, ...]) -> tuple[str, ...]:
     """Files of fonts that together have the letters of names: matplotlib's own, and what is installed and adds some."""
     from matplotlib.font_manager import findfont, fontManager
 
-    found = [findfont(FONT)]
+    found = [str(findfont(FONT))]
     missing = set("".join(map(shorten, names))) - letters_of(found[0])
     for entry in sorted(fontManager.ttflist, key=lambda entry: (entry.name, entry.fname)) if missing else ():
         if missing & letters_of(entry.fname) and "LastResort" not in entry.fname:

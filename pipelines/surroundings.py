@@ -29,7 +29,7 @@ def use_utf8() -> None:
         os.execve(sys.executable, [sys.executable, *sys.orig_argv[1:]], os.environ)
     for stream in (sys.stdout, sys.stderr):
         with suppress(AttributeError, OSError):  # a name in another encoding is printed all the same
-            stream.reconfigure(errors="backslashreplace")
+            stream.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]
 
 
 def forget_launchers() -> None:
