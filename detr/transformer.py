@@ -28,6 +28,8 @@ class Attention(nn.Module):
 
     def __init__(self, hidden_dim: int, num_heads: int, dropout: float) -> None:
         super().__init__()
+        if hidden_dim % num_heads:
+            raise ValueError(f"model.hidden_dim is {hidden_dim}, not divisible by {num_heads} heads")
         self.num_heads = num_heads
         self.dropout = dropout
         self.in_proj_weight = nn.Parameter(torch.empty(3 * hidden_dim, hidden_dim))
