@@ -47,6 +47,15 @@ class Process:
         return values
 
 
+def num_threads() -> int:
+    """OMP_NUM_THREADS, of which a list is legal: for each level of nesting one; 1 where it is not set."""
+    text = os.environ.get("OMP_NUM_THREADS") or "1"
+    first = text.partition(",")[0].strip()
+    if not first.isdecimal() or not int(first):
+        raise ValueError(f"OMP_NUM_THREADS is {text!r}, expected a number of threads, 1 or more")
+    return int(first)
+
+
 @contextmanager
 def process_group() -> Iterator[Process]:
     """Joins the process group that torchrun's environment names, NCCL on GPUs and gloo on CPUs, and leaves it.
@@ -60,7 +69,7 @@ def process_group() -> Iterator[Process]:
         torch.cuda.set_device(device)
     else:
         device = torch.device("cpu")
-        torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
+        torch.set_num_threads(num_threads())
     if num_processes > 1:
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timedelta(minutes=10))
     try:

@@ -49,7 +49,10 @@ class Loader:
     ) -> None:
         on_gpu = device.type == "cuda"
         share = (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-        num_workers = int(os.environ.get("DETR_WORKERS", share if on_gpu else 0))
+        asked = os.environ.get("DETR_WORKERS") or str(share if on_gpu else 0)
+        if not asked.isdecimal():
+            raise ValueError(f"DETR_WORKERS is {asked!r}, expected a number of loader processes, 0 or more")
+        num_workers = int(asked)
         self.device = device
         self.watched = _Watched(dataset, num_workers)
         self.loader: DataLoader[Any] = DataLoader(

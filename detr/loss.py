@@ -1,6 +1,7 @@
 """The set loss. B images, Q queries, C classes, T targets of all images, L decoder layers."""
 
-from dataclasses import dataclass
+import math
+from dataclasses import asdict, dataclass
 
 import torch
 import torch.nn.functional as F
@@ -20,6 +21,13 @@ class LossConfig:
     giou_weight: float
     no_object_weight: float  # of the "no object" class in the cross-entropy
     auxiliary: bool  # a loss after every decoder layer, not the last one only
+
+    def __post_init__(self) -> None:
+        for key, value in asdict(self).items():
+            if not 0 <= value < math.inf:
+                raise ValueError(f"train.loss.{key} is {value}, expected a number that is not negative")
+        if not any((self.class_weight, self.box_weight, self.giou_weight)):
+            raise ValueError("train.loss has weights of 0 alone, by which nothing is learnt")
 
 
 def batch_totals(targets: Targets, num_queries: int) -> Tensor:

@@ -1,7 +1,8 @@
 """Hungarian matching. B images, Q queries, C classes, T targets of all images, L decoder layers."""
 
+import math
 import warnings
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from itertools import accumulate, pairwise
 from typing import NoReturn
 
@@ -20,6 +21,13 @@ class MatcherConfig:
     class_cost: float
     box_cost: float
     giou_cost: float
+
+    def __post_init__(self) -> None:
+        for key, value in asdict(self).items():
+            if not 0 <= value < math.inf:
+                raise ValueError(f"train.matcher.{key} is {value}, expected a number that is not negative")
+        if not any(asdict(self).values()):
+            raise ValueError("train.matcher has costs of 0 alone, by which no query is nearer than another")
 
 
 @torch.no_grad()

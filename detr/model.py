@@ -1,5 +1,6 @@
 """DETR. B images, Q queries, C classes, L decoder layers, D hidden, H W padded size, S output stride."""
 
+import math
 from copy import deepcopy
 from dataclasses import dataclass
 from itertools import pairwise
@@ -43,8 +44,21 @@ class ModelConfig:
         ):
             if getattr(self, key) not in choices:
                 raise ValueError(f"model.{key} is {getattr(self, key)!r}, expected one of {choices}")
-        if self.num_decoder_layers < 1 or self.num_queries < 1:
-            raise ValueError("model.num_decoder_layers and model.num_queries must be at least 1")
+        for key in ("hidden_dim", "num_heads", "dim_feedforward", "num_decoder_layers", "num_queries"):
+            if getattr(self, key) < 1:
+                raise ValueError(f"model.{key} is {getattr(self, key)}, expected at least 1")
+        if self.num_encoder_layers < 0:
+            raise ValueError(f"model.num_encoder_layers is {self.num_encoder_layers}, expected 0 or more")
+        for key in ("backbone_width", "position_temperature"):
+            if not 0 < getattr(self, key) < math.inf:
+                raise ValueError(f"model.{key} is {getattr(self, key)}, expected a number above 0")
+        parts = math.lcm(self.num_heads, {"sine": 4, "learned": 2, "none": 1}[self.position])
+        if self.hidden_dim % parts:
+            above = -(-self.hidden_dim // parts) * parts
+            raise ValueError(
+                f"model.hidden_dim is {self.hidden_dim}, expected a multiple of {parts}, as model.num_heads "
+                f"{self.num_heads} and model.position {self.position} want it; {above} is one"
+            )
         for key in ("dropout", "attention_dropout"):
             if not 0 <= getattr(self, key) < 1:
                 raise ValueError(f"model.{key} is {getattr(self, key)}, expected a fraction in 0 <= {key} < 1")

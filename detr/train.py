@@ -30,6 +30,7 @@ from detr.model import DETR
 from detr.sampler import TrainSampler
 from detr.transforms import TransformConfig
 
+MOST_SEEDS = 2**40  # so that a seed's epochs fit into 64 bits
 PER_LAYER = ("loss_class", "loss_box", "loss_giou", "cardinality_error")
 
 
@@ -84,10 +85,23 @@ class TrainConfig:
                 raise ValueError(f"train.{key} is {getattr(self, key)}, expected a number that is not negative")
         if not 0 <= self.ema_decay < 1:
             raise ValueError(f"train.ema_decay is {self.ema_decay}, expected a fraction in 0 <= ema_decay < 1")
+        if not 0 <= self.seed < MOST_SEEDS:
+            raise ValueError(f"train.seed is {self.seed}, expected 0 <= seed < {MOST_SEEDS}")
+        if self.batch_size % self.micro_batch:
+            raise ValueError(
+                f"train.batch_size is {self.batch_size}, expected a multiple of train.micro_batch, {self.micro_batch}; "
+                "lower train.micro_batch, or raise train.batch_size"
+            )
+        if self.schedule == "step" and self.lr_drop_epoch < 1:
+            raise ValueError(
+                f"train.lr_drop_epoch is {self.lr_drop_epoch} with train.schedule step, which would train at a tenth "
+                f"of the rate from the start; expected the epoch of the drop, or {self.epochs} for none"
+            )
         for key, value in (("patience", self.patience), ("keep", self.keep == "best")):
-            if value and not self.evaluate_epochs:
+            if value and not 0 < self.evaluate_epochs <= self.epochs:
                 raise ValueError(
-                    f"train.{key} is {getattr(self, key)!r}, which needs train.evaluate_epochs of 1 or more"
+                    f"train.{key} is {getattr(self, key)!r}, which needs evaluations, and train.evaluate_epochs is "
+                    f"{self.evaluate_epochs}; expected 1 to {self.epochs}, train.epochs"
                 )
 
 

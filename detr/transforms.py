@@ -29,7 +29,10 @@ class TransformConfig:
                 f"train.transform: scales {self.scales} must not be empty nor exceed max_size {self.max_size}"
             )
         if self.crop > 0 and (not self.crop_scales or not 0 < self.crop_range[0] <= self.crop_range[1]):
-            raise ValueError("train.transform: with crop above 0, crop_scales and an ascending crop_range are needed")
+            raise ValueError(
+                f"train.transform.crop is {self.crop}, with crop_scales {self.crop_scales} and crop_range "
+                f"{self.crop_range}; expected at least one scale and an ascending range, or a crop of 0"
+            )
         if self.crop > 0 and min(self.crop_scales) < self.crop_range[0]:
             raise ValueError(
                 f"train.transform: a crop of at least {self.crop_range[0]} does not fit "

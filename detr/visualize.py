@@ -19,11 +19,22 @@ from detr.transformer import Attention
 
 COLOURS = ("#e6194b", "#3cb44b", "#ffe119", "#4363d8", "#f58231", "#46f0f0", "#f032e6", "#bcf60c")
 HEAT = "#ffd000"
+FONT_SIZE = 10  # of captions, as Pillow's own
 PANEL = 238  # grey of an empty panel
 
 
-def draw(image: Tensor, boxes_xyxy: Tensor, labels: list[int], captions: list[str], scale: int = 1) -> Tensor:
-    """The image [3, h, w] uint8, enlarged `scale` times, with its boxes [t, 4] in one colour per label."""
+def draw(
+    image: Tensor,
+    boxes_xyxy: Tensor,
+    labels: list[int],
+    captions: list[str],
+    scale: int = 1,
+    font: str | None = None,
+) -> Tensor:
+    """The image [3, h, w] uint8, enlarged `scale` times, with its boxes [t, 4] in one colour per label.
+
+    `font` is a TrueType file that has the captions' letters; Pillow's own has those of Western Europe.
+    """
     if scale > 1:
         image = F.interpolate(image[None], scale_factor=scale, mode="nearest")[0]
     if not len(boxes_xyxy):
@@ -32,7 +43,7 @@ def draw(image: Tensor, boxes_xyxy: Tensor, labels: list[int], captions: list[st
     limit = torch.tensor([width - 1, height - 1, width - 1, height - 1])
     boxes = torch.minimum((boxes_xyxy * scale).clamp(min=0), limit)
     colours = [COLOURS[label % len(COLOURS)] for label in labels]
-    return draw_bounding_boxes(image, boxes, captions, colours, width=2)
+    return draw_bounding_boxes(image, boxes, captions, colours, width=2, font=font, font_size=font and FONT_SIZE)
 
 
 def side_by_side(left: Tensor, right: Tensor, gap: int = 6) -> Tensor:
@@ -40,11 +51,19 @@ def side_by_side(left: Tensor, right: Tensor, gap: int = 6) -> Tensor:
     return torch.cat([left, torch.full((3, left.shape[1], gap), 255, dtype=torch.uint8), right], dim=2)
 
 
-def beside_truth(dataset: CocoDataset, detections: np.ndarray, index: int, threshold: float) -> Tensor:
+def beside_truth(
+    dataset: CocoDataset,
+    detections: np.ndarray,
+    index: int,
+    threshold: float,
+    names: Sequence[str] = (),
+    font: str | None = None,
+) -> Tensor:
     """Image `index` twice beside each other: with its true boxes, and with its detections of a score from `threshold`.
 
-    Detections [n, 7] are as in `detr.evaluate`, of any images. Images smaller than 288 pixels are enlarged. ValueError
-    names an image that does not decode.
+    Detections [n, 7] are as in `detr.evaluate`, of any images. Images smaller than 288 pixels are enlarged. Categories
+    are called by `names`, in order, where these are given, in `font`, as in `draw`. ValueError names an image that does
+    not decode.
     """
     record = dataset.annotations
     name = str(record.file_names[index])
@@ -53,13 +72,14 @@ def beside_truth(dataset: CocoDataset, detections: np.ndarray, index: int, thres
     owned = slice(record.starts[index], record.starts[index + 1])
     boxes = torch.from_numpy(record.boxes_xyxy[owned])
     labels = record.labels[owned].tolist()
-    truth = draw(image, boxes, labels, [record.category_names[k] for k in labels], scale)
+    names = names or record.category_names
+    truth = draw(image, boxes, labels, [names[k] for k in labels], scale, font)
     shown = detections[(detections[:, 0] == record.image_ids[index]) & (detections[:, 5] >= threshold)]
     boxes = torch.from_numpy(shown[:, 1:5]).float()
     boxes[:, 2:] += boxes[:, :2]
     labels = np.searchsorted(record.category_ids, shown[:, 6]).tolist()
-    captions = [f"{record.category_names[k]} {score:.2f}" for k, score in zip(labels, shown[:, 5], strict=True)]
-    return side_by_side(truth, draw(image, boxes, labels, captions, scale))
+    captions = [f"{names[k]} {score:.2f}" for k, score in zip(labels, shown[:, 5], strict=True)]
+    return side_by_side(truth, draw(image, boxes, labels, captions, scale, font))
 
 
 def encoder_attention(

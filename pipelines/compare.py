@@ -15,6 +15,7 @@ from detr.bootstrap import Matches, bootstrap_ap, can_be_certain, interval, matc
 from pipelines import params, registry, tracking
 from pipelines.evaluate import EvaluateParams
 from pipelines.figures import save_figure
+from pipelines.labels import drawable
 from pipelines.lineage import commit_in
 from pipelines.markdown import table as markdown
 from pipelines.registered import Version, read, signed, text, unequal
@@ -219,9 +220,12 @@ def draw(document: dict[str, Any], path: Path) -> None:
             known = sorted(known, key=lambda row: -abs(row["change"][k]))[:NUM_BARS]
             known.sort(key=lambda row: row["change"][k])
             values = [row["change"][k] for row in known]
-            axis.barh([row["name"] for row in known], values, color=["#3cb44b" if v > 0 else "#e6194b" for v in values])
+            names = drawable(row["name"] for row in known)
+            axis.barh(
+                range(len(names)), values, tick_label=names, color=["#3cb44b" if v > 0 else "#e6194b" for v in values]
+            )
             axis.axvline(0, color="black", linewidth=0.8)
             axis.tick_params(axis="y", labelsize=7)
             axis.set(xlabel="change of AP", title=f"classes of {titles[k]} to {titles[0]}")
 
-    save_figure(path, (4.5 * len(titles), 4.5), paint)
+    save_figure(path, (4.5 * len(titles), 4.5), paint, [row["name"] for row in rows])

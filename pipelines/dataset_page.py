@@ -4,6 +4,7 @@ The same bytes for the same data: no times, no names of machines.
 """
 
 import html
+import os
 import shutil
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ import pandas as pd
 from PIL import Image, ImageDraw
 
 from detr.pixels import decode_pixels
+from pipelines.labels import drawable, drawn_plainly
 from pipelines.pictures import find, members, open_archive, read
 from pipelines.tables import SPLITS, pictures_of
 
@@ -39,7 +41,8 @@ def write_page(
     """
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
-    _draw_charts(folder, counts)
+    with drawn_plainly(counts["train"]["class"]):
+        _draw_charts(folder, counts)
     sheets = _draw_sheets(folder, pictures_of(data, "train"), tables, num_examples)
     rows = ["images", "annotations", "crowds", "images_without_objects"]
     numbers = _table(["", *SPLITS], [[row.replace("_", " "), *(counts[s][row] for s in SPLITS)] for row in rows])
@@ -66,6 +69,7 @@ def _table(head: list[str], rows: list[list[Any]]) -> str:
 
 
 def _draw_charts(folder: Path, counts: dict[str, dict[str, Any]]) -> None:
+    os.environ["MPLBACKEND"] = "Agg"  # a notebook may have left one that is not here
     from matplotlib.figure import Figure
 
     def save(figure: Any, name: str) -> None:
@@ -75,7 +79,7 @@ def _draw_charts(folder: Path, counts: dict[str, dict[str, Any]]) -> None:
     names = [name for name, _ in by_class]
     figure = Figure((12, 4), dpi=100, layout="constrained")
     axes = figure.subplots()
-    _bars(axes, names, [[counts[split]["class"].get(name, 0) for name in names] for split in SPLITS])
+    _bars(axes, drawable(names), [[counts[split]["class"].get(name, 0) for name in names] for split in SPLITS])
     axes.set(yscale="log" if by_class and by_class[0][1] > 1000 else "linear", ylabel="objects")
     axes.tick_params(axis="x", labelrotation=90, labelsize=8 if len(names) <= 100 else 4)
     save(figure, "classes.png")

@@ -12,11 +12,20 @@ from pathlib import Path
 import msgspec
 
 from detr.annotation_file import Entries, as_utf8, parse
-from pipelines import params
+from pipelines import looks, params
 from pipelines.archive import check_space, copy, extract, opened, pack
 from pipelines.fetch import Remote, claimed, fetch_all, shown, sizes_of
 from pipelines.shapes import ShapesParams, write_shapes
-from pipelines.sources import PICTURES, FileSources, addresses, is_url, sources_in
+from pipelines.sources import (
+    PICTURES,
+    FileSources,
+    addresses,
+    is_url,
+    pictures_in,
+    require_inside,
+    sources_in,
+    split_place,
+)
 from pipelines.stage import DATA, FILES, command
 
 DOWNLOADS = Path("scratch/downloads")
@@ -112,7 +121,7 @@ def _all_or_none(data: Path) -> Iterator[Path]:
 def _remotes(config: DownloadParams, source: FileSources) -> list[Remote]:
     """What is to be fetched. Raises ValueError for local files that do not exist or differ from their checksum."""
     remotes = []
-    for place in dict.fromkeys(place.partition("#")[0] for place in asdict(source).values()):
+    for place in dict.fromkeys(split_place(place)[0] for place in asdict(source).values()):
         sha256 = config.sha256.get(place, "").lower()
         if is_url(place):
             remotes.append(Remote(addresses(place, config.mirrors), sha256))
@@ -132,7 +141,7 @@ def _copied(config: DownloadParams, source: FileSources, sizes: dict[str, int], 
     """How many bytes go to `data` as they are; what is fetched there costs nothing on the same file system."""
     total = 0
     for place in asdict(source).values():
-        address, _, member = place.partition("#")
+        address, member = split_place(place)
         if config.max_images or member:
             continue  # the size is known when it is unpacked
         if address in sizes:
@@ -144,7 +153,7 @@ def _copied(config: DownloadParams, source: FileSources, sizes: dict[str, int], 
 
 def _find(place: str, fetched: dict[str, Path], unpacked: Path) -> Found:
     """The file of a place, fetched before; when it is a member of a zip, it is unpacked to the path `unpacked`."""
-    address, _, member = place.partition("#")
+    address, member = split_place(place)
     found = Found(fetched.get(address, Path(address)), shown(address), address in fetched)
     if not member:
         return found
@@ -200,11 +209,12 @@ def _take_images(found: Found, target: Path, wanted: set[str] | None) -> None:
         return {name: size for name, size in sizes.items() if wanted is None or Path(name).name in wanted}
 
     if found.path.is_dir():
-        paths = [path for path in found.path.rglob("*") if path.suffix.lower() in PICTURES and path.is_file()]
-        sizes = {path.relative_to(found.path).as_posix(): path.stat().st_size for path in paths}
+        sizes = {name: one.st_size for name, one in pictures_in(found.path).items()}
         if not sizes:
             raise ValueError(f"{found.name} holds no pictures ({', '.join(PICTURES)})")
-        pack(kept(dict(sorted(sizes.items()))), lambda name: (found.path / name).open("rb"), target)
+        if odd := [name for name in sizes if not params.is_utf8(name)]:
+            raise ValueError(f"{found.name} holds {odd[0]!r}, whose name is no UTF-8; rename it, there and in the JSON")
+        pack(kept(sizes), lambda name: (found.path / name).open("rb"), target)
         return
     with opened(found.path, found.name) as archive:
         members = [entry for entry in archive.infolist() if not entry.is_dir()]
@@ -215,7 +225,12 @@ def _take_images(found: Found, target: Path, wanted: set[str] | None) -> None:
 
 
 def main() -> None:
-    download(params.load("download", DownloadParams), DATA, DOWNLOADS)
+    require_inside(Path(), DATA)
+    config, document = params.load("download", DownloadParams), params.read_yaml(Path("params.yaml"))
+    seen = looks.look_at_files(Path(), document)
+    download(config, DATA, DOWNLOADS)
+    if config.source != "shapes":
+        looks.keep_taken(looks.record_of(Path(), document), seen, {})
 
 
 if __name__ == "__main__":

@@ -33,6 +33,7 @@ from detr.speed import count_parameters, gflops
 from detr.transforms import EvalTransform, fit_size
 from detr.visualize import beside_truth, draw_slots
 from pipelines import figures, params
+from pipelines.labels import drawable, picture_font
 from pipelines.stage import DATA, Progress, command, write_json
 
 MODEL_FOLDER = Path("artifacts/train")
@@ -52,6 +53,8 @@ class EvaluateParams:
     seed: int
 
     def __post_init__(self) -> None:
+        if self.seed < 0:
+            raise ValueError(f"evaluate.seed is {self.seed}, expected 0 or more")
         if self.num_pictures < 0 or not 0 <= self.picture_threshold <= 1:
             raise ValueError("evaluate: num_pictures must be 0 or more, picture_threshold in 0..1")
         if self.num_resamples < 1 or not 0 < self.confidence < 1:
@@ -161,10 +164,11 @@ def draw_images(
     if len(dataset):
         boxes = slot_boxes(detections, record.sizes_hw)
         write_png(draw_slots(boxes, range(min(NUM_SLOTS, boxes.shape[1]))), str(folder / "slots.png"))
+    names, font = drawable(record.category_names), picture_font(record.category_names)
     by_id = np.argsort(record.image_ids)
     for kind, indices in zip(("worst", "best"), ranked, strict=True):
         for number, index in enumerate(by_id[indices[: config.num_pictures]].tolist()):
-            picture = beside_truth(dataset, detections, index, config.picture_threshold)
+            picture = beside_truth(dataset, detections, index, config.picture_threshold, names, font)
             write_png(picture, str(folder / f"{kind}_{number:02d}.png"))
 
 

@@ -1,42 +1,46 @@
 """Figures of an evaluation, as PNG files of the same bytes for the same numbers."""
 
-from collections.abc import Callable
+import os
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from pipelines.labels import drawable, drawn_plainly
+
 MAX_CURVES = 20
 
 
-def save_figure(path: Path, size: tuple[float, float], paint: Callable[[Any, Any], None]) -> None:
-    """Writes what `paint(figure, axes)` draws, `size` in inches."""
-    import matplotlib
+def save_figure(
+    path: Path, size: tuple[float, float], paint: Callable[[Any, Any], None], names: Iterable[str] = ()
+) -> None:
+    """Writes what `paint(figure, axes)` draws, `size` in inches, with the letters of `names`."""
+    os.environ["MPLBACKEND"] = "Agg"  # a notebook may have left one that is not here
+    from matplotlib.figure import Figure
 
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    figure, axes = plt.subplots(figsize=size, dpi=120)
-    paint(figure, axes)
-    figure.tight_layout()
-    figure.savefig(path, metadata={"Software": None})
-    plt.close(figure)
+    with drawn_plainly(names):
+        figure = Figure(size, dpi=120)
+        paint(figure, figure.subplots())
+        figure.tight_layout()
+        figure.savefig(path, metadata={"Software": None})
 
 
 def precision_recall(precision: np.ndarray, names: list[str], path: Path) -> None:
     """Precision over recall at IoU 0.50 for at most 20 categories, and the mean of all; `precision` is COCO's array."""
 
     def paint(figure: Any, axes: Any) -> None:
+        shown = drawable(names)
         recall, curves = np.linspace(0, 1, precision.shape[1]), precision[0, :, :, 0, 2]  # [101, C]
         present = curves[0] > -1
         for k in np.flatnonzero(present)[:MAX_CURVES]:
-            axes.plot(recall, curves[:, k], linewidth=1, label=names[k])
+            axes.plot(recall, curves[:, k], linewidth=1, label=f" {shown[k]}" if shown[k][0] == "_" else shown[k])
         if present.any():
             axes.plot(recall, curves[:, present].mean(axis=1), linewidth=2.5, color="black", label="mean")
             axes.legend(fontsize=7, ncols=2)
         axes.set(xlabel="recall", ylabel="precision", title="IoU 0.50", xlim=(0, 1), ylim=(0, 1.02))
 
-    save_figure(path, (6, 4.5), paint)
+    save_figure(path, (6, 4.5), paint, names)
 
 
 def limits(found: dict[str, tuple[float, int]], path: Path) -> None:
@@ -59,8 +63,8 @@ def confusion(counts: np.ndarray, names: list[str], path: Path) -> None:
         shares = counts / np.maximum(counts.sum(axis=1, keepdims=True), 1)
         axes.imshow(shares, cmap="Blues", vmin=0, vmax=1)
         ticks, size = range(len(counts)), max(3, 9 - len(counts) / 10)
-        axes.set_xticks(ticks, [*names, "background"], rotation=90, fontsize=size)
-        axes.set_yticks(ticks, [*names, "background"], fontsize=size)
+        axes.set_xticks(ticks, [*drawable(names), "background"], rotation=90, fontsize=size)
+        axes.set_yticks(ticks, [*drawable(names), "background"], fontsize=size)
         if len(counts) <= 25:
             for row, column in np.ndindex(*counts.shape):
                 colour = "white" if shares[row, column] > 0.5 else "black"
@@ -68,4 +72,4 @@ def confusion(counts: np.ndarray, names: list[str], path: Path) -> None:
         axes.set(xlabel="detected", ylabel="true", title="IoU 0.50")
 
     side = min(12.0, 3.5 + 0.25 * len(counts))
-    save_figure(path, (side, side), paint)
+    save_figure(path, (side, side), paint, names)

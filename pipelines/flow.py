@@ -2,7 +2,6 @@
 
 import contextlib
 import contextvars
-import os
 import re
 import threading
 import time
@@ -24,7 +23,7 @@ from prefect.client.schemas.objects import State
 from prefect.events import Event
 from prefect.states import Completed, Failed
 
-from pipelines import report, repro, worktree
+from pipelines import freshness, readiness, report, repro, worktree
 from pipelines.form import NOTE_LENGTH, DryRun, KeepDays, Note, Overrides, Preset, Promote, Ref, Refresh, SharedCache
 from pipelines.git import fetch
 from pipelines.overrides import confine, parameters
@@ -48,7 +47,10 @@ def run_stage(stage: str, root: Path, force: bool) -> Any:
             progress.take(line)
 
     try:
-        outcome = repro.reproduce(stage, root, take, force)
+        if stage == "download":
+            outcome = freshness.reproduce_download(root, take, force)
+        else:
+            outcome = repro.reproduce(stage, root, take)
     except repro.StageFailed as failure:
         page = report.failure(stage, str(failure), failure.lines)
         show("failure", lambda: create_markdown_artifact(page, key="failure", description=f"{stage} failed"))
@@ -158,7 +160,6 @@ def retrain(
 ) -> Any:
     """Trains, evaluates and registers in a git worktree; the result is a commit on a branch `runs/...`."""
     root, log = Path.cwd(), get_run_logger().info
-    os.environ.setdefault("MLFLOW_TRACKING_URI", f"sqlite:///{root / 'mlflow.db'}")
     chosen = None if preset == "none" else preset
     settings = [*overrides, *([] if promote else ["register.promote=false"])]
 
@@ -168,6 +169,7 @@ def retrain(
         return document
 
     try:
+        readiness.check(root)
         fetch(root, ref)
         with worktree.only_one(root, log):
             name = f"{chosen or 'overrides'}-{time.strftime('%Y%m%d-%H%M%S')}"

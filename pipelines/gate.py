@@ -28,6 +28,8 @@ class RegisterParams:
     promote: bool  # whether it may take the champion's place at all
 
     def __post_init__(self) -> None:
+        if self.seed < 0:
+            raise ValueError(f"register.seed is {self.seed}, expected 0 or more")
         if self.min_ap_gain < 0 or not 0 < self.confidence < 1 or self.num_resamples < 1:
             raise ValueError(
                 f"register: min_ap_gain is {self.min_ap_gain}, confidence {self.confidence}, num_resamples "

@@ -7,6 +7,7 @@ from typing import Any
 
 from pipelines.params import checked, merged, to_yaml
 from pipelines.redaction import refuse_password
+from pipelines.sources import split_place
 
 DATA_ROOTS = "DETR_DATA_ROOTS"  # in a worker's environment: folders outside the project that parameters may name
 MOST_VALUES = 10_000  # of params.yaml
@@ -53,7 +54,7 @@ def confine(document: Any, root: Path) -> None:
         if "://" in place:
             raise ValueError(f"{key} is {place!r}; of URLs only http:// and https:// work: mount it, and give its path")
         try:
-            path = (root / place.partition("#")[0]).resolve()
+            path = (root / split_place(place, root)[0]).resolve()
             inside = [one.resolve() for one in path.iterdir()] if path.is_dir() else []
         except (OSError, RuntimeError, ValueError) as error:  # a loop of links, a name too long, no name at all
             raise ValueError(f"{key} is {place[:200]!r}, no path that can be followed: {error}") from error
@@ -75,7 +76,7 @@ def absolute_paths(document: Any, root: Path, worktree: Path | None = None) -> N
     """
 
     def absolute(key: str, place: str) -> str:
-        if worktree and (worktree / place.partition("#")[0]).exists():
+        if worktree and (worktree / split_place(place, worktree)[0]).exists():
             return place
         return str((root / place).resolve())
 

@@ -92,6 +92,11 @@ def _convert(value: Any, kind: Any, where: str) -> Any:
     return kind(**{key: _convert(value[key], hints[key], f"{where}.{key}") for key in hints})  # type: ignore[operator]
 
 
+def is_utf8(text: str) -> bool:
+    """Whether a text can be written: a file name in another encoding has bytes that stand for no character."""
+    return not any("\ud800" <= letter <= "\udfff" for letter in text)
+
+
 def nearest(name: str, choices: Iterable[str]) -> str:
     near = difflib.get_close_matches(str(name), list(choices), n=1)
     return f"; did you mean {near[0]!r}?" if near else f"; known: {', '.join(choices)}" if choices else ""
@@ -107,18 +112,47 @@ def merged(root: Path, preset: str | None, overrides: Iterable[str]) -> Any:
     if preset is not None:
         _merge_preset(document, root / "presets", preset)
     for override in overrides:
+        if not is_utf8(override):
+            raise ValueError(f"override {override!r} has bytes that are no UTF-8; rename what it names, or link to it")
         key, equals, text = override.partition("=")
         if not equals:
             raise ValueError(f"override {override!r} is not of the form section.key=value")
-        try:
-            value = YAML(typ="safe", pure=True).load(text)
-        except YAMLError as error:
-            raise ValueError(f"override {override!r}: the value is not valid YAML") from error
-        nested: Any = value
+        nested: Any = text if _is_literal(document, key, text) else _parse(override, text)
         for part in reversed(key.split(".")):
             nested = {part: nested}
         _overlay(document, nested, "params.yaml")
     return document
+
+
+def _is_literal(document: Any, key: str, text: str) -> bool:
+    """Whether an override is a text as it stands: where params.yaml has a text, and it is written as no other thing."""
+    base = document
+    for part in key.split("."):
+        if not isinstance(base, dict) or part not in base:
+            break
+        base = base[part]
+    return isinstance(base, str) and not text.startswith(("{", "[", '"', "'")) and "\n" not in text
+
+
+def _parse(override: str, text: str) -> Any:
+    """The value of an override as YAML has it. Raises ValueError, also for a comment, which YAML would drop."""
+
+    def load(written: str) -> Any:
+        return YAML(typ="safe", pure=True).load(written)
+
+    try:
+        value = load(text)
+    except YAMLError as error:
+        raise ValueError(f"override {override!r}: the value is not valid YAML") from error
+    if "#" in text:
+        stand_in = "\ue000"
+        try:
+            kept = repr(load(text.replace("#", stand_in))).replace(repr(stand_in)[1:-1], "#") == repr(value)
+        except YAMLError:
+            kept = False
+        if not kept:
+            raise ValueError(f"override {override!r}: YAML drops what follows '#'; put the value into quotes")
+    return value
 
 
 def _merge_preset(document: Any, folder: Path, name: str) -> None:

@@ -15,6 +15,7 @@ from pipelines import gate, params, registry, tracking
 from pipelines.gate import RegisterParams
 from pipelines.git import git, is_dirty
 from pipelines.lineage import EVALUATED, TRAINED, UNKNOWN, VALIDATED, collect_lineage, commit_in, git_diff
+from pipelines.looks import warn_of_other_source
 from pipelines.packaging import log_version
 from pipelines.stage import DATA, DOCS_DIGEST, command, write_json
 
@@ -189,6 +190,7 @@ def example_image() -> str:
 
 
 def main() -> None:
+    warn_of_other_source(Path())
     register(params.load("register", RegisterParams), OUTPUT)
 
 

@@ -16,6 +16,7 @@ import requests
 from pipelines.database import prepare_database
 from pipelines.processes import STOP_SECONDS, WORKTREE, environment, stop
 from pipelines.redaction import hidden
+from pipelines.surroundings import HOST, past_proxies
 
 MARK = "DETR_SERVICES"  # in the environment of all that `up` starts, and of what that starts: the project's root
 SERVICE = "DETR_SERVICE"  # and which of them it is, or was started by
@@ -24,23 +25,12 @@ WEBHOOK = "DETR_WEBHOOK_URL"  # the address that failures are told; a secret: Pr
 ORIGINS = "PREFECT_SERVER_CORS_ALLOWED_ORIGINS"
 ALLOWED_HOSTS = "MLFLOW_SERVER_ALLOWED_HOSTS"
 START_SECONDS = 180
-HOST = "127.0.0.1"
 
 
 def origins(host: str, port: int) -> str:
     """The pages that may call Prefect's server from a browser: its own. By default it would answer every page."""
     names = (host, "localhost") if host == HOST else (host,)
     return ",".join(f"http://{name}:{port}" for name in names)
-
-
-def past_proxies(host: str) -> dict[str, str]:
-    """The variables that have requests to the servers here pass by a proxy, where the environment has one."""
-    kinds = ("http", "https", "all", "socks", "ws")  # a websocket takes any of them
-    known = os.environ.get("no_proxy") or os.environ.get("NO_PROXY") or HOST
-    if known == "*" or not {f"{kind}_proxy" for kind in kinds} & {name.lower() for name in os.environ}:
-        return {}
-    names = ",".join(dict.fromkeys([*known.replace(" ", "").split(","), HOST, "localhost", host]))
-    return {"NO_PROXY": names, "no_proxy": names}
 
 
 def up(root: Path, prefect_port: int, mlflow_port: int, host: str = HOST) -> tuple[dict[str, str], list[str]]:

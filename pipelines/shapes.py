@@ -46,6 +46,11 @@ class ShapesParams:
     def __post_init__(self) -> None:
         if self.num_train < 1 or self.num_val < 1 or self.max_objects < 1:
             raise ValueError("download.shapes: num_train, num_val and max_objects must be at least 1")
+        if self.seed < 0:
+            raise ValueError(f"download.shapes.seed is {self.seed}, expected 0 or more")
+        for key in ("empty_share", "crowd_share"):
+            if not 0 <= getattr(self, key) <= 1:
+                raise ValueError(f"download.shapes.{key} is {getattr(self, key)}, expected a share in 0..1")
         if not 8 <= self.min_object_size <= self.max_object_size <= self.image_size * 0.7:
             raise ValueError(
                 f"download.shapes: sizes must be 8 <= min_object_size ({self.min_object_size}) <= "

@@ -13,6 +13,8 @@ from typing import Any
 
 from tqdm import tqdm
 
+from pipelines import surroundings
+
 DATA = Path("data/coco")
 FILES = ("train.zip", "val.zip", "instances_train.json", "instances_val.json")
 EXPECTED = (ValueError, OSError, ArithmeticError, RuntimeError)
@@ -88,6 +90,7 @@ def command(run: Callable[[], None]) -> None:
 
     DETR_TRACEBACK=1 in the environment shows where it came from.
     """
+    surroundings.settle()
     own = own_environment()
     for name in os.environ.keys() - own.keys():
         del os.environ[name]

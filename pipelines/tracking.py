@@ -4,6 +4,8 @@ import contextlib
 import hashlib
 import json
 import os
+import posixpath
+import re
 import time
 from collections.abc import Iterable
 from pathlib import Path
@@ -16,6 +18,7 @@ if TYPE_CHECKING:
     from mlflow import MlflowClient
     from mlflow.entities.model_registry import ModelVersion
 
+SQLITE = "sqlite:///"  # and the path of a file
 MODEL = "detr"
 VALIDATION_METRICS = ("AP", "AR")  # prefixes of what is measured on the validation images
 SYSTEM = "system/"  # the prefix of what MLflow shows as system metrics
@@ -23,8 +26,24 @@ PICTURES = "pictures"  # the folder of a run's examples, among its artifacts
 
 
 def tracking_uri() -> str:
-    """MLFLOW_TRACKING_URI, or the SQLite file in the root of the project."""
-    return os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{(project() / 'mlflow.db').resolve()}"
+    """MLFLOW_TRACKING_URI, or the SQLite file in the root of the project, where a relative one lies too."""
+    uri = os.environ.get("MLFLOW_TRACKING_URI") or f"{SQLITE}mlflow.db"
+    return f"{SQLITE}{(project() / uri.removeprefix(SQLITE)).resolve()}" if uri.startswith(SQLITE) else uri
+
+
+def require_known(uri: str) -> None:
+    """Raises ValueError for an address that MLflow would take for another, or not at all after minutes."""
+    place = uri.removeprefix(SQLITE)
+    if place != uri and (odd := re.search(r"\?|%[0-9A-Fa-f]{2}|:memory:", place)):
+        raise ValueError(
+            f"MLflow's database is {place}, in which {odd[0]!r} means something else to MLflow; rename the folder, or "
+            f"set MLFLOW_TRACKING_URI to {SQLITE}/ANOTHER/FOLDER/mlflow.db"
+        )
+    if uri.startswith("file:") or "://" not in uri:
+        raise ValueError(
+            f"MLFLOW_TRACKING_URI is {uri!r}, a folder, which MLflow takes no more; expected {SQLITE}mlflow.db or "
+            "http://HOST:PORT; unset it for the first"
+        )
 
 
 def is_there() -> bool:
@@ -35,12 +54,13 @@ def is_there() -> bool:
 
 def connect() -> "MlflowClient":
     """A client whose server has answered. Raises ValueError that names the server when it does not."""
+    uri = tracking_uri()
+    require_known(uri)
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "2")
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "20")
     import mlflow
 
     quieten_mlflow()
-    uri = tracking_uri()
     mlflow.set_tracking_uri(uri)
     mlflow.set_registry_uri(uri)
     try:
@@ -51,9 +71,23 @@ def connect() -> "MlflowClient":
     except ValueError:
         raise
     except Exception as error:
-        reason = " ".join(str(error).split())[:300]
-        raise ValueError(f"MLflow at {uri} is unreachable ({reason}); start it or unset MLFLOW_TRACKING_URI") from error
+        said = f"MLflow at {uri} is unreachable ({' '.join(str(error).split())[:300]})"
+        said = re.sub(r"(?<=://)[^/\s'\"]*@", "", said)  # the user and the password of a database
+        raise ValueError(f"{said}; start it or unset MLFLOW_TRACKING_URI") from error
     return client
+
+
+def list_store(location: str) -> None:
+    """Raises ValueError where the files of an experiment cannot be reached."""
+    from mlflow.store.artifact.artifact_repository_registry import get_artifact_repository
+
+    try:
+        get_artifact_repository(location).list_artifacts()
+    except Exception as error:  # of the store's own library, too
+        reason = " ".join(str(error).split())[:300]
+        raise ValueError(
+            f"MLflow's files at {location} cannot be reached ({reason}); see to the store, or to the credentials here"
+        ) from error
 
 
 def has_run(client: "MlflowClient", fingerprint: str) -> bool:
@@ -89,11 +123,21 @@ def find_run(client: "MlflowClient", fingerprint: str, name: str) -> str:
 
 
 def flatten(document: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """{"a": {"b": 1}} as {"a.b": 1}."""
+    """{"a": {"b": 1}} as {"a.b": 1}; a mapping by names that are no keys of MLflow's is one value, as JSON."""
     flat: dict[str, Any] = {}
     for key, value in document.items():
-        flat |= flatten(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
+        if not isinstance(value, dict):
+            flat[f"{prefix}{key}"] = value
+        elif all(is_key(f"{prefix}{key}.{name}") for name in value):
+            flat |= flatten(value, f"{prefix}{key}.")
+        else:
+            flat[f"{prefix}{key}"] = json.dumps(value, ensure_ascii=False)
     return flat
+
+
+def is_key(name: str) -> bool:
+    """Whether MLflow takes a name for a parameter, and for no path to another."""
+    return bool(re.fullmatch(r"[/\w.\- :]{1,250}", name)) and posixpath.normpath(name) == name
 
 
 def log_params(client: "MlflowClient", run_id: str, document: dict[str, Any]) -> None:

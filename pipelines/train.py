@@ -274,7 +274,7 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    if "TORCHELASTIC_RUN_ID" not in os.environ:
+    if "DETR_LAUNCHER" not in os.environ:  # torchrun's own variables may be left over from another training
         command(main)
     else:
         try:

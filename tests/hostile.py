@@ -51,6 +51,12 @@ HOSTILE = [
     "main..runs",
     "^main",
 ]
+NAMES = [  # of categories
+    "cat", "K\u00e4se", "Ka\u0308se", "\u884c\u4eba", "\u043a\u043e\u0442", "\u0639\u0631\u0628\u064a", "\U0001f6b2", "\ufb01", "\u202e\u2066x", "$x$", "$\\frac", "a_$b",
+    "_hidden", "__", "\\frac{1}{2}", "a\nb", "a\tb", "a\x07b", " ", "  a  ", "x" * 300, "x" * 300 + "y", "<b>bold</b>", "<script>", "&amp;",
+    "a|b", "`rm -rf`", "[a](http://x)", "*a*", "# a", "%", "%s", "{x}", "{0}", "a/b", "../x", ".", "..", "a\\b", "a,b", 'a"b', "it's",
+    "=1+1", "@x", "-", "1", "1.0", "nan", "None", "true", "CAT", "background", "mean", "a:b", "a;b", "a=b", "a?b", "a#b",
+]  # fmt: skip
 BOMB = ", ".join(f"&{b} [{', '.join(['*' + a] * 9)}]" for a, b in zip("abcdefghij", "bcdefghijk", strict=True))
 WITH_PASSWORDS = [
     "download.source=https://somebody:pa55word@host/data",

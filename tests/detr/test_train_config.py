@@ -69,13 +69,34 @@ def test_the_step_schedule_drops_once_to_a_tenth():
         ({"max_skipped": -1}, "train.max_skipped is -1, expected a number that is not negative"),
         ({"ema_decay": 1.0}, "train.ema_decay is 1.0, expected a fraction"),
         ({"keep": "first"}, r"train.keep is 'first', expected one of \['last', 'best'\]"),
-        ({"keep": "best"}, "train.keep is 'best', which needs train.evaluate_epochs of 1 or more"),
-        ({"patience": 2}, "train.patience is 2, which needs train.evaluate_epochs of 1 or more"),
+        ({"keep": "best"}, "train.keep is 'best', which needs evaluations, and train.evaluate_epochs is 0"),
+        ({"patience": 2}, "train.patience is 2, which needs evaluations, and train.evaluate_epochs is 0"),
+        ({"keep": "best", "evaluate_epochs": 4}, "train.evaluate_epochs is 4; expected 1 to 3, train.epochs"),
+        ({"batch_size": 2}, "train.batch_size is 2, expected a multiple of train.micro_batch, 4; lower"),
+        ({"batch_size": 10}, "train.batch_size is 10, expected a multiple of train.micro_batch, 4; lower"),
+        ({"schedule": "step"}, "train.lr_drop_epoch is 0 with train.schedule step, which would train at a tenth"),
+        ({"seed": -1}, "train.seed is -1, expected 0 <= seed"),
+        ({"seed": 2**62}, "train.seed is 4611686018427387904, expected 0 <= seed"),
     ],
 )
 def test_impossible_trainings_are_refused(change, message):
     with pytest.raises(ValueError, match=message):
         replace(CONFIG, **change)
+
+
+@pytest.mark.parametrize(
+    ("part", "change", "message"),
+    [
+        ("matcher", {"box_cost": -1.0}, "train.matcher.box_cost is -1.0, expected a number that is not negative"),
+        ("matcher", {"giou_cost": math.inf}, "train.matcher.giou_cost is inf, expected a number that is not negative"),
+        ("matcher", {"class_cost": 0, "box_cost": 0, "giou_cost": 0}, "train.matcher has costs of 0 alone"),
+        ("loss", {"no_object_weight": math.nan}, "train.loss.no_object_weight is nan, expected a number"),
+        ("loss", {"class_weight": 0, "box_weight": 0, "giou_weight": 0}, "train.loss has weights of 0 alone"),
+    ],
+)
+def test_costs_and_weights_that_cannot_be_meant_are_refused(part, change, message):
+    with pytest.raises(ValueError, match=message):
+        replace(getattr(CONFIG, part), **change)
 
 
 @pytest.mark.parametrize("batch_size", [28, 1000])

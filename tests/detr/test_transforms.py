@@ -223,9 +223,9 @@ def test_evaluation_shows_the_whole_image():
         ({"scales": ()}, r"scales \(\) must not be empty nor exceed max_size 150"),
         ({"scales": (80, 151)}, r"scales \(80, 151\) must not be empty nor exceed max_size 150"),
         ({"scales": (0,)}, r"scales \(0,\) must not be empty"),
-        ({"crop_scales": ()}, "with crop above 0, crop_scales and an ascending crop_range are needed"),
-        ({"crop_range": (90, 60)}, "with crop above 0, crop_scales and an ascending crop_range are needed"),
-        ({"crop_range": (0, 60)}, "with crop above 0, crop_scales and an ascending crop_range are needed"),
+        ({"crop_scales": ()}, "expected at least one scale and an ascending range, or a crop of 0"),
+        ({"crop_range": (90, 60)}, "expected at least one scale and an ascending range, or a crop of 0"),
+        ({"crop_range": (0, 60)}, "expected at least one scale and an ascending range, or a crop of 0"),
         ({"crop_range": (101, 120)}, r"a crop of at least 101 does not fit crop_scales \(100, 140\); lower crop_range"),
     ],
 )

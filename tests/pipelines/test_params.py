@@ -1,3 +1,4 @@
+import os
 from dataclasses import dataclass
 
 import pytest
@@ -111,6 +112,42 @@ def test_a_wrong_override_is_refused(override, message):
         merged(ROOT, None, [override])
 
 
+TEXTS = ["/a/set #2", "C:#", "a: b", "yes", "~", "null", "1e3", "007", "2026-11-28", "*a", "&a", "@a", "%a", "!a", "- a", "? a", "| a",
+         "> a", " a ", "a,b", "a]", "it's", 'say "a"', "行人/Käse", "a\\b", "=", "<<", "$HOME", "x=y", "\ta", ".", "---", "# a"]  # fmt: skip
+
+
+@pytest.mark.parametrize("text", TEXTS)
+@pytest.mark.parametrize("key", ["download.source", "train.initial_weights", "download.source.train_images"])
+def test_a_text_is_taken_as_it_stands(key, text):
+    document = merged(ROOT, None, [f"{key}={text}"])
+    for part in key.split("."):
+        document = document[part]
+    assert document == text
+    assert parse_yaml(to_yaml({"text": text}), "params.yaml") == {"text": text}
+
+
+@pytest.mark.parametrize(
+    ("text", "value"),
+    [('"/a/set #2"', "/a/set #2"), ("'it''s'", "it's"), ('"a\\tb"', "a\tb"), ("{a: 'b #c'}", {"a": "b #c"})],
+)
+def test_a_text_in_quotes_and_a_mapping_are_yaml(text, value):
+    assert merged(ROOT, None, [f"download.source={text}"])["download"]["source"] == value
+
+
+@pytest.mark.parametrize(
+    "override",
+    ["train.epochs=3 # few", "download.source='a' # b", "download.source={a: b #c\n}", "register.protected={#\na: 1}"],
+)
+def test_what_yaml_would_drop_is_refused_by_its_character(override):
+    with pytest.raises(ValueError, match="YAML drops what follows '#'; put the value into quotes"):
+        merged(ROOT, None, [override])
+
+
+def test_bytes_of_another_encoding_are_refused_in_words():
+    with pytest.raises(ValueError, match=r"'download.source=/a/K\\udce4se' has bytes that are no UTF-8; rename"):
+        merged(ROOT, None, [os.fsdecode(b"download.source=/a/K\xe4se")])
+
+
 @pytest.mark.parametrize("override", ["train.epochs=0", "model.stride=8", "train.schedule=linear", "train=3"])
 def test_an_override_out_of_range_is_refused(override):
     with pytest.raises(ValueError, match=override.split("=")[0]):
@@ -136,3 +173,50 @@ def test_an_unknown_preset_names_the_nearest():
 def test_dvc_reads_what_a_run_writes(preset, overrides):
     document = merged(ROOT, preset, overrides)
     assert parse_yaml(to_yaml(document), "params.yaml") == document
+
+
+@pytest.mark.parametrize(
+    ("preset", "overrides", "said"),
+    [
+        (None, ["train.batch_size=4"], "train.batch_size is 4, expected a multiple of train.micro_batch, 8"),
+        (None, ["download.max_images=8"], "train.batch_size is 16, but download.max_images is 8"),
+        (None, ["download.shapes.num_train=8"], "train.batch_size is 16, but download.shapes.num_train is 8"),
+        ("detr-r50", ["train.lr_drop_epoch=0"], "train.lr_drop_epoch is 0 with train.schedule step"),
+        ("finetune", ["model.stride=16"], "is 'detr-r50', which is another architecture; set model.stride=32"),
+        ("finetune", ["train.initial_weights=detr-r101"], "is another architecture; set model.backbone=resnet101"),
+        ("finetune", ["train.initial_weights=detr-r5"], "is 'detr-r5': no such file or folder, no URL"),
+        ("finetune", ["train.initial_weights=detr"], "is 'detr', a folder that lacks config.json"),
+        ("photos", ["model.backbone_weights=x.pth"], "model.backbone_weights is 'x.pth': no such file"),
+        (
+            "photos",
+            ["model.backbone=resnet10", "model.backbone_width=0.5"],
+            "set model.backbone to resnet18, 34, 50 or 101, model.b",
+        ),
+        (None, ["model.position=learned", "train.transform.max_size=1333"], "'learned', which reaches 800 pixels"),
+        (None, ["register.protected={elipse: 0.1}"], "names 'elipse', no category .* did you mean 'ellipse'?"),
+        (None, ["register.seed=-1"], "register.seed is -1, expected 0 or more"),
+        (None, ["evaluate.seed=-1"], "evaluate.seed is -1, expected 0 or more"),
+        (None, ["download.shapes.crowd_share=2"], "download.shapes.crowd_share is 2.0, expected a share in 0..1"),
+    ],
+)
+def test_what_does_not_go_together_is_refused_before_anything_starts(preset, overrides, said, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    with pytest.raises(ValueError, match=said) as caught:
+        check(merged(ROOT, preset, overrides))
+    assert "\n" not in str(caught.value)
+
+
+def test_more_processes_than_micro_batches_are_refused(monkeypatch):
+    monkeypatch.setenv("PET_NPROC_PER_NODE", "4")
+    with pytest.raises(ValueError, match="feeds 2 processes, and PET_NPROC_PER_NODE asks for 4; lower that or"):
+        check(merged(ROOT, None, []))
+
+
+def test_what_is_seldom_meant_is_said(capsys):
+    check(merged(ROOT, "detr-r50", ["train.epochs=3", "model.backbone_weights=none", "train.warmup_steps=1000"]))
+    check(merged(ROOT, None, []))
+    assert capsys.readouterr().err.splitlines() == [
+        "warning: train.lr_drop_epoch is 400 of 3 epochs: the rate never drops",
+        "warning: model.backbone_norm is frozen without any weights: from random ones group or batch learn better",
+        "warning: train.warmup_steps is 1000 of 513 steps: train.lr is never reached",
+    ]

@@ -67,6 +67,7 @@ def test_params_are_flat_and_logged_once(local):
 def test_flatten():
     assert flatten({}) == {}
     assert flatten({"a": {"b": {"c": 1}}, "d": [2]}) == {"a.b.c": 1, "d": [2]}
+    assert flatten({"a": {"b": {"http://c": 1, "d": 2}}}) == {"a.b": '{"http://c": 1, "d": 2}'}
 
 
 @pytest.fixture

@@ -8,7 +8,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
 
-from pipelines import watch
+from pipelines import looks, watch
 from pipelines.params import merged, to_yaml
 from pipelines.shapes import write_shapes
 from pipelines.sources import sources_in
@@ -81,7 +81,7 @@ def document(source, mirrors=None):
 
 
 def seen(site, mirrors=None, place="train.zip?signature=hush"):
-    return watch.look(ROOT, document({"train_images": f"{site.url}{place}"}, mirrors))
+    return looks.look(ROOT, document({"train_images": f"{site.url}{place}"}, mirrors))
 
 
 @pytest.mark.parametrize(
@@ -95,14 +95,14 @@ def seen(site, mirrors=None, place="train.zip?signature=hush"):
 )
 def test_parameters_of_another_version_of_the_project_are_refused_by_name(section, said):
     with pytest.raises(ValueError, match=said):
-        watch.look(ROOT, {"download": section})
+        looks.look(ROOT, {"download": section})
 
 
 def test_an_address_is_told_apart_by_etag_date_and_size(site):
     known = {"ETag": '"a"', "Last-Modified": DAYS[0], "Content-Length": "7"}
     site.head = dict(known)
     before = seen(site)
-    assert watch.changes(before, seen(site)) == []
+    assert looks.changes(before, seen(site)) == []
     assert "hush" not in json.dumps(before)
     for name, value, said in (
         ("ETag", '"b"', 'ETag was "a", is "b"'),
@@ -110,11 +110,11 @@ def test_an_address_is_told_apart_by_etag_date_and_size(site):
         ("Content-Length", "8", "bytes was 7, is 8"),
     ):
         site.head = known | {name: value}
-        assert watch.changes(before, seen(site)) == [f"download.source.train_images: {said}"]
+        assert looks.changes(before, seen(site)) == [f"download.source.train_images: {said}"]
     site.head = {"Last-Modified": DAYS[0]}
     only_a_date = seen(site)
     site.head = {"Last-Modified": DAYS[1]}
-    assert len(watch.changes(only_a_date, seen(site))) == 1
+    assert len(looks.changes(only_a_date, seen(site))) == 1
     assert {method for method, _ in site.calls} == {"HEAD"}
 
 
@@ -125,11 +125,11 @@ def test_without_head_the_first_byte_tells(site, refusal):
     assert before["download.source.train_images"]["bytes"] == 70
     assert site.calls == [("HEAD", None), ("GET", "bytes=0-0")]
     site.get |= {"Content-Range": "bytes 0-0/71"}
-    assert watch.changes(before, seen(site)) == ["download.source.train_images: bytes was 70, is 71"]
+    assert looks.changes(before, seen(site)) == ["download.source.train_images: bytes was 70, is 71"]
 
 
 def test_what_cannot_be_looked_at_is_an_error_that_says_so(site, monkeypatch):
-    monkeypatch.setattr(watch, "TIMEOUT", (0.5, 0.5))
+    monkeypatch.setattr(looks, "TIMEOUT", (0.5, 0.5))
     for answer, said in (
         (404, r"train.zip answers 404; check the address"),
         ({}, r"train.zip tells neither ETag, Last-Modified nor size; it cannot be watched"),
@@ -141,7 +141,7 @@ def test_what_cannot_be_looked_at_is_an_error_that_says_so(site, monkeypatch):
         assert "hush" not in str(caught.value)
     gone = f"http://user:hush@127.0.0.1:{free_port()}/train.zip"
     with pytest.raises(ValueError, match="train.zip cannot be reached") as caught:
-        watch.look(ROOT, document({"train_images": gone}))
+        looks.look(ROOT, document({"train_images": gone}))
     assert "hush" not in str(caught.value)
 
 
@@ -153,11 +153,11 @@ def test_a_mirror_that_steps_in_is_compared_by_size_alone(site, another_site):
     assert another_site.calls == []
     site.head = site.get = 404
     mirrored = seen(site, mirrors)
-    assert watch.changes(before, mirrored) == []
+    assert looks.changes(before, mirrored) == []
     another_site.head |= {"ETag": '"c"'}
-    assert len(watch.changes(mirrored, seen(site, mirrors))) == 1
+    assert len(looks.changes(mirrored, seen(site, mirrors))) == 1
     another_site.head |= {"Content-Length": "8"}
-    assert watch.changes(before, seen(site, mirrors)) == ["download.source.train_images: bytes was 7, is 8"]
+    assert looks.changes(before, seen(site, mirrors)) == ["download.source.train_images: bytes was 7, is 8"]
 
 
 def unpacked(source):
@@ -168,7 +168,7 @@ def unpacked(source):
 
 
 def local(source):
-    return watch.look(source.parent, document(source.name))
+    return looks.look(source.parent, document(source.name))
 
 
 def test_local_files_are_told_apart_as_the_download_stage_takes_them(source):
@@ -176,7 +176,7 @@ def test_local_files_are_told_apart_as_the_download_stage_takes_them(source):
     places = {one["place"] for name, one in before.items() if name != "download"}
     assert places == set(asdict(sources_in("source", source.parent)).values())
     (source / "instances_val.json").write_bytes((source / "instances_val.json").read_bytes())
-    (line,) = watch.changes(before, local(source))
+    (line,) = looks.changes(before, local(source))
     assert line.startswith("download.source.val_annotations: modified was ")
     (source / "instances_val.json").unlink()
     with pytest.raises(ValueError, match="source/instances_val.json is missing: a source folder holds"):
@@ -191,10 +191,10 @@ def test_a_folder_of_pictures_is_told_apart_by_names_sizes_and_times(source):
     shutil.unpack_archive(source / "train.zip", source / "train")
     (source / "train.zip").unlink()
     last = local(source)
-    assert "download.source.train_images: pictures was none, is 24" in watch.changes(before, last)
+    assert "download.source.train_images: pictures was none, is 24" in looks.changes(before, last)
     picture, other = sorted(path for path in (source / "train").rglob("*") if path.is_file())[:2]
     (source / "train" / "notes.txt").write_text("no picture", encoding="utf-8")
-    assert watch.changes(last, local(source)) == []
+    assert looks.changes(last, local(source)) == []
     renamed = picture.with_name(f"a{picture.name}")
     for change, said in (
         (lambda: picture.rename(renamed), ("digest",)),
@@ -202,7 +202,7 @@ def test_a_folder_of_pictures_is_told_apart_by_names_sizes_and_times(source):
         (lambda: other.unlink(), ("pictures", "bytes", "digest")),
     ):
         change()
-        lines = watch.changes(last, last := local(source))
+        lines = looks.changes(last, last := local(source))
         assert [line.split()[1] for line in lines] == list(said)
 
 

@@ -1,0 +1,78 @@
+"""Names of categories as they are drawn, whatever they hold: a short line, in a font that has its letters."""
+
+import unicodedata
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, suppress
+from functools import cache
+from typing import Any
+
+LONGEST = 40  # characters of a label
+FONT = "DejaVu Sans"  # comes with matplotlib: the same letters everywhere
+
+
+def shorten(name: str) -> str:
+    """The name in one line of printable characters, cut where it is long."""
+    plain = " ".join("".join(letter if letter.isprintable() else " " for letter in name).split())
+    return plain if len(plain) <= LONGEST else f"{plain[: LONGEST - 3]}..."
+
+
+def drawable(names: Iterable[str]) -> list[str]:
+    """Labels for names. A letter that no font here has is its code point, as U+884C."""
+    known = set().union(*map(letters_of, fonts_for(tuple(names := list(names)))))
+    return [label(name, known) for name in names]
+
+
+def label(name: str, known: set[str]) -> str:
+    text = unicodedata.normalize("NFC", shorten(name)) or repr(name)
+    spelt = "".join(letter if letter in known else f" U+{ord(letter):04X} " for letter in text)
+    return spelt if spelt == text else " ".join(spelt.split())
+
+
+@cache
+def fonts_for(names: tuple[str, ...]) -> tuple[str, ...]:
+    """Files of fonts that together have the letters of names: matplotlib's own, and what is installed and adds some."""
+    from matplotlib.font_manager import findfont, fontManager
+
+    found = [str(findfont(FONT))]
+    missing = set("".join(map(shorten, names))) - letters_of(found[0])
+    for entry in sorted(fontManager.ttflist, key=lambda entry: (entry.name, entry.fname)) if missing else ():
+        if missing & letters_of(entry.fname) and "LastResort" not in entry.fname:
+            found.append(entry.fname)
+            missing -= letters_of(entry.fname)
+    return tuple(found)
+
+
+@cache
+def letters_of(font: str) -> set[str]:
+    """The letters that a font file has as outlines; none where it cannot be opened, or is of coloured pictures."""
+    from matplotlib.ft2font import FT2Font
+
+    with suppress(OSError, RuntimeError):
+        opened = FT2Font(font)
+        if opened.scalable:
+            return {chr(code) for code in opened.get_charmap()}
+    return set()
+
+
+@contextmanager
+def drawn_plainly(names: Iterable[str] = ()) -> Iterator[None]:
+    """Draws as everywhere: by none of a person's own settings of matplotlib, with no mathematics in labels.
+
+    `names` are drawn in fonts that have their letters.
+    """
+    import matplotlib
+    from matplotlib.font_manager import FontProperties
+
+    families: list[Any] = [FontProperties(fname=path).get_name() for path in fonts_for(tuple(names))]
+    with matplotlib.rc_context():
+        matplotlib.rcdefaults()
+        matplotlib.rcParams |= {"backend": "Agg", "text.parse_math": False, "font.family": families}
+        yield
+
+
+def picture_font(names: Iterable[str]) -> str | None:
+    """A font file that has the letters of names, the most of them; None where the one of Pillow has them all."""
+    letters = set("".join(map(shorten, names)))
+    if all(ord(letter) < 256 for letter in letters):
+        return None
+    return max(fonts_for(tuple(names)), key=lambda font: len(letters & letters_of(font)))

@@ -1,0 +1,187 @@
+"""What is known before a run begins: the registry, places, proxies, what launchers left."""
+
+import os
+import sqlite3
+import sys
+from contextlib import closing
+from pathlib import Path
+
+import pytest
+import torch
+
+from detr.distributed import num_threads, process_group
+from detr.loader import Loader
+from pipelines import readiness, surroundings
+from pipelines.tracking import connect, find_run, tracking_uri
+from tests.running import ROOT, call, free_port
+
+
+@pytest.fixture
+def here(empty_registry, tmp_path, monkeypatch):
+    """The root of a project without a registry, in an environment that says nothing of it."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    monkeypatch.delenv("PREFECT_HOME", raising=False)
+    return tmp_path
+
+
+@pytest.mark.parametrize("uri", ["", "sqlite:///mlflow.db", "sqlite:///./mlflow.db", "sqlite:///{here}/mlflow.db"])
+def test_a_relative_database_is_that_of_the_project_in_every_folder(here, monkeypatch, uri):
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", uri.format(here=here))
+    readiness.check(here)
+    (here / "worktree").mkdir()
+    monkeypatch.chdir(here / "worktree")
+    assert tracking_uri() == f"sqlite:///{here}/mlflow.db"
+
+
+@pytest.mark.parametrize(
+    ("uri", "said"),
+    [
+        ("./mlruns", "MLFLOW_TRACKING_URI is './mlruns', a folder, which MLflow takes no more; expected sqlite:///"),
+        ("file:///tmp/mlruns", "a folder, which MLflow takes no more"),
+        ("sqlite:///a%2Fb/mlflow.db", "in which '%2F' means something else to MLflow; rename the folder, or set"),
+        ("sqlite:///a?b/mlflow.db", r"in which '\?' means something else to MLflow"),
+        ("sqlite:///:memory:", "in which ':memory:' means something else to MLflow"),
+        ("sqlite:///nowhere/mlflow.db", "in a folder that does not exist; make it: mkdir "),
+        ("http://127.0.0.1:{port}", "MLflow at http://127.0.0.1:.* is unreachable"),
+        ("postgresql://u:hush@127.0.0.1:{port}/x", "MLflow at postgresql://127.0.0.1:.* is unreachable"),
+    ],
+)
+def test_a_registry_that_cannot_be_used_is_told_in_one_line(here, monkeypatch, uri, said):
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", uri.format(port=free_port()))
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
+    with pytest.raises(ValueError, match=said) as caught:
+        readiness.check(here)
+    assert "\n" not in str(caught.value)
+    assert "hush" not in str(caught.value)
+
+
+def test_a_folder_whose_name_mlflow_cannot_write_is_told_at_once(tmp_path, monkeypatch):
+    for name in ("a?b", "a%20b"):
+        (tmp_path / name).mkdir()
+        monkeypatch.chdir(tmp_path / name)
+        monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+        for look in (lambda: readiness.check(Path.cwd()), connect):
+            with pytest.raises(ValueError, match="means something else to MLflow; rename the folder"):
+                look()
+
+
+def test_a_database_that_is_none_is_held_or_has_lost_its_files_is_told(local):
+    with closing(sqlite3.connect(local / "mlflow.db")) as store:
+        store.execute("update experiments set artifact_location = 'file:///proc/mlartifacts' where name = 'detr'")
+        store.commit()
+    with pytest.raises(ValueError, match="the folder of MLflow's files is /proc, expected a folder to write in"):
+        readiness.check(local)
+    (local / "mlflow.db").write_text("no database " * 100, encoding="utf-8")
+    with pytest.raises(ValueError, match="mlflow.db cannot be written .file is not a database.; make it writable"):
+        readiness.check(local)
+
+
+def test_a_store_without_credentials_is_told(local, monkeypatch):
+    find_run(connect(), "abc", "train abc")
+    with closing(sqlite3.connect(local / "mlflow.db")) as store:
+        store.execute("update experiments set artifact_location = 's3://bucket/x' where name = 'detr'")
+        store.commit()
+    for name in [name for name in os.environ if name.startswith("AWS_")]:
+        monkeypatch.delenv(name)
+    monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
+    monkeypatch.setenv("AWS_CONFIG_FILE", os.devnull)
+    monkeypatch.setenv("AWS_SHARED_CREDENTIALS_FILE", os.devnull)
+    monkeypatch.setenv("MLFLOW_S3_ENDPOINT_URL", f"http://127.0.0.1:{free_port()}")
+    with pytest.raises(ValueError, match="MLflow's files at s3://bucket/x cannot be reached .*credentials"):
+        readiness.check(local)
+
+
+def test_a_full_disk_and_a_home_of_prefect_that_is_no_folder_are_told(local, monkeypatch):
+    (local / "file").touch()
+    monkeypatch.chdir(local)
+    monkeypatch.setenv("PREFECT_HOME", "file")
+    with pytest.raises(ValueError, match="PREFECT_HOME is .*/file, expected a folder to write in .File exists.; mend"):
+        readiness.check(local)
+    monkeypatch.setenv("PREFECT_HOME", "home")
+    readiness.check(local)
+    assert os.environ["PREFECT_HOME"] == str(local / "home")
+    monkeypatch.setattr(readiness, "ROOM", 2**60)
+    with pytest.raises(ValueError, match="MB of disk left, expected .* MB at least; make room there"):
+        readiness.check(local)
+
+
+def test_data_that_is_a_link_to_another_disk_is_told_before_it_is_downloaded(local, tmp_path_factory):
+    (local / "data").mkdir()
+    (local / "data/coco").symlink_to(tmp_path_factory.mktemp("disk"))
+    with pytest.raises(ValueError, match="data/coco is a link to .*, and DVC keeps nothing outside .* dvc cache dir"):
+        readiness.check(local)
+
+
+@pytest.mark.parametrize(
+    ("given", "passed", "said"),
+    [
+        ({"HTTP_PROXY": "http://127.0.0.1:9"}, "127.0.0.1,localhost", ""),
+        ({"https_proxy": "127.0.0.1:9", "NO_PROXY": "a, b"}, "a,b,127.0.0.1,localhost", ""),
+        ({"http_proxy": "http://h", "NO_PROXY": "*"}, "*", ""),
+        ({"ALL_PROXY": "socks5://u:hush@h:9"}, None, "warning: ALL_PROXY is a proxy of socks5://"),
+        ({}, None, ""),
+    ],
+)
+def test_what_is_here_is_asked_past_proxies(monkeypatch, capsys, given, passed, said):
+    for name in [name for name in os.environ if name.lower().endswith("_proxy")]:
+        monkeypatch.delenv(name)
+    for name in ("NO_PROXY", "no_proxy"):  # which monkeypatch takes away again
+        monkeypatch.setenv(name, "x")
+        monkeypatch.delenv(name)
+    for name, value in given.items():
+        monkeypatch.setenv(name, value)
+    surroundings.settle()
+    assert os.environ.get("NO_PROXY") == passed
+    shown = capsys.readouterr().err
+    assert shown.startswith(said)
+    assert "hush" not in shown
+    assert ("ALL_PROXY" in os.environ) == ("ALL_PROXY" in given and not said)
+
+
+@pytest.mark.parametrize(
+    ("left", "launched"),
+    [
+        ({"RANK": "1", "WORLD_SIZE": "4", "MASTER_ADDR": "gone"}, False),
+        ({"RANK": "1", "WORLD_SIZE": "4", "TORCHELASTIC_RUN_ID": "none"}, True),
+        ({"RANK": "1", "WORLD_SIZE": "4", "TORCHELASTIC_RUN_ID": "none", "DVC_STAGE": "evaluate"}, False),
+    ],
+)
+def test_what_a_launcher_has_left_in_a_shell_starts_no_wait_for_peers(monkeypatch, left, launched):
+    for name, value in left.items():
+        monkeypatch.setenv(name, value)
+    surroundings.settle()
+    assert ("WORLD_SIZE" in os.environ) is launched
+    if not launched:
+        with process_group() as process:
+            assert (process.rank, process.num_processes) == (0, 1)
+
+
+@pytest.mark.parametrize(("text", "number"), [("4,2", 4), ("1", 1), (" 3 , 2", 3), ("", 1)])
+def test_a_list_of_threads_is_legal(monkeypatch, text, number):
+    monkeypatch.setenv("OMP_NUM_THREADS", text)
+    assert num_threads() == number
+
+
+def test_numbers_that_are_none_are_named(monkeypatch):
+    monkeypatch.setenv("OMP_NUM_THREADS", "all")
+    with pytest.raises(ValueError, match="OMP_NUM_THREADS is 'all', expected a number of threads, 1 or more"):
+        num_threads()
+    monkeypatch.setenv("DETR_WORKERS", "-1")
+    with pytest.raises(ValueError, match="DETR_WORKERS is '-1', expected a number of loader processes, 0 or more"):
+        Loader(None, None, 32, torch.device("cpu"))
+
+
+def test_a_locale_of_one_byte_per_letter_changes_nothing(tmp_path):
+    (tmp_path / "K\u00e4se \u884c\u4eba").mkdir()
+    code = (
+        "import os, sys; from pipelines.stage import command\n"
+        "command(lambda: print(sys.argv[1], os.listdir(), sys.getfilesystemencoding(), open('x', 'w').encoding))\n"
+    )
+    (tmp_path / "show.py").write_text(code, encoding="utf-8")
+    locale = {"PYTHONCOERCECLOCALE": "0", "PYTHONUTF8": "0", "LC_ALL": "C", "PYTHONPATH": str(ROOT)}
+    name = "K\u00e4se \u884c\u4eba"
+    said = call(tmp_path, sys.executable, "show.py", name, cold=True, **locale)
+    assert said.startswith(f"{name} [")
+    assert said.count(name) == 2
+    assert said.lower().endswith(" utf-8 utf-8\n")
