@@ -4,14 +4,13 @@ import argparse
 import json
 import os
 import shlex
-import signal
 import sys
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-from pipelines import params, worktree
-from pipelines.git import is_dirty
+from pipelines import interruption, params, worktree
+from pipelines.git import git, is_dirty
 from pipelines.overrides import parameters
 from pipelines.stage import QUIET, command, write_json
 
@@ -50,29 +49,23 @@ def run(preset: str | None, overrides: list[str], refresh: bool) -> None:
     os.environ.setdefault("PREFECT_HOME", str(root / ".prefect"))
     os.environ.setdefault("PREFECT_SERVER_EPHEMERAL_STARTUP_TIMEOUT_SECONDS", "120")
     os.environ.setdefault("MLFLOW_TRACKING_URI", f"sqlite:///{root / 'mlflow.db'}")
-    leave_on_signals()
     if here:
         with worktree.only_one(root, lambda line: print(line, flush=True)):
-            from pipelines import flow
+            from pipelines import flow, terminal
 
-            flow.run(flow.pipeline, "params.yaml", root, refresh)
+            terminal.run(flow.pipeline, "params.yaml", root, refresh)
         summarize(root / "artifacts/evaluate", root / "artifacts/register/version.json")
+        if git(root, "status", "--porcelain", "--", "dvc.lock"):
+            print("to keep it  git add dvc.lock && git commit")
         return
     if dirty:
         print("warning: uncommitted changes are not part of this run; it works at the last commit", file=sys.stderr)
-    from pipelines import flow
+    from pipelines import flow, terminal
 
-    branch = flow.run(flow.retrain, preset or "none", overrides, refresh=refresh)
+    branch = terminal.run(flow.retrain, preset or "none", overrides, refresh=refresh)
     kept = root / "scratch" / branch
     summarize(kept, kept / "version.json")
     print(f"branch    {branch}: git checkout {branch} && dvc checkout")
-
-
-def leave_on_signals() -> None:
-    """Has SIGTERM and SIGHUP end this process as an exception would, so that what it started ends with it."""
-    for number in (signal.SIGTERM, signal.SIGHUP):
-        if signal.getsignal(number) is not signal.SIG_IGN:
-            signal.signal(number, lambda number, _: sys.exit(128 + number))
 
 
 def summarize(evaluated: Path, registered: Path) -> None:
@@ -112,6 +105,7 @@ def ui(which: str, port: int | None) -> None:
     print(f"http://127.0.0.1:{port}  (Ctrl-C ends it)", flush=True)
     env = os.environ | QUIET
     env.setdefault("PREFECT_HOME", str(root / ".prefect"))
+    env["PREFECT_SERVER_UI_API_URL"] = f"http://127.0.0.1:{port}/api"  # of this server, not of PREFECT_API_URL
     env.setdefault(services.ORIGINS, services.origins(services.HOST, port))
     os.execve(sys.executable, [sys.executable, *arguments], env)
 
@@ -120,7 +114,6 @@ def up(prefect_port: int, mlflow_port: int, host: str) -> None:
     """Starts everything for this machine in the background, and says where it is and how to use it from here."""
     from pipelines import services
 
-    leave_on_signals()
     urls, died = services.up(Path.cwd(), prefect_port, mlflow_port, host)
     python = os.path.relpath(sys.executable)
     settings = {"PREFECT_API_URL": f"{urls['Prefect']}/api", "MLFLOW_TRACKING_URI": urls["MLflow"]}
@@ -159,6 +152,56 @@ def data(old: str | None, new: str | None, as_json: bool) -> None:
     rows = [versions.describe(version, opened, known) | {"current": version is here} for version in found]
     write_json(store, known)
     print(json.dumps(rows, indent=1) if as_json else versions.overview(rows))
+
+
+def execute(arguments: argparse.Namespace) -> None:
+    """Does what the command line asks for."""
+    if arguments.verb == "run":
+        run(arguments.preset, arguments.overrides, arguments.refresh)
+    elif arguments.verb == "params":
+        document = params.merged(Path.cwd(), arguments.preset, arguments.overrides)
+        check(document)
+        print(params.to_yaml(document), end="")
+    elif arguments.verb == "up":
+        up(arguments.prefect_port, arguments.mlflow_port, arguments.host)
+    elif arguments.verb == "down":
+        from pipelines import services
+
+        print(f"{services.down(Path.cwd())} processes stopped")
+    elif arguments.verb == "automate":
+        from pipelines import automations, services
+        from pipelines.repro import call
+
+        automations.prepare(os.environ.get(services.WEBHOOK))
+        if arguments.deploy:
+            call(automations.deploy_command(Path.cwd()), Path.cwd(), print)
+        if arguments.resume:
+            for line in automations.resume_interrupted(automations.MOST_ATTEMPTS):
+                print(line)
+    elif arguments.verb == "data":
+        data(arguments.old, arguments.new, arguments.json)
+    elif arguments.verb == "predict":
+        from pipelines.predict import predict
+
+        predict(arguments.paths, arguments.model, arguments.threshold, arguments.output)
+    elif arguments.verb == "rollback":
+        from pipelines.registry import rollback
+
+        print(rollback())
+    elif arguments.verb == "compare":
+        from pipelines.compare import compare
+
+        print(compare(Path.cwd(), arguments.versions))
+    elif arguments.verb == "reproduce":
+        from pipelines.reproduce import reproduce
+
+        print(reproduce(Path.cwd(), arguments.model))
+    elif arguments.verb == "table":
+        from pipelines.table import table
+
+        print(table(Path.cwd(), arguments.quick))
+    else:
+        ui(arguments.which, arguments.port)
 
 
 def main() -> None:
@@ -202,53 +245,8 @@ def main() -> None:
     arguments = parser.parse_args()
 
     def act() -> None:
-        if arguments.verb == "run":
-            run(arguments.preset, arguments.overrides, arguments.refresh)
-        elif arguments.verb == "params":
-            document = params.merged(Path.cwd(), arguments.preset, arguments.overrides)
-            check(document)
-            print(params.to_yaml(document), end="")
-        elif arguments.verb == "up":
-            up(arguments.prefect_port, arguments.mlflow_port, arguments.host)
-        elif arguments.verb == "down":
-            from pipelines import services
-
-            print(f"{services.down(Path.cwd())} processes stopped")
-        elif arguments.verb == "automate":
-            from pipelines import automations, services
-            from pipelines.repro import call
-
-            automations.prepare(os.environ.get(services.WEBHOOK))
-            if arguments.deploy:
-                call(automations.deploy_command(Path.cwd()), Path.cwd(), print)
-            if arguments.resume:
-                for line in automations.resume_interrupted(automations.MOST_ATTEMPTS):
-                    print(line)
-        elif arguments.verb == "data":
-            data(arguments.old, arguments.new, arguments.json)
-        elif arguments.verb == "predict":
-            from pipelines.predict import predict
-
-            predict(arguments.paths, arguments.model, arguments.threshold, arguments.output)
-        elif arguments.verb == "rollback":
-            from pipelines.registry import rollback
-
-            print(rollback())
-        elif arguments.verb == "compare":
-            from pipelines.compare import compare
-
-            print(compare(Path.cwd(), arguments.versions))
-        elif arguments.verb == "reproduce":
-            from pipelines.reproduce import reproduce
-
-            leave_on_signals()
-            print(reproduce(Path.cwd(), arguments.model))
-        elif arguments.verb == "table":
-            from pipelines.table import table
-
-            print(table(Path.cwd(), arguments.quick))
-        else:
-            ui(arguments.which, arguments.port)
+        with interruption.heeded():
+            execute(arguments)
 
     command(act)
 

@@ -14,7 +14,10 @@ from pipelines.repro import stages
 from tests.running import ROOT, environment
 
 STAGES = ("download", "validate", "train", "evaluate", "register")
-OPERATORS = ["__main__", "automations", "cache", "flow", "git", "history", "report", "repro", "services", "worktree"]
+OPERATORS = [
+    *("__main__", "automations", "cache", "flow", "git", "history", "interruption", "progress_artifact", "report"),
+    *("repro", "services", "terminal", "worktree"),
+]
 GRAPH = read_yaml(ROOT / "dvc.yaml")["stages"]
 
 
@@ -59,7 +62,7 @@ def test_the_library_meets_nobody(path):
     ("package", "homes"),
     [
         ("dvc", {"cache", "history", "worktree"}),
-        ("prefect", {"automations", "flow"}),
+        ("prefect", {"automations", "flow", "progress_artifact", "terminal"}),
         ("mlflow", {"mirror", "packaging", "registry", "served_model", "tracking"}),
         ("great_expectations", {"validate"}),
         ("subprocess", {"git", "packaging", "processes", "register", "services"}),
