@@ -96,7 +96,8 @@ def parse(data: bytes, kind: type[T], name: str) -> T:
         except msgspec.DecodeError:  # perhaps NaN, which Python writes though JSON lacks it: its entry can be named
             return msgspec.convert(json.loads(data, parse_int=_integer), kind)
     except msgspec.ValidationError as error:
-        raise ValueError(f"{name}: {error}; COCO's format has lists images, annotations, categories") from error
+        remedy = "" if "$." in str(error) else "; COCO's format has lists images, annotations, categories"
+        raise ValueError(f"{name}: {error}{remedy}") from error
     except UnicodeDecodeError as error:
         raise ValueError(f"{name} is not valid JSON: {_stray_byte(data, error)}; save it as UTF-8") from error
     except RecursionError as error:
@@ -180,7 +181,7 @@ class Reading(NamedTuple):
     expected: str
 
 
-ID = Reading(natural, "a whole number, 0 or more")
+ID = Reading(natural, "a whole number from 0 to 2^53, which JSON readers keep exactly")
 READINGS: dict[str, dict[str, Reading]] = {
     "images": {
         "id": ID,

@@ -204,7 +204,13 @@ def load_pretrained(backbone: ResNet, name: str, source: str) -> None:
     the file.
     """
     if source == "imagenet":
-        state = get_model(name, weights="IMAGENET1K_V1").state_dict()
+        try:
+            state = get_model(name, weights="IMAGENET1K_V1").state_dict()
+        except (OSError, RuntimeError) as error:
+            raise ValueError(
+                f"torchvision's weights of {name} were not fetched ({error}); fetch them yourself, and give the file "
+                "as model.backbone_weights"
+            ) from error
     elif not Path(source).is_file():
         raise ValueError(f"model.backbone_weights is {source!r}: no such file; give none, imagenet or a file")
     elif source.endswith(".safetensors"):

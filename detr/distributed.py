@@ -1,6 +1,7 @@
 """What this process is among its peers, as torchrun tells it."""
 
 import os
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -12,9 +13,24 @@ import torch.distributed as dist
 from torch import Tensor
 
 
+class PeerLostError(RuntimeError):
+    """The connection to another process has ended; why is that one's own error."""
+
+
+@contextmanager
+def losses_named() -> Iterator[None]:
+    try:
+        yield
+    except RuntimeError as error:
+        reason = re.sub(r"^\[\S+\] ", "", str(error).partition("\n")[0]).partition(". This is")[0]
+        raise PeerLostError(
+            f"the connection to another process is lost ({reason}); see the output of the other hosts"
+        ) from error
+
+
 @dataclass(frozen=True)
 class Process:
-    """rank of num_processes, and the device that this one computes on."""
+    """rank of num_processes, and the device that this one computes on. The methods raise PeerLostError."""
 
     rank: int
     num_processes: int
@@ -27,7 +43,8 @@ class Process:
     def sum(self, value: Tensor) -> Tensor:
         """The sum of `value` over all processes, in place; every process must call it."""
         if self.num_processes > 1:
-            dist.all_reduce(value)
+            with losses_named():
+                dist.all_reduce(value)
         return value
 
     def share(self, value: Any) -> Any:
@@ -35,7 +52,8 @@ class Process:
         if self.num_processes == 1:
             return value
         values = [value]
-        dist.broadcast_object_list(values, device=self.device)
+        with losses_named():
+            dist.broadcast_object_list(values, device=self.device)
         return values[0]
 
     def gather(self, value: Any) -> list[Any]:
@@ -43,7 +61,8 @@ class Process:
         if self.num_processes == 1:
             return [value]
         values: list[Any] = [None] * self.num_processes
-        dist.all_gather_object(values, value)
+        with losses_named():
+            dist.all_gather_object(values, value)
         return values
 
 

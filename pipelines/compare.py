@@ -35,13 +35,15 @@ NUM_BARS = 20  # of those that are drawn
 def compare(root: Path, versions: list[str]) -> str:
     """The comparison of versions, by number or alias, with the first of them, as Markdown.
 
-    None stand for champion and challenger, one for itself against the champion. comparison.md, which has every class,
-    comparison.png and comparison.json go to scratch/comparisons/A-B, and to the artifacts `comparison/A-B` of the run
-    of the newest version. Raises ValueError for unknown versions, and where MLflow does not answer.
+    None stand for champion and challenger, or the champion before where there is no challenger; one for itself against
+    the champion. comparison.md, which has every class, comparison.png and comparison.json go to
+    scratch/comparisons/A-B, and to the artifacts `comparison/A-B` of the run of the newest version. Raises ValueError
+    for unknown versions, and where MLflow does not answer.
     """
     config = params.from_document(params.read_yaml(root / "params.yaml"), "evaluate", EvaluateParams)
     client = tracking.connect_to_models()
-    names = versions if len(versions) > 1 else ["champion", *(versions or ["challenger"])]
+    other = "challenger" if registry.with_alias(client, "challenger") else "previous_champion"
+    names = versions if len(versions) > 1 else ["champion", *(versions or [other])]
     with registry.plainly("the comparison"), tempfile.TemporaryDirectory() as temporary:
         found = [read(client, name, Path(temporary)) for name in names]
         if len({version.number for version in found}) < len(found):

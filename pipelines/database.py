@@ -9,6 +9,8 @@ from pathlib import Path
 from urllib.parse import urlsplit
 from urllib.request import url2pathname
 
+import psutil
+
 EXPERIMENT = "detr"
 ARTIFACTS = "mlartifacts"  # the folder beside the file
 WAIT_SECONDS = 20  # for another process to end what it writes
@@ -36,13 +38,18 @@ def make_database(path: Path) -> None:
     import mlflow
 
     quieten_mlflow()
+    for left in path.parent.glob(f"{path.name}.*.partial"):
+        if not psutil.pid_exists(int(left.suffixes[-2][1:])):  # of a process that was killed
+            left.unlink(missing_ok=True)
     partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
     partial.unlink(missing_ok=True)
-    client = mlflow.MlflowClient(f"sqlite:///{partial}", f"sqlite:///{partial}")
-    client.create_experiment(EXPERIMENT, artifacts_beside(path))
-    with suppress(FileExistsError):  # another process was faster
-        os.link(partial, path)
-    partial.unlink()
+    try:
+        client = mlflow.MlflowClient(f"sqlite:///{partial}", f"sqlite:///{partial}")
+        client.create_experiment(EXPERIMENT, artifacts_beside(path))
+        with suppress(FileExistsError):  # another process was faster
+            os.link(partial, path)
+    finally:
+        partial.unlink(missing_ok=True)
 
 
 def quieten_mlflow() -> None:

@@ -127,6 +127,8 @@ def _remotes(config: DownloadParams, source: FileSources) -> list[Remote]:
             remotes.append(Remote(addresses(place, config.mirrors), sha256))
         elif not Path(place).exists():
             raise ValueError(f"download.source: {place} does not exist")
+        elif not Path(place).is_file() and not Path(place).is_dir():
+            raise ValueError(f"download.source: {place} is neither a file nor a folder")
         elif sha256:
             with Path(place).open("rb") as file:
                 got = hashlib.file_digest(file, "sha256").hexdigest()
@@ -211,7 +213,7 @@ def _take_images(found: Found, target: Path, wanted: set[str] | None) -> None:
     if found.path.is_dir():
         sizes = {name: one.st_size for name, one in pictures_in(found.path).items()}
         if not sizes:
-            raise ValueError(f"{found.name} holds no pictures ({', '.join(PICTURES)})")
+            raise ValueError(f"{found.name} holds no pictures ({', '.join(PICTURES)}), or only behind links to folders")
         if odd := [name for name in sizes if not params.is_utf8(name)]:
             raise ValueError(f"{found.name} holds {odd[0]!r}, whose name is no UTF-8; rename it, there and in the JSON")
         pack(kept(sizes), lambda name: (found.path / name).open("rb"), target)

@@ -1,9 +1,7 @@
 """The Prefect flows, one task run per DVC stage: here (`pipeline`), and in a worktree of its own (`retrain`)."""
 
-import contextlib
-import contextvars
-import re
-import threading
+import logging
+import signal
 import time
 from collections.abc import Callable
 from functools import partial
@@ -14,26 +12,23 @@ from prefect import flow, get_run_logger, runtime, task
 from prefect.artifacts import (
     create_image_artifact,
     create_markdown_artifact,
-    create_progress_artifact,
     create_table_artifact,
-    update_progress_artifact,
 )
 from prefect.client.orchestration import get_client
 from prefect.client.schemas.objects import State
 from prefect.events import Event
-from prefect.states import Completed, Failed
+from prefect.states import Cancelled, Completed, Failed
 
-from pipelines import freshness, readiness, report, repro, worktree
+from pipelines import freshness, interruption, readiness, report, repro, worktree
 from pipelines.form import NOTE_LENGTH, DryRun, KeepDays, Note, Overrides, Preset, Promote, Ref, Refresh, SharedCache
 from pipelines.git import fetch
 from pipelines.overrides import confine, parameters
+from pipelines.progress_artifact import Progress
 from pipelines.redaction import hidden
+from pipelines.stage import EXPECTED, explain
 
 RETRIES = {"register": 6}  # of a stage whose failure time may mend: MLflow is not there
 RETRY_SECONDS = 30
-UPDATE_SECONDS = 5.0  # between updates of the progress
-STEPS = re.compile(r"\btrain:.*?(\d+)/(\d+) \[(.*)\]")  # in the lines of a training
-EPOCHS = re.compile(r"epoch (\d+)/(\d+): ")
 
 
 @task(task_run_name="{stage}")
@@ -54,60 +49,19 @@ def run_stage(stage: str, root: Path, force: bool) -> Any:
     except repro.StageFailed as failure:
         page = report.failure(stage, str(failure), failure.lines)
         show("failure", lambda: create_markdown_artifact(page, key="failure", description=f"{stage} failed"))
-        return Failed(message=str(failure))
+        failed: State = Failed(message=str(failure))
+        if runtime.task_run.run_count <= RETRIES.get(stage, 0) and needs_time(None, None, failed):
+            get_run_logger().warning(f"{failure}; trying again in {RETRY_SECONDS} seconds")
+        return failed
+    except KeyboardInterrupt as stop:
+        return Cancelled(message=str(stop) or f"stopped in {stage}")
     progress.finish()
     if stage == "validate":
+        if outcome == "restored" and report.has_other_docs(root):  # of data that failed in between
+            repro.reproduce(stage, root, take, force=True)
         description = "What the validation of the data found"
         show("dataset", lambda: create_markdown_artifact(report.dataset(root), "dataset", description))
     return Completed(name=outcome.capitalize(), message=outcome, data=outcome)
-
-
-class Progress:
-    """A progress artifact that the lines of a training move, from a thread: nobody waits for a server that is slow."""
-
-    def __init__(self) -> None:
-        self.artifact: Any = None
-        self.percent = 0.0
-        self.words = ["", ""]  # the steps, the last epoch
-        self.thread: threading.Thread | None = None
-        self.updated = -UPDATE_SECONDS
-
-    def take(self, line: str) -> None:
-        if found := STEPS.search(line):
-            self.percent = 100 * int(found[1]) / int(found[2])
-            times, _, *said = found[3].split(", ")
-            self.words[0] = ", ".join([f"step {found[1]} of {found[2]}", f"{times.partition('<')[2]} left", *said])
-        elif found := EPOCHS.match(line):
-            self.percent = max(self.percent, 100 * int(found[1]) / int(found[2]))
-            self.words[1] = line
-        else:
-            return
-        if time.monotonic() - self.updated >= UPDATE_SECONDS:
-            self._send()
-
-    def finish(self) -> None:
-        """Says where it ended; a training that changed nothing has none."""
-        if self.artifact is not None or any(self.words):
-            self.percent = 100.0
-            if self.thread:
-                self.thread.join(UPDATE_SECONDS)
-            self._send()
-            if self.thread:
-                self.thread.join(UPDATE_SECONDS)
-
-    def _send(self) -> None:
-        if self.thread is None or not self.thread.is_alive():
-            self.updated = time.monotonic()
-            self.thread = threading.Thread(target=contextvars.copy_context().run, args=(self._show,), daemon=True)
-            self.thread.start()
-
-    def _show(self) -> None:
-        description = "; ".join(filter(None, self.words))
-        with contextlib.suppress(Exception):  # what the server does not take is in the log
-            if self.artifact is None:
-                self.artifact = create_progress_artifact(self.percent, key="training", description=description)
-            else:
-                update_progress_artifact(self.artifact, self.percent, description)
 
 
 def needs_time(task: Any, run: Any, state: State) -> bool:
@@ -116,7 +70,13 @@ def needs_time(task: Any, run: Any, state: State) -> bool:
 
 
 def run_stages(root: Path, refresh: bool, before: Callable[[str], None] = lambda stage: None) -> list[report.Stage]:
-    """Reproduces every stage of `root`/dvc.yaml in order; how each went. Raises StageFailed at the first that fails."""
+    """Reproduces every stage of `root`/dvc.yaml in order; how each went.
+
+    Raises StageFailed at the first that fails, KeyboardInterrupt that says where it was stopped.
+    """
+    logging.getLogger("prefect.task_runs").addFilter(is_news)
+    if not runtime.deployment.id:
+        interruption.listen(signal.SIGTERM)  # which Prefect has taken for itself
     went = []
     for stage in repro.stages(root):
         before(stage)
@@ -125,6 +85,8 @@ def run_stages(root: Path, refresh: bool, before: Callable[[str], None] = lambda
         )
         begun = time.monotonic()
         state: State = attempt(stage, root, refresh and stage == "download", return_state=True)
+        if state.is_cancelled():
+            raise KeyboardInterrupt(state.message)
         if not state.is_completed():
             raise repro.StageFailed(state.message or f"{stage} did not complete")
         went.append(report.Stage(stage, state.message or "", time.monotonic() - begun))
@@ -138,6 +100,8 @@ def pipeline(title: str, root: Path, refresh: bool = False) -> Any:
         run_stages(root, refresh)
     except repro.StageFailed as failure:
         return Failed(message=str(failure))
+    except KeyboardInterrupt as stop:
+        return cancelled(stop)
     return Completed(message="all stages are up to date", data="")
 
 
@@ -188,8 +152,10 @@ def retrain(
                     place, refresh and not (done.exists() and done.read_text(encoding="utf-8") == me), before
                 )
                 publish(place, root, branch, note, went)
-    except (ValueError, OSError, repro.StageFailed) as error:
-        return Failed(message=hidden(str(error)))
+    except EXPECTED as error:
+        return Failed(message=hidden(explain(error)))
+    except KeyboardInterrupt as stop:
+        return cancelled(stop)
     return Completed(message=f"branch {branch}", data=branch)
 
 
@@ -236,8 +202,8 @@ def watch_data(preset: Preset = "none", ref: Ref = "HEAD") -> Any:
                 note = f"The data has changed: {'; '.join(changes)}"
                 note = note if len(note) <= NOTE_LENGTH else f"{note[: NOTE_LENGTH - 4]} ..."
                 emit("detr.data.changed", "detr.data", preset=preset, ref=ref, changes=changes, note=note)
-    except (ValueError, OSError) as error:
-        return Failed(message=hidden(str(error)))
+    except EXPECTED as error:
+        return Failed(message=hidden(explain(error)))
     if changes is None:
         return Completed(message="the first look: there is nothing to compare with yet", data=[])
     for line in changes:
@@ -268,15 +234,19 @@ def collect(keep_days: KeepDays = 14, dry_run: DryRun = False, shared_cache: Sha
     root = Path.cwd()
     try:
         collected = collection.collect(root, keep_days, dry_run, shared_cache, get_run_logger().info)
-    except (ValueError, OSError, repro.StageFailed) as error:
-        return Failed(message=hidden(str(error)))
+    except EXPECTED as error:
+        return Failed(message=hidden(explain(error)))
     show("collected", lambda: create_markdown_artifact(collected.markdown, "collected", collected.headline))
     return Completed(message=collected.headline, data=collected.bytes)
 
 
-def run(of: Any, *arguments: Any, **options: Any) -> Any:
-    """Runs a flow here, with Prefect's server or an embedded one; what it gives. Raises StageFailed."""
-    state: State = of(*arguments, **options, return_state=True)
-    if not state.is_completed():
-        raise repro.StageFailed(state.message or "the flow did not complete")
-    return state.result()
+def cancelled(stop: KeyboardInterrupt) -> State:
+    """The state of a run that a person has stopped in their terminal; what a worker is asked goes by Prefect."""
+    if runtime.deployment.id:
+        raise stop
+    return Cancelled(message=f"{str(stop) or 'stopped'}; the same command goes on")
+
+
+def is_news(record: logging.LogRecord) -> bool:
+    """Whether a line of Prefect's log says what no state says, which is logged too."""
+    return not record.getMessage().startswith("Task run failed with state: ")

@@ -70,7 +70,7 @@ def look_at_path(path: Path) -> dict[str, Any]:
     if path.is_dir():
         found = pictures_in(path)
         if not found:
-            raise ValueError(f"{path} holds no pictures ({', '.join(PICTURES)})")
+            raise ValueError(f"{path} holds no pictures ({', '.join(PICTURES)}), or only behind links to folders")
     elif path.exists():
         found = {"": path.stat()}
     else:

@@ -40,6 +40,8 @@ def predict(paths: list[Path], model: str, threshold: float, output: Path) -> No
     with whole_list(output / RESULTS) as add, Progress(None, "predict", len(files), "picture") as bar:
         for path, name in files:
             try:
+                if path.exists() and not path.is_file():
+                    raise ValueError("it is no file")
                 data = path.read_bytes()
                 pixels = decode(data)
                 answer = detect(loaded, data, threshold)

@@ -1,5 +1,6 @@
 """Processes and their end: what runs here in a group of its own, and what was started long ago, found by its mark."""
 
+import codecs
 import os
 import pty
 import re
@@ -18,8 +19,11 @@ import psutil
 
 from pipelines.stage import own_environment
 
+ERRORS = ("error: ", "ERROR: ")  # begin the last line of a stage that failed, and what DVC says to that
 STOP_SECONDS = 15  # for a training to finish its step and save its state; Prefect kills a cancelled run after 30
 WORKTREE = "DETR_WORKTREE"  # in the environment of what we start: the directory that it works in
+
+running: set[int] = set()  # the process groups that `group` has started
 
 
 @contextmanager
@@ -44,6 +48,7 @@ def group(
         errors="replace",
         start_new_session=True,
     )
+    running.add(process.pid)
     if follower:
         os.close(errors)
         follower.start()
@@ -51,7 +56,8 @@ def group(
         yield process
         process.wait()
     finally:
-        _stop_group(process)
+        stop_group(process)
+        running.discard(process.pid)
         if process.stdout:
             process.stdout.close()
         if follower:
@@ -59,24 +65,42 @@ def group(
 
 
 def _follow(master: int, lines: deque[str]) -> None:
-    """Copies what comes from a pseudo-terminal to ours, and keeps its lines."""
-    rest = ""
+    """Copies what comes from a pseudo-terminal to ours, but errors, and keeps its lines."""
+    decoder, rest, shown = codecs.getincrementaldecoder("utf-8")("replace"), "", 0
     while True:
         try:
             data = os.read(master, 4096)
         except OSError:
             data = b""
+        *whole, rest = re.split(r"(?<=\n)|(?<=\r)(?=[^\n])", rest + decoder.decode(data, not data))
+        for line in whole if data else [*whole, rest]:
+            if not is_error(line):
+                sys.stderr.write(line[shown:])
+            if line.strip() and (line.endswith("\n") or not data):
+                lines.append(plain(line))
+            shown = 0
         if not data:
             os.close(master)
+            sys.stderr.flush()
             return
-        sys.stderr.buffer.write(data)
+        if not is_error(rest, so_far=True):
+            sys.stderr.write(rest[shown:])
+            shown = len(rest)
         sys.stderr.flush()
-        *whole, rest = (rest + data.decode(errors="replace")).replace("\r", "\n").split("\n")
-        plain = (re.sub(r"\x1b\[[0-9;]*m", "", line) for line in whole)
-        lines.extend(line for line in plain if line.startswith(("error: ", "ERROR: ")))
 
 
-def _stop_group(process: subprocess.Popen[str]) -> None:
+def plain(line: str) -> str:
+    """A line of a terminal without its colours and its end."""
+    return re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", line).rstrip()
+
+
+def is_error(line: str, so_far: bool = False) -> bool:
+    """Whether a line is the error of a stage or of DVC, or may become it with what is still to come."""
+    said = plain(line)
+    return said.startswith(ERRORS) or (so_far and any(error.startswith(said) for error in ERRORS))
+
+
+def stop_group(process: subprocess.Popen[str]) -> None:
     """Ends every process of the group: SIGTERM, and SIGKILL for what is left after STOP_SECONDS."""
     deadline = time.monotonic() + STOP_SECONDS
     for number in (signal.SIGTERM, signal.SIGKILL):
@@ -86,6 +110,12 @@ def _stop_group(process: subprocess.Popen[str]) -> None:
             process.poll()
             time.sleep(0.1)
     process.wait()
+
+
+def kill_running() -> None:
+    """Kills all that `group` has started; what waits for it goes on."""
+    for leader in tuple(running):
+        _signal_group(leader, signal.SIGKILL)
 
 
 def _signal_group(group: int, number: int) -> bool:

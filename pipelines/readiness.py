@@ -9,6 +9,7 @@ from pathlib import Path
 from urllib.parse import unquote, urlparse
 
 from pipelines import tracking
+from pipelines.database import prepare_database
 from pipelines.sources import require_inside
 from pipelines.stage import DATA
 
@@ -65,6 +66,7 @@ def require_database(database: Path) -> None:
     require_folder(name, database.parent)
     location = tracking.artifacts_beside(database)
     if database.exists():
+        prepare_database(database)
         try:
             with closing(sqlite3.connect(database, timeout=30)) as store:
                 store.execute("begin immediate")

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from pipelines import registered, registry, tracking
+from pipelines.advice import advise
 from pipelines.history import open_version
 from pipelines.lineage import commit_in
 from pipelines.markdown import fenced, plain, table
@@ -18,22 +19,11 @@ from pipelines.params import read_yaml
 from pipelines.redaction import hidden
 from pipelines.registered import ABSENT, Version, signed, text, unequal
 from pipelines.rules import describe
+from pipelines.stage import DOCS_DIGEST
 
 UI = "DETR_MLFLOW_UI"  # in the environment: MLflow's address as browsers reach it, where that is another
 NUM_DIFFERENCES = 40  # rows of a table of what changed
 LONGEST_LINE = 2000  # characters of a line of a failure
-AGAIN = "start a run with the same parameters, or press Retry on the run's page"
-GO_ON = {
-    "download": "The source did not give what `download.sha256` or its own sizes promise, or did not answer. See to it "
-    f"and {AGAIN}: what came whole is kept.",
-    "validate": "Mend the rows that are named, or allow that many under `validate.tolerated` and start a run with "
-    "that. Every rule with the rows that break it: `python -m pipelines ui docs` serves the Data Docs.",
-    "train": f"Its state is kept: {AGAIN}, and it goes on from the last one saved. With other parameters or other code "
-    "it begins at step 1. For a loss that is not finite, lower `train.lr`.",
-    "evaluate": f"The weights are kept: {AGAIN}, and only this stage and the next run.",
-    "register": "The training and its evaluation are kept. See to MLflow (its server, its database, the space of its "
-    f"artifact store) and {AGAIN}: no version comes twice.",
-}
 
 
 @dataclass(frozen=True)
@@ -247,10 +237,19 @@ def rows_of(metrics: dict[str, float], known: Registration | None) -> list[dict[
 
 def failure(stage: str, message: str, lines: Sequence[str]) -> str:
     """The page of a stage that failed: the message, how to go on, the last lines of its output."""
-    page = [f"# {stage} failed", "", plain(message.removeprefix(f"{stage}: ")), "", "## How to go on", ""]
-    page += [GO_ON.get(stage, f"Mend the cause and {AGAIN}."), ""]
+    said = message.removeprefix(f"{stage}: ")
+    page = [f"# {stage} failed", "", plain(said), "", "## How to go on", ""]
+    page += [advise(stage, said), ""]
     page += ['More: README.md, section "Retraining".', "", f"## The last {len(lines)} lines", ""]
     return hidden("\n".join([*page, fenced(line[:LONGEST_LINE] for line in lines), ""]))
+
+
+def has_other_docs(root: Path) -> bool:
+    """Whether the Data Docs are of other data than what `root` has as validated."""
+    shown, passed = root / "scratch" / "data_docs" / DOCS_DIGEST, root / "artifacts" / "validate" / "passed.json"
+    if not shown.exists() or not passed.exists():
+        return False
+    return bool(shown.read_text(encoding="utf-8") != json.loads(passed.read_text(encoding="utf-8"))["data"])
 
 
 def dataset(root: Path) -> str:

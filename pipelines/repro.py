@@ -1,14 +1,22 @@
 """DVC's stages, run by its command."""
 
+import os
+import re
 import sys
 from collections import deque
 from collections.abc import Callable, Collection, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 
 from pipelines.params import read_yaml
-from pipelines.processes import group
+from pipelines.processes import group, is_error, stop_group
 from pipelines.redaction import hidden
 
+STOPPED = re.compile(r"stopped after step (\d+) ")  # begins what a training says that was asked to stop
+HINTS = re.compile(  # of DVC, for a person who has typed its command
+    r"To track the changes with git, run:|\s+git add |To enable auto staging, run:|\s+dvc config core\.autostage "
+    "|Use `dvc push` to send your updates to remote storage"
+)
 NUM_LINES = 50  # of a stage's output that are kept of a failure
 
 
@@ -36,12 +44,15 @@ def reproduce(
     """Runs one stage by `dvc repro --single-item`: `ran`, `restored` from the run cache, or `unchanged`.
 
     Every line that DVC and the stage print goes to `log` as it comes; on a terminal their progress bars are
-    drawn there. An interruption ends every process of the stage. Raises StageFailed.
+    drawn there. What DVC advises to type is left out. An interruption ends every process of the stage. Raises
+    StageFailed.
     """
     outcome = "unchanged"
 
     def notice(line: str) -> None:
         nonlocal outcome
+        if HINTS.match(line):
+            return
         log(line)
         if line.startswith("Running stage"):
             outcome = "ran"
@@ -62,19 +73,42 @@ def check(root: Path) -> None:
 
 
 def call(module: list[str], root: Path, log: Callable[[str], None], env: Mapping[str, str] | None = None) -> None:
-    """Runs a Python module in `root`. Raises StageFailed."""
+    """Runs a Python module in `root`. Its errors are not logged, but raised as StageFailed.
+
+    An interruption ends it; the message of KeyboardInterrupt says where a training has stopped.
+    """
     lines: deque[str] = deque(maxlen=NUM_LINES)
     with group([sys.executable, "-m", *module], root, lines, env or {}) as process:
         assert process.stdout is not None
-        for line in process.stdout:
-            if line.strip():
-                lines.append(hidden(line.rstrip()))
-                log(lines[-1])
+        try:
+            for line in process.stdout:
+                if line.strip():
+                    lines.append(hidden(line.rstrip()))
+                    if not is_error(lines[-1]):
+                        log(lines[-1])
+        except KeyboardInterrupt:
+            stop_group(process)
+            os.set_blocking(process.stdout.fileno(), False)
+            where = ""
+            with suppress(TypeError):  # of a pipe that somebody else still holds
+                for line in process.stdout:
+                    if found := STOPPED.match(line):
+                        where = f"stopped at step {found[1]}"
+            raise KeyboardInterrupt(where) from None
     if process.returncode:
-        for prefix in ("error: ", "ERROR: ", ""):  # of a stage, of DVC, of neither
-            if said := [line.removeprefix(prefix) for line in lines if line.startswith(prefix)]:
-                raise StageFailed(said[-1], lines)
-        raise StageFailed(f"exit code {process.returncode}", lines)
+        said = [hidden(line) for line in lines]
+        raise StageFailed(cause(said) or f"exit code {process.returncode}", said)
+
+
+def cause(lines: Sequence[str]) -> str:
+    """What a failure says of itself: the stage's error, else the exception of its code, DVC's error, the last line."""
+    said = [line.removeprefix("error: ") for line in lines if line.startswith("error: ")]
+    traces = [number for number, line in enumerate(lines) if line.startswith("Traceback (most recent call last)")]
+    if not said and traces:
+        said = [line for line in lines[traces[-1] + 1 :] if not line.startswith((" ", "ERROR: "))][:1]
+    if not said:
+        said = [line.removeprefix("ERROR: ") for line in lines if line.startswith("ERROR: ")] or list(lines)
+    return said[-1] if said else ""
 
 
 def obtain(stage: str, outs: Collection[str], place: Path, log: Callable[[str], None]) -> str:

@@ -75,7 +75,7 @@ def pictures_in(folder: Path) -> dict[str, os.stat_result]:
         inside = "" if Path(parent) == folder else f"{Path(parent).relative_to(folder).as_posix()}/"
         for name in names:
             if name.lower().endswith(PICTURES):
-                with suppress(FileNotFoundError):  # a link that leads nowhere
+                with suppress(OSError):  # a link that leads nowhere, or to itself
                     stat = os.stat(os.path.join(parent, name))
                     if S_ISREG(stat.st_mode):
                         found[inside + name] = stat

@@ -10,6 +10,7 @@ import time
 from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+from urllib.parse import urlsplit
 
 from pipelines.database import EXPERIMENT, artifacts_beside, prepare_database, quieten_mlflow
 from pipelines.stage import project
@@ -28,6 +29,7 @@ PICTURES = "pictures"  # the folder of a run's examples, among its artifacts
 def tracking_uri() -> str:
     """MLFLOW_TRACKING_URI, or the SQLite file in the root of the project, where a relative one lies too."""
     uri = os.environ.get("MLFLOW_TRACKING_URI") or f"{SQLITE}mlflow.db"
+    uri = re.sub(r"^sqlite(\+\w+)?:///", SQLITE, uri, flags=re.IGNORECASE)  # a driver changes no file
     return f"{SQLITE}{(project() / uri.removeprefix(SQLITE)).resolve()}" if uri.startswith(SQLITE) else uri
 
 
@@ -39,10 +41,16 @@ def require_known(uri: str) -> None:
             f"MLflow's database is {place}, in which {odd[0]!r} means something else to MLflow; rename the folder, or "
             f"set MLFLOW_TRACKING_URI to {SQLITE}/ANOTHER/FOLDER/mlflow.db"
         )
-    if uri.startswith("file:") or "://" not in uri:
+    try:
+        is_known = not Path(place).is_dir() if place != uri else "://" in uri and bool(urlsplit(uri).netloc)
+    except ValueError:  # half an IPv6 address
+        is_known = False
+    if not is_known:
+        is_folder = uri.startswith(("file:", ".", "/", "~")) or Path(uri).is_dir()
+        what = ", a folder, which MLflow takes no more" if is_folder else ""
         raise ValueError(
-            f"MLFLOW_TRACKING_URI is {uri!r}, a folder, which MLflow takes no more; expected {SQLITE}mlflow.db or "
-            "http://HOST:PORT; unset it for the first"
+            f"MLFLOW_TRACKING_URI is {uri!r}{what}; expected {SQLITE}mlflow.db or http://HOST:PORT; unset it for the "
+            "first"
         )
 
 
@@ -127,7 +135,7 @@ def flatten(document: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     flat: dict[str, Any] = {}
     for key, value in document.items():
         if not isinstance(value, dict):
-            flat[f"{prefix}{key}"] = value
+            flat[f"{prefix}{key}"] = list(value) if isinstance(value, tuple) else value
         elif all(is_key(f"{prefix}{key}.{name}") for name in value):
             flat |= flatten(value, f"{prefix}{key}.")
         else:

@@ -5,12 +5,10 @@ PET_NNODES, PET_RDZV_ENDPOINT; OMP_NUM_THREADS (1) threads per process; DETR_WOR
 SIGTERM and SIGINT stop it after the next step with exit code 75; the same command goes on.
 """
 
-import ctypes
 import errno
 import fcntl
 import hashlib
 import json
-import logging
 import os
 import platform
 import signal
@@ -20,12 +18,10 @@ from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import torch
-from torch.distributed.elastic.multiprocessing.api import SignalException
-from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, record
-from torch.distributed.elastic.rendezvous import RendezvousError
+from torch.distributed.elastic.multiprocessing.errors import record
 
 from detr.checkpoint import Category, InputSize, load_state, save_model, write_atomically
 from detr.coco import CocoDataset, load_annotations
@@ -38,15 +34,15 @@ from detr.official import fetch, initialize
 from detr.train import TrainConfig, fit
 from detr.transforms import EvalTransform, TrainTransform
 from pipelines import params
+from pipelines.launch import PREEMPTED, die_with_parent, launch, record_failure
 from pipelines.mirror import Mirror
-from pipelines.stage import DATA, EXPECTED, command, explain
+from pipelines.stage import DATA, EXPECTED, command
 from pipelines.tracking import sha256
 from pipelines.training_log import Log
 
 PASSED = Path("artifacts/validate/passed.json")
 OUTPUT = Path("artifacts/train")
 SCRATCH = Path("scratch")
-PREEMPTED = 75  # the exit code of a training that was asked to stop: EX_TEMPFAIL of sysexits.h
 
 
 def fingerprint(model: ModelConfig, config: TrainConfig, data_digest: str) -> str:
@@ -69,6 +65,7 @@ def train(
     output: Path,
     scratch: Path,
     request: "StopRequest",
+    process: Process,
 ) -> bool:
     """Writes `model.safetensors`, `config.json` and `history.jsonl`; false if it stopped before, as asked.
 
@@ -82,7 +79,7 @@ def train(
     mark = fingerprint(model_config, config, json.loads(passed.read_text(encoding="utf-8"))["data"])
     folder = scratch / mark
     size = InputSize(config.transform.scales[-1], config.transform.max_size, config.size_multiple)
-    with process_group() as process, alone_in(folder) if process.is_main else nullcontext():
+    with alone_in(folder) if process.is_main else nullcontext():
         annotations = load_annotations(data / "instances_train.json")
         transform = TrainTransform(config.transform, config.seed)
         dataset = CocoDataset(annotations, open_images(data / "train.zip"), transform)
@@ -197,64 +194,17 @@ class StopRequest:
             signal.signal(number, self)
 
 
-def launch(num_micro_batches: int) -> None:
-    """Runs this module in every process that torchrun's variables ask for; the first failure is the message.
-
-    On several nodes the loss of one restarts the others from the last state. Exits with PREEMPTED when asked to stop.
-    """
-    from torch.distributed.run import parse_args, run
-
-    processes = min(torch.cuda.device_count() or 2, num_micro_batches)
-    os.environ.setdefault("PET_NPROC_PER_NODE", str(processes))
-    os.environ.setdefault("OMP_NUM_THREADS", "1")
-    os.environ["DETR_LAUNCHER"] = str(os.getpid())
-    os.environ.setdefault("PET_SHUTDOWN_TIMEOUT", "60")  # seconds to finish the step and save
-    alone = os.environ.get("PET_NNODES", "1") == "1" and "PET_RDZV_ENDPOINT" not in os.environ
-    if not alone:
-        os.environ.setdefault("PET_RDZV_BACKEND", "c10d")
-        os.environ.setdefault("PET_MAX_RESTARTS", "30")
-        os.environ.setdefault("TORCH_DISABLE_SHARE_RDZV_TCP_STORE", "1")  # a node that joins later never finds it
-    for name in [name for name in logging.root.manager.loggerDict if name.startswith("torch.distributed.elastic")]:
-        logging.getLogger(name).setLevel(logging.CRITICAL)
-    try:
-        run(parse_args([*(["--standalone"] if alone else []), "-m", "pipelines.train", *sys.argv[1:]]))
-    except SignalException:
-        _end_as_asked()
-    except RendezvousError as error:
-        endpoint = os.environ.get("PET_RDZV_ENDPOINT", "the other nodes")
-        raise RuntimeError(f"no rendezvous at {endpoint} ({error}); is the training under way on that host?") from error
-    except ChildFailedError as error:
-        failure = error.get_first_failure()[1]
-        if failure.exitcode == PREEMPTED:
-            _end_as_asked()
-        message: Any = failure.message
-        if isinstance(message, dict):  # of a process that recorded its exception
-            message = message["message"].partition(": ")[2]
-        raise RuntimeError(message) from None
-
-
-def _end_as_asked() -> NoReturn:
-    print("error: the training was asked to stop; the same command goes on from its last state", file=sys.stderr)
-    sys.exit(PREEMPTED)
-
-
-def die_with_parent() -> None:
-    """Asks Linux to end this process when torchrun is killed, so that no orphan trains on and writes results."""
-    if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
-        if os.getppid() != int(os.environ.get("DETR_LAUNCHER", os.getppid())):  # killed while this one started
-            os._exit(1)
-
-
-@record
+@record  # what fails before there is a group
 def work() -> None:
     die_with_parent()
     request = StopRequest()
     request.listen()
-    try:
-        done = train(*sections(), DATA, PASSED, OUTPUT, SCRATCH, request)
-    except OSError as error:
-        raise RuntimeError(explain(error)) from error
+    with process_group() as process:
+        try:
+            done = train(*sections(), DATA, PASSED, OUTPUT, SCRATCH, request, process)
+        except Exception as error:
+            record_failure(error)
+            sys.exit(1)
     if not done:
         sys.exit(PREEMPTED)
 
@@ -270,7 +220,7 @@ def main() -> None:
     fetch(config.initial_weights)
     for path in DATA.glob("instances_*.json"):
         load_annotations(path)
-    launch(config.batch_size // config.micro_batch)
+    launch("pipelines.train", config.batch_size // config.micro_batch)
 
 
 if __name__ == "__main__":

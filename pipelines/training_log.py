@@ -141,9 +141,9 @@ class Log:
         print(
             f"stopped after step {report.step} of {report.total_steps}, as asked; the same command goes on", flush=True
         )
-        self.close()
+        self.close(mirror_seconds=1.0)  # what MLflow has not got by then, it gets when the training goes on
 
-    def close(self) -> None:
+    def close(self, mirror_seconds: float = 10.0) -> None:
         if self.bar is not None:
             self.bar.close()
-        self.mirror.close()
+        self.mirror.close(mirror_seconds)

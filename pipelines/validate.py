@@ -45,12 +45,14 @@ def validate(
     write_json(output / "report.json", [row for row in report if row["table"] != "champion_drift"])
     for row in report:
         if row["outcome"] != "holds":
-            print(f"{row['outcome']}: {describe(row)}", flush=True)
+            word, num_examples = ("broken", 10) if row["outcome"] == "error" else ("warning", 1)
+            print(f"{word}: {describe(row, num_examples)}", flush=True)
     broken = [row for row in report if row["outcome"] == "error"]
     if broken:
         raise ValueError(
             f"{len(broken)} of {len(report)} expectations on {data} are broken, "
-            f"first: {describe(broken[0], 1)}; see {data_docs}/index.html"
+            f"first: {describe(broken[0], 1)}; see {data_docs}/index.html; mend the source, and "
+            "python -m pipelines run, or dvc repro --force download, takes it anew"
         )
     write_json(output / "statistics.json", counts)
     write_page(output / "dataset", data, tables, counts, config.num_examples)

@@ -114,6 +114,7 @@ def train(params: dict) -> None:
                 time.sleep(0.02)
         other.stdin.close()
     if asked:
+        print(f"stopped after step {step} of {10 * epochs}, as asked; the same command goes on", flush=True)
         print("error: the training was asked to stop; the same command goes on from its last state", file=sys.stderr)
         sys.exit(PREEMPTED)
     if params["train"]["lr"] > 1:

@@ -155,6 +155,15 @@ def test_a_training_checkpoint_is_not_a_file_of_weights(content, tmp_path):
         load_pretrained(ResNet("resnet10", 0.25, 32, "frozen"), "resnet10", str(tmp_path / "checkpoint.pth"))
 
 
+def test_weights_that_cannot_be_fetched_say_what_to_do(tmp_path, monkeypatch):
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+    monkeypatch.setenv("https_proxy", "http://127.0.0.1:1")  # where nothing listens
+    with pytest.raises(
+        ValueError, match="weights of resnet18 were not fetched .*; fetch them yourself, and give the file"
+    ):
+        load_pretrained(ResNet("resnet18", 1.0, 32, "frozen"), "resnet18", "imagenet")
+
+
 def test_a_missing_file_is_named():
     with pytest.raises(
         ValueError, match=r"model.backbone_weights is '/nowhere/a.pth': no such file; give none, imagenet"

@@ -15,7 +15,7 @@ PLANTED = {
     "MLFLOW_TRACKING_PASSWORD": "planted-password-4",
     "WAREHOUSE": "postgresql://somebody:planted-database-5@127.0.0.1:9/db",
 }
-NOTE = """A first try: <script>alert(1)</script> <img src=x onerror=alert(1)> {{ 7 * 191 }} {% raw %} $(touch FILE)
+NOTE = """A first try: <script>alert(1)</script> <img src=x onerror=alert(1)> {{ 7919 * 6101 }} {% raw %} $(touch FILE)
 
 `touch FILE`
 Signed-off-by: Somebody Else <somebody@else.example>

@@ -18,7 +18,7 @@ def project(tmp_path_factory):
 
 
 def test_drift_is_judged_against_the_champion_that_mlflow_names(project, tmp_path):
-    for item in ("pipelines", "params.yaml"):
+    for item in ("detr", "pipelines", "params.yaml"):
         copy = shutil.copytree if (project / item).is_dir() else shutil.copy
         copy(project / item, tmp_path / item)
     shutil.copytree(project / "data/coco", tmp_path / "data/coco", copy_function=shutil.copyfile)

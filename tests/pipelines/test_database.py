@@ -8,7 +8,7 @@ from urllib.request import url2pathname
 import pytest
 
 from pipelines import tracking
-from pipelines.database import relocate
+from pipelines.database import make_database, relocate
 
 
 @pytest.fixture
@@ -84,6 +84,12 @@ def test_artifacts_in_a_place_of_their_own_and_a_file_behind_a_link_stay(clone, 
     assert relocate(tmp_path / "moved.db") == ""
     monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path}/moved.db")
     assert kept(clone) == ({"first"}, {"first"})
+
+
+def test_what_a_killed_process_has_half_made_goes(tmp_path):
+    (tmp_path / "mlflow.db.4194305.partial").touch()  # beyond the numbers of processes
+    make_database(tmp_path / "mlflow.db")
+    assert {path.name for path in tmp_path.iterdir()} == {"mlflow.db"}
 
 
 def test_what_is_no_database_is_said(tmp_path):

@@ -10,7 +10,7 @@ import pytest
 import pipelines.download
 from pipelines.download import DownloadParams
 from pipelines.params import from_document, merged
-from pipelines.sources import FileSources
+from pipelines.sources import FileSources, pictures_in
 from pipelines.stage import FILES
 from tests.downloads import fetch, unpacked
 from tests.projects import SHAPES
@@ -90,9 +90,15 @@ def escape(folder):
         archive.writestr("../../evil.jpg", b"x")
 
 
+def pipe(folder):
+    (folder / "instances_val.json").unlink()
+    os.mkfifo(folder / "instances_val.json")
+
+
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
+        (pipe, "instances_val.json is missing"),
         (break_json, "instances_val.json is missing"),
         (break_zip, r"val.zip is not a whole zip file .* fetch it again"),
         (remove_zip, "neither val.zip nor a folder val/"),
@@ -106,6 +112,20 @@ def test_a_broken_source_is_named_and_leaves_nothing(source, tmp_path, damage, m
     with pytest.raises(ValueError, match=message):
         fetch(str(source), tmp_path / "out" / "coco")
     assert list((tmp_path / "out").rglob("*")) == [tmp_path / "out" / "coco"]
+
+
+def test_what_is_neither_file_nor_folder_is_not_waited_for(source, tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    places = {"train_images": str(source / "train.zip"), "train_annotations": str(source / "instances_train.json")}
+    four = FileSources(**places, val_images=str(source / "val.zip"), val_annotations=str(tmp_path / "pipe"))
+    with pytest.raises(ValueError, match="pipe is neither a file nor a folder"):
+        fetch(four, tmp_path / "coco")
+
+
+def test_a_link_to_itself_is_no_picture(tmp_path):
+    (tmp_path / "a.png").symlink_to("a.png")
+    (tmp_path / "b.png").touch()
+    assert list(pictures_in(tmp_path)) == ["b.png"]
 
 
 def test_a_missing_folder_is_named(tmp_path):

@@ -21,6 +21,7 @@ from tests.projects import TINY, TINY_MODEL
 from tests.running import ROOT
 
 CONFIG = from_document(merged(ROOT, None, [*TINY, "train.evaluate_epochs=0"]), "train", TrainConfig)
+ALONE = Process(0, 1, torch.device("cpu"))
 
 
 class Silent:
@@ -44,7 +45,7 @@ def trained(drawn, tmp_path, monkeypatch):
     def run(name, model=TINY_MODEL, **changes):
         config = replace(CONFIG, epochs=1, checkpoint_minutes=1.0, **changes)
         folders = (drawn, tmp_path / "passed.json", tmp_path / name, tmp_path / "scratch")
-        pipelines.train.train(model, config, *folders, StopRequest())
+        pipelines.train.train(model, config, *folders, StopRequest(), ALONE)
         return tmp_path / name
 
     return run

@@ -25,7 +25,10 @@ def here(empty_registry, tmp_path, monkeypatch):
     return tmp_path
 
 
-@pytest.mark.parametrize("uri", ["", "sqlite:///mlflow.db", "sqlite:///./mlflow.db", "sqlite:///{here}/mlflow.db"])
+RELATIVE = ["", "sqlite:///mlflow.db", "sqlite:///./mlflow.db", "sqlite+pysqlite:///mlflow.db", "SQLITE:///mlflow.db"]
+
+
+@pytest.mark.parametrize("uri", [*RELATIVE, "sqlite:///{here}/mlflow.db"])
 def test_a_relative_database_is_that_of_the_project_in_every_folder(here, monkeypatch, uri):
     monkeypatch.setenv("MLFLOW_TRACKING_URI", uri.format(here=here))
     readiness.check(here)
@@ -39,6 +42,10 @@ def test_a_relative_database_is_that_of_the_project_in_every_folder(here, monkey
     [
         ("./mlruns", "MLFLOW_TRACKING_URI is './mlruns', a folder, which MLflow takes no more; expected sqlite:///"),
         ("file:///tmp/mlruns", "a folder, which MLflow takes no more"),
+        ("127.0.0.1:5000", "MLFLOW_TRACKING_URI is '127.0.0.1:5000'; expected sqlite:///mlflow.db or http://HOST:PORT"),
+        ("http://[::1", r"MLFLOW_TRACKING_URI is 'http://\[::1'; expected"),
+        ("http://", "MLFLOW_TRACKING_URI is 'http://'; expected"),
+        ("sqlite:///.", "MLFLOW_TRACKING_URI is 'sqlite:///.*'; expected"),
         ("sqlite:///a%2Fb/mlflow.db", "in which '%2F' means something else to MLflow; rename the folder, or set"),
         ("sqlite:///a?b/mlflow.db", r"in which '\?' means something else to MLflow"),
         ("sqlite:///:memory:", "in which ':memory:' means something else to MLflow"),
@@ -68,12 +75,12 @@ def test_a_folder_whose_name_mlflow_cannot_write_is_told_at_once(tmp_path, monke
 
 def test_a_database_that_is_none_is_held_or_has_lost_its_files_is_told(local):
     with closing(sqlite3.connect(local / "mlflow.db")) as store:
-        store.execute("update experiments set artifact_location = 'file:///proc/mlartifacts' where name = 'detr'")
+        store.execute("update experiments set artifact_location = 'file:///proc/store' where name = 'detr'")
         store.commit()
     with pytest.raises(ValueError, match="the folder of MLflow's files is /proc, expected a folder to write in"):
         readiness.check(local)
     (local / "mlflow.db").write_text("no database " * 100, encoding="utf-8")
-    with pytest.raises(ValueError, match="mlflow.db cannot be written .file is not a database.; make it writable"):
+    with pytest.raises(ValueError, match="mlflow.db cannot be read, or, .*: file is not a database"):
         readiness.check(local)
 
 

@@ -9,7 +9,7 @@ import pytest
 from markdown_it import MarkdownIt
 from PIL import Image
 
-from pipelines import report
+from pipelines import advice, report
 from pipelines.markdown import fenced, plain, table
 from pipelines.montage import montage
 from tests.running import free_port
@@ -27,6 +27,17 @@ def rendered(text):
 
 def shown(text):
     return text.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;").replace('"', "&quot;")
+
+
+def test_data_docs_of_other_data_are_told_from_those_of_what_passed(tmp_path):
+    docs, passed = tmp_path / "scratch/data_docs/data.sha256", tmp_path / "artifacts/validate/passed.json"
+    assert not report.has_other_docs(tmp_path)
+    for path, content in ((docs, "one"), (passed, '{"data": "other"}')):
+        path.parent.mkdir(parents=True)
+        path.write_text(content, encoding="utf-8")
+    assert report.has_other_docs(tmp_path)
+    docs.write_text("other", encoding="utf-8")
+    assert not report.has_other_docs(tmp_path)
 
 
 def test_text_stays_text():
@@ -53,8 +64,8 @@ def test_a_failure_says_how_to_go_on(stage, monkeypatch):
     lines = [f"line {k}" for k in range(49)] + ["error: ``` hunter2hunter2 http://me:pass@host/"]
     page = report.failure(stage, f"{stage}: {HOSTILE}", lines)
     assert page.startswith(f"# {stage} failed\n\n\\<script\\>")
-    assert report.GO_ON[stage] in page
-    assert "Retry" in "".join(report.GO_ON.values())
+    assert advice.STAGES[stage] in page
+    assert "Retry" in advice.AGAIN
     assert "## The last 50 lines" in page
     assert "line 0\n" in page
     assert "hunter2" not in page

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import psutil
 import pytest
+from dulwich.repo import Repo as DulwichRepo
 from dvc.repo import Repo
 
 from pipelines import worktree
@@ -230,6 +231,15 @@ def test_its_caches_are_removed_with_it(root):
         assert list(caches.iterdir())
         finish(place)
     assert not (root / ".git/worktrees").exists()
+
+
+def test_dvc_can_read_the_index_of_a_worktree_whatever_kind_a_person_has(root):
+    for name, value in (("core.splitIndex", "true"), ("index.skipHash", "true"), ("splitIndex.maxPercentChange", "0")):
+        call(root, "git", "config", name, value)
+    call(root, "git", "update-index", "--split-index")
+    with worktree.worktree(root, "first", "HEAD", epochs(1)) as (place, _):
+        assert {".dvc/config", "params.yaml"} <= {name.decode() for name in DulwichRepo(str(place)).open_index()}
+        finish(place)
 
 
 def test_a_persons_hooks_do_not_run(root):

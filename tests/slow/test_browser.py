@@ -5,6 +5,7 @@ import os
 import re
 from pathlib import Path
 from types import SimpleNamespace
+from urllib.parse import urlparse
 
 import pytest
 from PIL import Image
@@ -43,10 +44,14 @@ def browser():
 
 @pytest.fixture
 def page(browser):
-    found = browser.new_page(viewport={"width": 1280, "height": 900})
+    """A page, which asks nobody but servers here."""
+    found, asked = browser.new_page(viewport={"width": 1280, "height": 900}), set()
+    found.on("request", lambda request: asked.add(urlparse(request.url).hostname))
+    found.on("websocket", lambda socket: asked.add(urlparse(socket.url).hostname))
     found.set_default_timeout(60_000)
     yield found
     found.close()
+    assert asked <= {None, "127.0.0.1"}
 
 
 @pytest.fixture(scope="module")
@@ -129,6 +134,13 @@ def test_the_form_says_what_it_asks_refuses_nonsense_and_starts_a_run(served, pa
     expect(page.get_by_role("button", name="Cancel", exact=True)).to_be_visible()
     assert services.wait(served.second, SECONDS)["state_type"] == "COMPLETED", services.log(served.second)
     assert f"epoch {EPOCHS}/{EPOCHS}: loss" in services.log(served.second)
+
+
+def test_prefects_own_address_leads_to_pages_that_ask_nobody_elsewhere(served, page):
+    page.goto(served.services.prefect)
+    expect(page.get_by_text("Flow Runs", exact=True).first).to_be_visible()
+    page.wait_for_load_state("networkidle")
+    assert "/v2/" not in page.url
 
 
 def test_the_page_of_a_run_shows_its_stages_and_its_artifacts(served, page):

@@ -6,7 +6,7 @@ import shutil
 import pytest
 
 from pipelines import gate
-from pipelines.register import val_digest
+from pipelines.lineage import val_digest
 from pipelines.tracking import MODEL, connect
 
 pytestmark = pytest.mark.usefixtures("warm_python")
