@@ -97,13 +97,13 @@ def ui(which: str, port: int | None) -> None:
 
         prepare_database(Path(store.removeprefix(tracking.SQLITE)))
     arguments = {
-        "prefect": ["-m", "prefect", "server", "start", "--host", "127.0.0.1", "--port", str(port)],
+        "prefect": ["-m", "prefect", "--no-prompt", "server", "start", "--host", "127.0.0.1", "--port", str(port)],
         "mlflow": ["-m", "mlflow", "ui", "--host", "127.0.0.1", "--port", str(port), "--backend-store-uri", store],
     }.get(which, ["-m", "http.server", "--bind", "127.0.0.1", "--directory", str(pages), str(port)])
     print(f"http://127.0.0.1:{port}  (Ctrl-C ends it)", flush=True)
     env = os.environ | QUIET
     env.setdefault("PREFECT_HOME", str(root / ".prefect"))
-    env["PREFECT_SERVER_UI_API_URL"] = f"http://127.0.0.1:{port}/api"  # of this server, not of PREFECT_API_URL
+    env["PREFECT_API_URL"] = f"http://127.0.0.1:{port}/api"  # what its page asks
     env.setdefault(services.ORIGINS, services.origins(services.HOST, port))
     os.execve(sys.executable, [sys.executable, *arguments], env)
 

@@ -3,13 +3,15 @@
 import os
 import signal
 import sqlite3
-from contextlib import closing
+from contextlib import closing, suppress
 
 import pytest
+import requests
 
 from pipelines.worktree import only_one
 from tests.orchestra import services
 from tests.projects import commit, quick_project
+from tests.running import free_port
 from tests.terminal import CTRL_C, Terminal
 from tests.training import wait_until_nobody_works_in
 
@@ -101,3 +103,18 @@ def test_with_a_server_of_its_own_the_run_is_cancelled_there(project):
         (run,) = served.runs()
         assert (run["state_name"], run["state"]["message"]) == ("Cancelled", GOES_ON)
         assert "Crash" not in served.log(run["id"])
+
+
+def test_prefects_page_is_served_without_a_question_until_it_is_stopped(project):
+    port = free_port()
+    terminal = Terminal(project, "python", "-m", "pipelines", "ui", "prefect", "--port", str(port), cold=True)
+    address, answer = f"http://127.0.0.1:{port}", None
+    terminal.wait_for(f"dashboard at {address}")
+    while answer is None:
+        assert terminal.process.poll() is None
+        with suppress(requests.ConnectionError):
+            answer = requests.get(f"{address}/ui-settings", timeout=60).json()
+    assert answer["api_url"] == f"{address}/api"
+    terminal.press(CTRL_C)
+    assert "Traceback" not in "".join(terminal.end()[1])
+    wait_until_nobody_works_in(project)
