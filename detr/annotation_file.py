@@ -96,7 +96,7 @@ def parse(data: bytes, kind: type[T], name: str) -> T:
         except msgspec.DecodeError:  # perhaps NaN, which Python writes though JSON lacks it: its entry can be named
             return msgspec.convert(json.loads(data, parse_int=_integer), kind)
     except msgspec.ValidationError as error:
-        remedy = "" if "$." in str(error) else "; COCO's format has lists images, annotations, categories"
+        remedy = "" if "[" in str(error) else "; COCO's format has lists images, annotations, categories"
         raise ValueError(f"{name}: {error}{remedy}") from error
     except UnicodeDecodeError as error:
         raise ValueError(f"{name} is not valid JSON: {_stray_byte(data, error)}; save it as UTF-8") from error

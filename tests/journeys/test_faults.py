@@ -29,7 +29,7 @@ def test_drift_is_judged_against_the_champion_that_mlflow_names(project, tmp_pat
     path.write_text(json.dumps(document), encoding="utf-8")
     command = ["python", "-m", "pipelines.validate"]
     said = call(tmp_path, *command, MLFLOW_TRACKING_URI=f"sqlite:///{project}/mlflow.db")
-    assert "warning: champion_drift: distances from the champion's data are at most 0.1: 1 break it" in said
+    assert "warning: [like_champion] champion_drift: distances from the champion's data are at most 0.1: 1 of" in said
     report = (tmp_path / "artifacts/validate/report.json").read_bytes()
     said = call(tmp_path, *command)
     assert "drift" not in said
