@@ -15,8 +15,8 @@ from PIL import Image, ImageDraw
 
 from detr.pixels import decode_pixels
 from pipelines.labels import drawable, drawn_plainly
-from pipelines.pictures import find, members, open_archive, read
-from pipelines.tables import SPLITS, pictures_of
+from pipelines.pictures import find, members, open_archive, pictures_of, read
+from pipelines.tables import SPLITS
 
 CELL = 192  # pixels of a picture on a contact sheet, per side
 COLUMNS = 6

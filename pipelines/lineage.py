@@ -16,6 +16,7 @@ import psutil
 
 from pipelines import tracking
 from pipelines.git import git, run_git
+from pipelines.pictures import pictures_of
 from pipelines.stage import DATA
 
 VALIDATED = Path("artifacts/validate")
@@ -109,7 +110,7 @@ def write_code(root: Path, env: Mapping[str, str]) -> str:
 def val_digest(data: Path) -> str:
     """The SHA-256 of the validation annotations and pictures, which may be an archive or a folder."""
     total = hashlib.sha256(tracking.sha256(data / "instances_val.json").encode())
-    place = data / "val" if (data / "val").is_dir() else data / "val.zip"
+    place = pictures_of(data, "val")
     for path in sorted(place.rglob("*")) if place.is_dir() else [place]:
         if path.is_file():
             total.update(path.relative_to(data).as_posix().encode() + tracking.sha256(path).encode())

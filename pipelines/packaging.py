@@ -141,7 +141,7 @@ def _detections_here(version: str, data: Path, images: list[tuple[int, str]], id
     if known != set(ids):
         different = ", ".join(sorted(known ^ set(ids))[:5])
         raise ValueError(f"it knows {len(known)} categories, {data} has {len(ids)}; they differ in {different}")
-    path = data / "val.zip" if (data / "val.zip").exists() else data / "val"
+    path = pictures.pictures_of(data, "val")
     names = [name for _, name in images]
     found: list[dict] = []
     with pictures.open_archive(path) as archive, Progress(None, "detect", len(names), "image") as bar:

@@ -53,6 +53,12 @@ class Picture(NamedTuple):
     )
 
 
+def pictures_of(data: Path, split: str) -> Path:
+    """The archive of a split, which training reads, or its folder where there is no archive."""
+    archive, folder = data / f"{split}.zip", data / split
+    return folder if folder.is_dir() and not archive.exists() else archive
+
+
 def members(path: Path) -> list[Member]:
     """The files of a zip, or those below a folder. Raises ValueError for a zip that is torn."""
     if path.is_dir():

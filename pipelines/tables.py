@@ -15,7 +15,7 @@ import pandas as pd
 from msgspec import UNSET
 
 from detr.annotation_file import READINGS, AnnotationEntry, CategoryEntry, ImageEntry, complain, read_document, take
-from pipelines.pictures import Member, Picture, find, inspect, members, nearest
+from pipelines.pictures import Member, Picture, find, inspect, members, nearest, pictures_of
 
 SPLITS = ("train", "val")
 EXTENSIONS = {"jpg": "JPEG", "jpeg": "JPEG", "png": "PNG"}
@@ -52,12 +52,6 @@ def tabulate(data: Path, box_tolerance: float, decoded_share: float) -> dict[str
     held_out, trained = tables["val_images"], tables["train_images"]
     held_out["leaked"] = (held_out["digest"] != b"") & held_out["digest"].isin(set(trained["digest"]))
     return tables
-
-
-def pictures_of(data: Path, split: str) -> Path:
-    """The archive of a split, which training reads, or its folder where there is no archive."""
-    archive, folder = data / f"{split}.zip", data / split
-    return folder if folder.is_dir() and not archive.exists() else archive
 
 
 def _integers(values: Sequence[int | None]) -> pd.Series:

@@ -11,9 +11,10 @@ import pandas as pd
 from pipelines import params, registry
 from pipelines.dataset_page import write_page
 from pipelines.distribution import distances, statistics
+from pipelines.pictures import pictures_of
 from pipelines.rules import Rule, ValidateParams, describe, rules
 from pipelines.stage import DATA, DOCS_DIGEST, FILES, Progress, command, write_json
-from pipelines.tables import pictures_of, tabulate
+from pipelines.tables import tabulate
 
 OUTPUT = Path("artifacts/validate")
 DATA_DOCS = Path("scratch/data_docs")

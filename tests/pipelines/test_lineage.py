@@ -202,3 +202,10 @@ def test_the_digest_of_the_validation_data_is_that_of_its_files(drawn, tmp_path)
     with (two / "val.zip").open("ab") as file:
         file.write(b"x")
     assert val_digest(one) != val_digest(two)
+
+
+def test_the_digest_of_the_validation_data_is_that_of_the_archive_where_a_folder_lies_beside_it(drawn, tmp_path):
+    data = shutil.copytree(drawn, tmp_path / "data")
+    before = val_digest(data)
+    write(data / "val/other.jpg", b"not read by evaluation")
+    assert val_digest(data) == before
