@@ -13,8 +13,8 @@ from typing import Any
 from pipelines import interruption, params, readiness, tracking, worktree
 from pipelines.git import check_repository, git, is_dirty
 from pipelines.overrides import parameters
-from pipelines.stage import QUIET, command, write_json
-from pipelines.surroundings import past_proxies
+from pipelines.stage import command, write_json
+from pipelines.surroundings import QUIET, past_proxies
 
 PORTS = {"prefect": 4200, "mlflow": 5000, "docs": 8000, "dataset": 8001}
 PAGES = {"docs": Path("scratch/data_docs"), "dataset": Path("artifacts/validate/dataset")}
@@ -90,12 +90,12 @@ def ui(which: str, port: int | None) -> None:
     pages = root / PAGES.get(which, "")
     if not pages.exists():
         raise ValueError(f"{pages} does not exist; run the pipeline first: python -m pipelines run")
-    uri = tracking.tracking_uri()
-    store = uri if uri.startswith(tracking.SQLITE) else f"{tracking.SQLITE}{root / 'mlflow.db'}"
+    database = tracking.database_of(tracking.tracking_uri()) or root / "mlflow.db"
+    store = f"{tracking.SQLITE}{database}"
     if which == "mlflow":
         from pipelines.database import prepare_database
 
-        prepare_database(Path(store.removeprefix(tracking.SQLITE)))
+        prepare_database(database)
     arguments = {
         "prefect": ["-m", "prefect", "--no-prompt", "server", "start", "--host", "127.0.0.1", "--port", str(port)],
         "mlflow": ["-m", "mlflow", "ui", "--host", "127.0.0.1", "--port", str(port), "--backend-store-uri", store],

@@ -20,7 +20,7 @@ CAUSES = {  # by what the message holds; the first that fits
         "that the message names has the state and the norms of the gradients."
     ),
     r"expectations on .* are broken": (
-        "Mend the rows that are named, or allow that many under `validate.tolerated` and start a run with that. Every "
+        "Mend the rows that are named, or allow that many under `validate.tolerated` where the rule lets you. Every "
         "rule with the rows that break it: `python -m pipelines ui docs` serves the Data Docs."
     ),
     r"^(\w+\.)*\w+(Error|Exception)\b": (

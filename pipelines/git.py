@@ -10,7 +10,7 @@ from contextlib import suppress
 from pathlib import Path
 
 from pipelines.redaction import hidden
-from pipelines.stage import own_environment
+from pipelines.surroundings import own_environment
 
 STALE_SECONDS = 60  # after which a lock of git is that of a killed process: it holds one for less than a second
 FETCH_SECONDS = 600  # after which a remote does not answer

@@ -17,7 +17,7 @@ from pathlib import Path
 
 import psutil
 
-from pipelines.stage import own_environment
+from pipelines.surroundings import own_environment
 
 ERRORS = ("error: ", "ERROR: ")  # begin the last line of a stage that failed, and what DVC says to that
 STOP_SECONDS = 15  # for a training to finish its step and save its state; Prefect kills a cancelled run after 30

@@ -28,8 +28,8 @@ def check(root: Path) -> None:
         os.environ["PREFECT_HOME"] = str(require_folder("PREFECT_HOME", Path(home).expanduser().absolute()))
     uri = os.environ["MLFLOW_TRACKING_URI"] = tracking.tracking_uri()
     tracking.require_known(uri)
-    if uri.startswith(tracking.SQLITE):
-        require_database(Path(uri.removeprefix(tracking.SQLITE)))
+    if database := tracking.database_of(uri):
+        require_database(database)
         return
     client = tracking.connect()
     experiment = client.get_experiment_by_name(tracking.EXPERIMENT)

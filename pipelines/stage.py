@@ -2,7 +2,6 @@
 
 import contextlib
 import errno
-import getpass
 import json
 import os
 import sys
@@ -18,26 +17,6 @@ from pipelines import surroundings
 DATA = Path("data/coco")
 FILES = ("train.zip", "val.zip", "instances_train.json", "instances_val.json")
 EXPECTED = (ValueError, OSError, ArithmeticError, RuntimeError)
-QUIET = {
-    "DO_NOT_TRACK": "true",
-    "DVC_NO_ANALYTICS": "true",
-    "GX_ANALYTICS_ENABLED": "false",
-    "MLFLOW_DISABLE_TELEMETRY": "true",
-    "MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR": "false",
-    "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
-    "PREFECT_SERVER_UI_SHOW_PROMOTIONAL_CONTENT": "false",
-    "PREFECT_SERVER_UI_V2_ENABLED": "false",  # whose pages call an analytics host whatever the settings
-}
-OF_A_CALLER = {  # by which a git that calls us, as in a hook or an alias, tells its children where and how it works
-    "GIT_ALTERNATE_OBJECT_DIRECTORIES", "GIT_ATTR_SOURCE", "GIT_AUTHOR_DATE", "GIT_COMMITTER_DATE", "GIT_COMMON_DIR",
-    "GIT_CONFIG", "GIT_DEFAULT_HASH", "GIT_DIFF_OPTS", "GIT_DIR", "GIT_EXTERNAL_DIFF", "GIT_GLOB_PATHSPECS",
-    "GIT_GRAFT_FILE", "GIT_ICASE_PATHSPECS", "GIT_IMPLICIT_WORK_TREE", "GIT_INDEX_FILE", "GIT_INDEX_VERSION",
-    "GIT_INTERNAL_SUPER_PREFIX", "GIT_LITERAL_PATHSPECS", "GIT_NAMESPACE", "GIT_NOGLOB_PATHSPECS",
-    "GIT_NO_REPLACE_OBJECTS", "GIT_OBJECT_DIRECTORY", "GIT_PREFIX", "GIT_QUARANTINE_PATH", "GIT_REFLOG_ACTION",
-    "GIT_REPLACE_REF_BASE", "GIT_SHALLOW_FILE", "GIT_WORK_TREE",
-}  # fmt: skip
-
-
 DOCS_DIGEST = "data.sha256"  # in the Data Docs: which data they show
 
 
@@ -66,37 +45,12 @@ def require_inside() -> None:
             )
 
 
-def own_environment() -> dict[str, str]:
-    """The environment for what we start: all telemetry off, no git but that of the folder it works in, a user."""
-    env = {name: value for name, value in os.environ.items() if name not in OF_A_CALLER}
-    return env | QUIET | unknown_user()
-
-
-def unknown_user() -> dict[str, str]:
-    """The variables by which DVC, Prefect and PyTorch know a user whom this machine does not: a name, a home folder."""
-    found = {}
-    try:
-        getpass.getuser()
-    except (KeyError, OSError):
-        found["USER"] = f"user-{os.getuid()}"
-    home = os.path.expanduser("~")
-    if not os.path.isdir(home) or (home == "/" and not os.access(home, os.W_OK)):  # as containers have it
-        own = Path.cwd() / "scratch" / "home"
-        own.mkdir(parents=True, exist_ok=True)
-        found["HOME"] = str(own)
-    return found
-
-
 def command(run: Callable[[], None]) -> None:
-    """Runs a command of the project in `own_environment`; an expected failure is one line and exit code 1.
+    """Runs a command of the project in an environment made fit; an expected failure is one line and exit code 1.
 
     DETR_TRACEBACK=1 in the environment shows where it came from.
     """
     surroundings.settle()
-    own = own_environment()
-    for name in os.environ.keys() - own.keys():
-        del os.environ[name]
-    os.environ.update(own)
     try:
         if "DVC_STAGE" in os.environ:
             require_inside()

@@ -33,6 +33,11 @@ def tracking_uri() -> str:
     return f"{SQLITE}{(project() / uri.removeprefix(SQLITE)).resolve()}" if uri.startswith(SQLITE) else uri
 
 
+def database_of(uri: str) -> Path | None:
+    """MLflow's SQLite file, None where a server has it."""
+    return Path(uri.removeprefix(SQLITE)) if uri.startswith(SQLITE) else None
+
+
 def require_known(uri: str) -> None:
     """Raises ValueError for an address that MLflow would take for another, or not at all after minutes."""
     place = uri.removeprefix(SQLITE)
@@ -56,8 +61,8 @@ def require_known(uri: str) -> None:
 
 def is_there() -> bool:
     """Whether there can be anything yet: a server, or a database file that was made before."""
-    uri = tracking_uri()
-    return not uri.startswith("sqlite:///") or Path(uri.removeprefix("sqlite:///")).exists()
+    database = database_of(tracking_uri())
+    return database is None or database.exists()
 
 
 def connect() -> "MlflowClient":
@@ -72,8 +77,8 @@ def connect() -> "MlflowClient":
     mlflow.set_tracking_uri(uri)
     mlflow.set_registry_uri(uri)
     try:
-        if uri.startswith("sqlite:///"):
-            prepare_database(Path(uri.removeprefix("sqlite:///")))
+        if database := database_of(uri):
+            prepare_database(database)
         client = mlflow.MlflowClient(uri, uri)
         client.search_experiments(max_results=1)
     except ValueError:
@@ -113,8 +118,8 @@ def find_run(client: "MlflowClient", fingerprint: str, name: str) -> str:
     """The id of the run tagged with the fingerprint of a training, made if there is none."""
     experiment = client.get_experiment_by_name(EXPERIMENT)
     if experiment is None:
-        uri = tracking_uri()
-        store = artifacts_beside(Path(uri.removeprefix("sqlite:///"))) if uri.startswith("sqlite:///") else None
+        database = database_of(tracking_uri())
+        store = artifacts_beside(database) if database else None
         try:
             experiment_id = client.create_experiment(EXPERIMENT, store)
         except Exception:  # another process may have been faster

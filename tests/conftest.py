@@ -13,7 +13,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch: models are small,
 
 from pipelines.database import make_database, relocate
 from pipelines.shapes import write_shapes
-from pipelines.stage import QUIET
+from pipelines.surroundings import QUIET
 
 pytest.register_assert_rewrite("tests.orchestra", "tests.registering", "tests.running")
 

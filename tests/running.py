@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from pipelines.stage import QUIET
+from pipelines.surroundings import QUIET
 from tests import warm
 
 ROOT = Path(__file__).parent.parent

@@ -10,7 +10,7 @@ import requests
 
 from pipelines.params import read_yaml
 from pipelines.services import SERVICE, environment, marked, past_proxies
-from pipelines.stage import QUIET
+from pipelines.surroundings import QUIET
 from tests.orchestra import answers_page, listeners
 from tests.running import ROOT, call
 

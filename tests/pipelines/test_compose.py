@@ -7,7 +7,7 @@ import pytest
 from ruamel.yaml import YAML
 
 from pipelines.params import to_yaml
-from pipelines.stage import QUIET
+from pipelines.surroundings import QUIET
 from tests.compose import COMPOSE, ONCE, SECRETS, interpolated
 from tests.running import ROOT, environment, needs
 

@@ -43,7 +43,8 @@ def test_progress_is_a_bar_on_a_terminal():
 STRANGER = """
 import getpass, os, pwd
 os.getuid = lambda: 54321
-from pipelines.stage import OF_A_CALLER, command
+from pipelines.stage import command
+from pipelines.surroundings import OF_A_CALLER
 def show():
     assert not OF_A_CALLER & os.environ.keys()
     print(getpass.getuser(), os.path.expanduser("~"))

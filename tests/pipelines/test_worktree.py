@@ -21,7 +21,7 @@ from pipelines.cache import cache_folder
 from pipelines.git import STALE_SECONDS, fetch
 from pipelines.params import read_yaml, to_yaml
 from pipelines.processes import WORKTREE, group
-from pipelines.stage import OF_A_CALLER
+from pipelines.surroundings import OF_A_CALLER
 from tests.projects import commit
 from tests.running import ROOT, call, environment
 
