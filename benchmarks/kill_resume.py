@@ -28,9 +28,9 @@ ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 
 from detr.checkpoint import load_state  # noqa: E402
+from pipelines.data.shapes import write_shapes  # noqa: E402
 from pipelines.download import DownloadParams  # noqa: E402
 from pipelines.params import from_document, merged, to_yaml  # noqa: E402
-from pipelines.shapes import write_shapes  # noqa: E402
 
 OUTPUTS = ("model.safetensors", "config.json", "history.jsonl")
 SMALL = [

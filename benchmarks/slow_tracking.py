@@ -36,8 +36,8 @@ def train(data: Path, epochs: int, tracked: bool) -> dict[str, float]:
     from detr.model import ModelConfig, build_model
     from detr.train import TrainConfig, fit
     from detr.transforms import TrainTransform
-    from pipelines.mirror import Mirror
     from pipelines.params import from_document, merged
+    from pipelines.registry.mirror import Mirror
 
     torch.set_num_threads(1)
     document = merged(ROOT, None, [f"train.epochs={epochs}", "train.log_steps=2", "train.evaluate_epochs=0"])
@@ -71,9 +71,9 @@ def measure(side: str, uri: str, data: Path, epochs: int) -> dict[str, float]:
 
 def compare(rounds: int, epochs: int, folder: Path) -> dict[str, list[dict[str, float]]]:
     """The measurements of each side, round by round; the first side of a round is another one each time."""
+    from pipelines.data.shapes import write_shapes
     from pipelines.download import DownloadParams
     from pipelines.params import from_document, merged
-    from pipelines.shapes import write_shapes
 
     document = merged(ROOT, None, [f"download.shapes.num_train={NUM_IMAGES}", "download.shapes.num_val=1"])
     write_shapes(from_document(document, "download", DownloadParams).shapes, folder)

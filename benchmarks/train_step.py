@@ -50,8 +50,8 @@ from detr.loader import Loader
 from detr.model import DETR, ModelConfig
 from detr.train import TrainConfig
 from detr.transforms import EvalTransform, TrainTransform
+from pipelines.data.shapes import ShapesParams, write_shapes
 from pipelines.params import from_document, merged
-from pipelines.shapes import ShapesParams, write_shapes
 
 PARTS = ("data", "forward", "matcher", "loss", "backward", "optimizer")
 PASSES = 3  # over the loaders

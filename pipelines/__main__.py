@@ -10,11 +10,14 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from pipelines import interruption, params, readiness, tracking, worktree
-from pipelines.git import check_repository, git, is_dirty
-from pipelines.overrides import parameters
+from pipelines import params
+from pipelines.registry import tracking
+from pipelines.retraining import readiness
 from pipelines.stage import command, write_json
 from pipelines.surroundings import QUIET, past_proxies
+from pipelines.workspace import interruption, worktree
+from pipelines.workspace.git import check_repository, git, is_dirty
+from pipelines.workspace.overrides import parameters
 
 PORTS = {"prefect": 4200, "mlflow": 5000, "docs": 8000, "dataset": 8001}
 PAGES = {"docs": Path("scratch/data_docs"), "dataset": Path("artifacts/validate/dataset")}
@@ -43,7 +46,7 @@ def run(preset: str | None, overrides: list[str], refresh: bool) -> None:
     readiness.check(root)
     if here:
         with worktree.only_one(root, lambda line: print(line, flush=True)):
-            from pipelines import flow, terminal
+            from pipelines.retraining import flow, terminal
 
             terminal.run(flow.pipeline, "params.yaml", root, refresh)
         summarize(root / "artifacts/evaluate", root / "artifacts/register/version.json")
@@ -53,7 +56,7 @@ def run(preset: str | None, overrides: list[str], refresh: bool) -> None:
         return
     if dirty:
         print("warning: uncommitted changes are not part of this run; it works at the last commit", file=sys.stderr)
-    from pipelines import flow, terminal
+    from pipelines.retraining import flow, terminal
 
     branch = terminal.run(flow.retrain, preset or "none", overrides, refresh=refresh)
     kept = root / "scratch" / branch
@@ -83,7 +86,7 @@ def summarize(evaluated: Path, registered: Path) -> None:
 
 def ui(which: str, port: int | None) -> None:
     """Serves the Prefect UI, the MLflow UI, the Data Docs or the dataset's page on 127.0.0.1 until interrupted."""
-    from pipelines import services
+    from pipelines.retraining import services
 
     root, port = Path.cwd(), port or PORTS[which]
     services.check_free(services.HOST, port, "--port")
@@ -93,7 +96,7 @@ def ui(which: str, port: int | None) -> None:
     database = tracking.database_of(tracking.tracking_uri()) or root / "mlflow.db"
     store = f"{tracking.SQLITE}{database}"
     if which == "mlflow":
-        from pipelines.database import prepare_database
+        from pipelines.registry.database import prepare_database
 
         prepare_database(database)
     arguments = {
@@ -110,7 +113,7 @@ def ui(which: str, port: int | None) -> None:
 
 def up(prefect_port: int, mlflow_port: int, host: str) -> None:
     """Starts everything for this machine in the background, and says where it is and how to use it from here."""
-    from pipelines import services
+    from pipelines.retraining import services
 
     urls, died = services.up(Path.cwd(), prefect_port, mlflow_port, host)
     python = os.path.relpath(sys.executable)
@@ -136,7 +139,8 @@ export {" ".join(f"{name}={shlex.quote(value)}" for name, value in settings.item
 
 def data(old: str | None, new: str | None, as_json: bool) -> None:
     """Prints the versions of the data in the history, or what changed from the one of `old` to that of `new`."""
-    from pipelines import changes, history, versions
+    from pipelines.data import changes, versions
+    from pipelines.workspace import history
 
     root = Path.cwd()
     opened = partial(history.open_version, root)
@@ -163,12 +167,12 @@ def execute(arguments: argparse.Namespace) -> None:
     elif arguments.verb == "up":
         up(arguments.prefect_port, arguments.mlflow_port, arguments.host)
     elif arguments.verb == "down":
-        from pipelines import services
+        from pipelines.retraining import services
 
         print(f"{services.down(Path.cwd())} processes stopped")
     elif arguments.verb == "automate":
-        from pipelines import automations, services
-        from pipelines.repro import call
+        from pipelines.retraining import automations, services
+        from pipelines.workspace.dvc import call
 
         automations.prepare(os.environ.get(services.WEBHOOK))
         if arguments.deploy:
@@ -179,23 +183,23 @@ def execute(arguments: argparse.Namespace) -> None:
     elif arguments.verb == "data":
         data(arguments.old, arguments.new, arguments.json)
     elif arguments.verb == "predict":
-        from pipelines.predict import predict
+        from pipelines.serving.predict import predict
 
         predict(arguments.paths, arguments.model, arguments.threshold, arguments.output)
     elif arguments.verb == "rollback":
-        from pipelines.registry import rollback
+        from pipelines.registry.aliases import rollback
 
         print(rollback())
     elif arguments.verb == "compare":
-        from pipelines.compare import compare
+        from pipelines.registry.compare import compare
 
         print(compare(Path.cwd(), arguments.versions))
     elif arguments.verb == "reproduce":
-        from pipelines.reproduce import reproduce
+        from pipelines.registry.reproduce import reproduce
 
         print(reproduce(Path.cwd(), arguments.model))
     elif arguments.verb == "table":
-        from pipelines.table import table
+        from pipelines.registry.paper_table import table
 
         print(table(Path.cwd(), arguments.quick))
     else:

@@ -9,11 +9,11 @@ from detr.model import ModelConfig
 from detr.official import URLS
 from detr.position import LearnedPosition
 from detr.train import TrainConfig
+from pipelines.data.shapes import CATEGORIES
 from pipelines.download import DownloadParams
 from pipelines.evaluate import EvaluateParams
 from pipelines.params import from_document, nearest
 from pipelines.register import RegisterParams
-from pipelines.shapes import CATEGORIES
 from pipelines.validate import ValidateParams
 
 KINDS: dict[str, type] = {

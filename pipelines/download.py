@@ -12,11 +12,12 @@ from pathlib import Path
 import msgspec
 
 from detr.annotation_file import Entries, as_utf8, parse
-from pipelines import looks, params
-from pipelines.archive import check_space, copy, extract, opened, pack
-from pipelines.fetch import Remote, claimed, fetch_all, shown, sizes_of
-from pipelines.shapes import ShapesParams, write_shapes
-from pipelines.sources import (
+from pipelines import params
+from pipelines.data import looks
+from pipelines.data.archive import check_space, copy, extract, opened, pack
+from pipelines.data.fetch import Remote, claimed, fetch_all, shown, sizes_of
+from pipelines.data.shapes import ShapesParams, write_shapes
+from pipelines.data.sources import (
     PICTURES,
     FileSources,
     addresses,

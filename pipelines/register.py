@@ -11,13 +11,14 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from pipelines import gate, params, registry, tracking
-from pipelines.gate import RegisterParams
-from pipelines.git import git, is_dirty
-from pipelines.lineage import EVALUATED, TRAINED, UNKNOWN, VALIDATED, collect_lineage, commit_in, git_diff
-from pipelines.looks import warn_of_other_source
-from pipelines.packaging import log_version
+from pipelines import params
+from pipelines.data.looks import warn_of_other_source
+from pipelines.registry import aliases, gate, tracking
+from pipelines.registry.gate import RegisterParams
+from pipelines.registry.lineage import EVALUATED, TRAINED, UNKNOWN, VALIDATED, collect_lineage, commit_in, git_diff
+from pipelines.registry.packaging import log_version
 from pipelines.stage import DATA, DOCS_DIGEST, command, write_json
+from pipelines.workspace.git import git, is_dirty
 
 OUTPUT = Path("artifacts/register")
 SCRATCH = Path("scratch")
@@ -37,11 +38,11 @@ def register(config: RegisterParams, output: Path) -> None:
     client = tracking.connect()
     mark = json.loads((TRAINED / "config.json").read_text(encoding="utf-8"))["fingerprint"]
     metrics = json.loads((EVALUATED / "metrics.json").read_text(encoding="utf-8"))
-    with registry.plainly("the registration"), registry.turn(client) as check:
-        registry.finish_rollback(client, check)
+    with aliases.plainly("the registration"), aliases.turn(client) as check:
+        aliases.finish_rollback(client, check)
         run_id = tracking.find_run(client, mark, f"train {mark}")
         publish(client, run_id, mark, metrics, lineage, diff)
-        version = registry.version_with(client, lineage["weights_sha256"])
+        version = aliases.version_with(client, lineage["weights_sha256"])
         if version is None:
             client.log_metric(run_id, "images_per_second", speed())
             tags = lineage | {name: str(value) for name, value in metrics.items()}
@@ -85,7 +86,7 @@ def settle(client: Any, version: Any, config: RegisterParams, check: Any) -> tup
             )
             client.log_artifacts(version.run_id, folder, "register")
         client.set_model_version_tag(tracking.MODEL, number, "decision_reason", reason)
-        registry.place(client, version, alias, check)
+        aliases.place(client, version, alias, check)
     client.set_model_version_tag(tracking.MODEL, number, "decision", alias if config.promote else HELD)
     return alias, reason
 
@@ -152,7 +153,7 @@ def class_metrics(path: Path) -> dict[str, float]:
     found = {}
     for name, row in zip(names, rows, strict=True):
         suffix = "" if names.count(name) == 1 and name.strip(".") else f"_{row['category_id']}"
-        found[f"{registry.CLASS_AP}{name}{suffix}"] = float(row["AP"])
+        found[f"{aliases.CLASS_AP}{name}{suffix}"] = float(row["AP"])
     return found
 
 

@@ -35,9 +35,9 @@ from detr.train import TrainConfig, fit
 from detr.transforms import EvalTransform, TrainTransform
 from pipelines import params
 from pipelines.launch import PREEMPTED, die_with_parent, launch, record_failure
-from pipelines.mirror import Mirror
+from pipelines.registry.mirror import Mirror
+from pipelines.registry.tracking import sha256
 from pipelines.stage import DATA, EXPECTED, command
-from pipelines.tracking import sha256
 from pipelines.training_log import Log
 
 PASSED = Path("artifacts/validate/passed.json")

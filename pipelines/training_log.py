@@ -19,7 +19,7 @@ from detr.coco import CocoDataset
 from detr.judge import coco_metrics
 from detr.train import Report, TrainConfig
 from detr.visualize import beside_truth
-from pipelines.mirror import Mirror
+from pipelines.registry.mirror import Mirror
 from pipelines.stage import Progress, explain
 
 NUM_PICTURES = 4  # examples at each evaluation

@@ -8,13 +8,14 @@ from typing import Any
 
 import pandas as pd
 
-from pipelines import params, registry
-from pipelines.dataset_page import write_page
-from pipelines.distribution import distances, statistics
-from pipelines.pictures import pictures_of
-from pipelines.rules import Rule, ValidateParams, describe, rules
+from pipelines import params
+from pipelines.data.distribution import distances, statistics
+from pipelines.data.page import write_page
+from pipelines.data.pictures import pictures_of
+from pipelines.data.rules import Rule, ValidateParams, describe, rules
+from pipelines.data.tables import tabulate
+from pipelines.registry import aliases
 from pipelines.stage import DATA, DOCS_DIGEST, FILES, Progress, command, write_json
-from pipelines.tables import tabulate
 
 OUTPUT = Path("artifacts/validate")
 DATA_DOCS = Path("scratch/data_docs")
@@ -204,7 +205,7 @@ def _row(table: str, frame: pd.DataFrame, rule: Rule, tolerated: int, result: An
 def champions_statistics() -> dict[str, Any] | None:
     """The statistics of the data that the champion was trained on, or None, said, where they cannot be had."""
     try:
-        return registry.champions_file("validate/statistics.json")
+        return aliases.champions_file("validate/statistics.json")
     except ValueError as error:
         print(f"warning: drift from the champion's data is not judged: {error}", flush=True)
         return None

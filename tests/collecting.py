@@ -9,10 +9,11 @@ from functools import partial
 
 from ruamel.yaml import YAML
 
-from pipelines import tracking, worktree
-from pipelines.collect import collect
-from pipelines.database import relocate
 from pipelines.params import to_yaml
+from pipelines.registry import tracking
+from pipelines.registry.database import relocate
+from pipelines.retraining.collect import collect
+from pipelines.workspace import worktree
 from tests.running import ROOT, call, environment
 
 OLD = time.time() - 30 * 86400

@@ -13,7 +13,7 @@ from pathlib import Path
 import boto3
 from ruamel.yaml import YAML
 
-from pipelines import services
+from pipelines.retraining import services
 from tests.running import ROOT, environment, free_port
 
 COMPOSE = YAML(typ="safe").load(ROOT / "compose.yaml")

@@ -11,8 +11,8 @@ import pytest
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch: models are small, and threads would wait for each other
 
-from pipelines.database import make_database, relocate
-from pipelines.shapes import write_shapes
+from pipelines.data.shapes import write_shapes
+from pipelines.registry.database import make_database, relocate
 from pipelines.surroundings import QUIET
 
 pytest.register_assert_rewrite("tests.orchestra", "tests.registering", "tests.running")

@@ -5,8 +5,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from pipelines.data.sources import FileSources
 from pipelines.download import DownloadParams, download
-from pipelines.sources import FileSources
 from pipelines.stage import FILES
 from tests.bad_line import Site, serving
 from tests.projects import SHAPES

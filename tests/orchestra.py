@@ -17,8 +17,8 @@ from typing import Any
 import psutil
 import requests
 
-from pipelines.processes import environment
-from pipelines.services import SERVICE, marked
+from pipelines.retraining.services import SERVICE, marked
+from pipelines.workspace.processes import environment
 from tests import warm
 from tests.projects import commit
 from tests.running import call, free_port

@@ -20,10 +20,10 @@ from detr.matcher import MatcherConfig
 from detr.model import DETR, ModelConfig
 from detr.train import TrainConfig
 from detr.transforms import TransformConfig
-from pipelines.database import relocate
+from pipelines.data.rules import ValidateParams
+from pipelines.data.shapes import ShapesParams
 from pipelines.params import from_document, merged, read_yaml, to_yaml
-from pipelines.rules import ValidateParams
-from pipelines.shapes import ShapesParams
+from pipelines.registry.database import relocate
 from tests.running import ROOT, call
 
 TINY = [

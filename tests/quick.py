@@ -142,7 +142,7 @@ def evaluate(params: dict) -> None:
 
 
 def register(params: dict) -> None:
-    from pipelines import registry, tracking
+    from pipelines.registry import aliases, tracking
 
     def git(*arguments: str) -> str:
         return subprocess.run(["git", *arguments], capture_output=True, encoding="utf-8", check=False).stdout.strip()
@@ -151,7 +151,7 @@ def register(params: dict) -> None:
     fingerprint = json.loads((TRAINED / "config.json").read_text(encoding="utf-8"))["fingerprint"]
     metrics = json.loads((EVALUATED / "metrics.json").read_text(encoding="utf-8"))
     weights = tracking.sha256(TRAINED / "model.safetensors")
-    with registry.plainly("the registration"), registry.turn(client) as check:
+    with aliases.plainly("the registration"), aliases.turn(client) as check:
         run_id = tracking.find_run(client, fingerprint, f"train {fingerprint}")
         version = next((v for v in tracking.versions(client) if v.tags["weights_sha256"] == weights), None)
         if version is None:
@@ -172,10 +172,10 @@ def register(params: dict) -> None:
             version = registry_version(client, source, run_id, tags)
         alias = version.tags.get("decision", "held back")
         if alias == "held back":
-            champion = registry.champion(client)
+            champion = aliases.champion(client)
             better = champion is None or float(champion.tags["AP"]) < metrics["AP"]
             alias = "champion" if better and params["register"]["promote"] else "challenger"
-            registry.place(client, version, alias, check)
+            aliases.place(client, version, alias, check)
             alias = alias if params["register"]["promote"] else "held back"
             client.set_model_version_tag(tracking.MODEL, version.version, "decision", alias)
     number = int(version.version)

@@ -15,8 +15,8 @@ from tests.running import ROOT, call
 REGISTER = """
 import sys
 from pathlib import Path
-from pipelines import tracking
-from pipelines.packaging import log_version
+from pipelines.registry import tracking
+from pipelines.registry.packaging import log_version
 client = tracking.connect()
 run_id = tracking.find_run(client, sys.argv[2], sys.argv[2])
 version = log_version(run_id, Path(sys.argv[1]), sys.argv[3], {"fingerprint": sys.argv[2]})

@@ -2,7 +2,7 @@
 
 import subprocess
 
-from pipelines.tracking import MODEL
+from pipelines.registry.tracking import MODEL
 from tests.running import ROOT, call, environment
 
 COMMAND = ("python", "-m", "pipelines.register")

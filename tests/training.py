@@ -15,7 +15,7 @@ import pytest
 from benchmarks.kill_resume import OUTPUTS, prepare
 from detr.checkpoint import load_state
 from pipelines.params import read_yaml, to_yaml
-from pipelines.repro import reproduce
+from pipelines.workspace.dvc import reproduce
 from tests.running import ROOT, call, environment
 
 COMMAND = ("python", "-m", "pipelines.train")

@@ -11,9 +11,9 @@ from pathlib import Path
 
 import pytest
 
-from pipelines import tracking
-from pipelines.cache import bytes_in, cache_folder
 from pipelines.params import to_yaml
+from pipelines.registry import tracking
+from pipelines.workspace.cache import bytes_in, cache_folder
 from tests.collecting import OLD, collectable, collected, parameters, register, run, weights_in_cache
 from tests.running import ROOT, call, environment, free_port
 
@@ -28,7 +28,7 @@ run(Path.cwd(), "killed", 7, ends=lambda: os.kill(os.getpid(), signal.SIGKILL))
 COLLECT = """
 import sys
 from pathlib import Path
-from pipelines.collect import collect
+from pipelines.retraining.collect import collect
 print(collect(Path.cwd(), 0, False, False, print).headline)
 """
 

@@ -9,9 +9,9 @@ from contextlib import closing
 import pytest
 from PIL import Image
 
-from pipelines import tracking
-from pipelines.compare import compare
 from pipelines.params import merged, to_yaml
+from pipelines.registry import tracking
+from pipelines.registry.compare import compare
 from tests.projects import reference
 from tests.running import call
 

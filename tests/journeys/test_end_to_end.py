@@ -112,7 +112,7 @@ def test_force_leaves_the_lock_byte_for_byte(project):
 
 def mlflow_client(project, monkeypatch):
     monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{project}/mlflow.db")
-    from pipelines.tracking import connect
+    from pipelines.registry.tracking import connect
 
     return connect()
 

@@ -4,8 +4,8 @@ import shutil
 
 import pytest
 
-from pipelines import tracking
 from pipelines.params import to_yaml
+from pipelines.registry import tracking
 from tests.collecting import OLD, collectable, collected, parameters, train, weights_in_cache
 from tests.projects import quick_project
 from tests.running import call

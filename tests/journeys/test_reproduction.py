@@ -2,7 +2,7 @@
 
 import pytest
 
-from pipelines.tracking import connect, named_version, sha256
+from pipelines.registry.tracking import connect, named_version, sha256
 from tests.projects import reference
 from tests.reproductions import everything_of, made_again, written
 

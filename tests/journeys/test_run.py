@@ -10,8 +10,8 @@ from contextlib import closing
 import pytest
 
 from detr.judge import METRICS
-from pipelines.git import is_dirty
-from pipelines.worktree import only_one
+from pipelines.workspace.git import is_dirty
+from pipelines.workspace.worktree import only_one
 from tests.projects import commit, reference, small_project
 from tests.running import call, environment
 

@@ -9,7 +9,7 @@ import pytest
 import requests
 
 from pipelines.params import read_yaml
-from pipelines.services import SERVICE, environment, marked, past_proxies
+from pipelines.retraining.services import SERVICE, environment, marked, past_proxies
 from pipelines.surroundings import QUIET
 from tests.orchestra import answers_page, listeners
 from tests.running import ROOT, call

@@ -8,7 +8,7 @@ import time
 
 import pytest
 
-from pipelines.services import log_of, marked, start, wait_for
+from pipelines.retraining.services import log_of, marked, start, wait_for
 from tests.orchestra import connections
 from tests.projects import quick_project
 from tests.running import call, environment, free_port

@@ -12,10 +12,10 @@ from datetime import datetime
 import pytest
 import requests
 
-from pipelines.history import data_version
-from pipelines.markdown import plain
+from pipelines.data.shapes import write_shapes
 from pipelines.params import merged, to_yaml
-from pipelines.shapes import write_shapes
+from pipelines.registry.markdown import plain
+from pipelines.workspace.history import data_version
 from tests.orchestra import branch
 from tests.projects import SHAPES
 

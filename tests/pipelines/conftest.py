@@ -3,7 +3,7 @@
 import pytest
 from urllib3.util import Retry
 
-from pipelines import fetch
+from pipelines.data import fetch
 from tests.bad_line import Site, serving
 from tests.pipelines.fetching import CONTENT
 

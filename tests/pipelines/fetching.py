@@ -5,8 +5,8 @@ import random
 import threading
 from pathlib import Path
 
-from pipelines.fetch import Remote, claimed, fetch_all, sizes_of
-from pipelines.part import Part
+from pipelines.data.fetch import Remote, claimed, fetch_all, sizes_of
+from pipelines.data.part import Part
 from pipelines.stage import Progress
 
 CONTENT = random.Random(0).randbytes(10_000)

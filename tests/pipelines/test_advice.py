@@ -6,10 +6,10 @@ import pytest
 from torch.distributed.elastic.multiprocessing.errors import ProcessFailure
 
 from detr.diagnosis import memory_explained
-from pipelines.advice import AGAIN, STAGES, advise
 from pipelines.launch import explain_end
+from pipelines.registry.tracking import connect_to_models
+from pipelines.retraining.advice import AGAIN, STAGES, advise
 from pipelines.stage import explain
-from pipelines.tracking import connect_to_models
 
 
 def out_of_memory():

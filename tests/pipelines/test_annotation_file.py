@@ -13,8 +13,8 @@ from detr.annotation_file import complain, read_truth
 from detr.bootstrap import bootstrap_ap, match
 from detr.coco import load_annotations
 from detr.judge import coco_metrics, from_results, to_results
-from pipelines.gate import RegisterParams, check_protected, names_of
-from pipelines.tables import tabulate
+from pipelines.data.tables import tabulate
+from pipelines.registry.gate import RegisterParams, check_protected, names_of
 from tests.downloads import fetch
 from tests.projects import detections_like
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from pipelines.archive import check_space, copy, extract, opened, pack
+from pipelines.data.archive import check_space, copy, extract, opened, pack
 
 
 def zipped(path, *entries, method=zipfile.ZIP_STORED):

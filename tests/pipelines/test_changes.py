@@ -9,9 +9,9 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from pipelines.changes import difference, report
+from pipelines.data.changes import difference, report
+from pipelines.data.versions import DataFile, DataVersion
 from pipelines.stage import FILES
-from pipelines.versions import DataFile, DataVersion
 
 TORN = {"torn": b""}
 CLASSES = {3: "cat", 7: "dog", 90: "bird"}

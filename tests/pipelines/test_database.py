@@ -7,8 +7,8 @@ from urllib.request import url2pathname
 
 import pytest
 
-from pipelines import tracking
-from pipelines.database import make_database, relocate
+from pipelines.registry import tracking
+from pipelines.registry.database import make_database, relocate
 
 
 @pytest.fixture

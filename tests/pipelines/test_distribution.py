@@ -4,8 +4,8 @@ from copy import deepcopy
 import numpy as np
 import pytest
 
-from pipelines.distribution import LIMITS, _distance, distances, statistics
-from pipelines.tables import tabulate
+from pipelines.data.distribution import LIMITS, _distance, distances, statistics
+from pipelines.data.tables import tabulate
 
 
 @pytest.fixture(scope="module")

@@ -10,9 +10,9 @@ from pathlib import Path
 import pytest
 from urllib3.util import Retry
 
-import pipelines.fetch
+import pipelines.data.fetch
+from pipelines.data.sources import FileSources
 from pipelines.download import DownloadParams, download
-from pipelines.sources import FileSources
 from pipelines.stage import FILES
 from tests.bad_line import Answer
 from tests.downloads import coco_site, fetch, same, unpacked, urls
@@ -21,7 +21,7 @@ from tests.projects import SHAPES
 
 @pytest.fixture(autouse=True)
 def _impatient(monkeypatch):
-    monkeypatch.setattr(pipelines.fetch, "RETRY", Retry(total=1))
+    monkeypatch.setattr(pipelines.data.fetch, "RETRY", Retry(total=1))
     monkeypatch.setenv("NO_PROXY", "127.0.0.1")
 
 

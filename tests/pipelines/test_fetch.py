@@ -7,8 +7,8 @@ import pytest
 import requests
 from urllib3.util import Retry
 
-from pipelines import fetch
-from pipelines.fetch import Interrupted, Remote, shown, sizes_of
+from pipelines.data import fetch
+from pipelines.data.fetch import Interrupted, Remote, shown, sizes_of
 from tests.bad_line import Answer, Site, serving
 from tests.pipelines.fetching import CONTENT, SUM, get, kept, part_in
 

@@ -2,7 +2,7 @@
 
 import pytest
 
-from pipelines.fetch import Remote, claimed, fetch_all, sizes_of
+from pipelines.data.fetch import Remote, claimed, fetch_all, sizes_of
 from tests.bad_line import Answer
 from tests.pipelines.fetching import CONTENT, OTHER, SUM, get
 

@@ -5,7 +5,7 @@ import hashlib
 import pytest
 from urllib3.util import Retry
 
-from pipelines import fetch
+from pipelines.data import fetch
 from tests.bad_line import DATE, Answer
 from tests.pipelines.fetching import CONTENT, OTHER, SUM, get, kept
 

@@ -3,7 +3,7 @@
 import pytest
 from prefect.states import Failed
 
-from pipelines.flow import RETRIES, RETRY_SECONDS, needs_time
+from pipelines.retraining.flow import RETRIES, RETRY_SECONDS, needs_time
 
 
 @pytest.mark.parametrize(

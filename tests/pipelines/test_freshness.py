@@ -7,11 +7,12 @@ import time
 
 import pytest
 
-from pipelines import download, looks
-from pipelines.freshness import reproduce_download
-from pipelines.looks import look_at_path
+from pipelines import download
+from pipelines.data import looks
+from pipelines.data.looks import look_at_path
+from pipelines.data.sources import split_place
 from pipelines.params import merged
-from pipelines.sources import split_place
+from pipelines.workspace.freshness import reproduce_download
 from tests.projects import quick_project
 from tests.running import ROOT, call
 

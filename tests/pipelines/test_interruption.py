@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from pipelines import interruption, processes
+from pipelines.workspace import interruption, processes
 
 
 @pytest.fixture(autouse=True)

@@ -9,12 +9,14 @@ import torch
 from PIL import Image
 
 from detr.visualize import draw
-from pipelines import dataset_page, figures, labels, predict
+from pipelines import figures, labels
+from pipelines.data import page
 from pipelines.evaluate import write_table
 from pipelines.labels import LONGEST, drawable, fonts_for, letters_of, picture_font
 from pipelines.register import class_metrics
-from pipelines.registry import CLASS_AP
-from pipelines.tracking import connect, find_run, log_params
+from pipelines.registry.aliases import CLASS_AP
+from pipelines.registry.tracking import connect, find_run, log_params
+from pipelines.serving import predict
 from tests.hostile import NAMES
 
 
@@ -89,9 +91,9 @@ def test_letters_beyond_western_europe_are_no_empty_boxes():
 
 def test_every_name_stands_on_the_page_of_the_dataset(tmp_path):
     counts = {"class": dict.fromkeys(NAMES, 3), "box_centres": [[1]]}
-    counts |= {key: {"all": 1} for key in dataset_page.TITLES}
+    counts |= {key: {"all": 1} for key in page.TITLES}
     with labels.drawn_plainly(NAMES):
-        dataset_page._draw_charts(tmp_path, {"train": counts, "val": counts})
+        page._draw_charts(tmp_path, {"train": counts, "val": counts})
     assert png(tmp_path / "classes.png").any()
 
 

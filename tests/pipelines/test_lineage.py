@@ -7,9 +7,9 @@ from pathlib import Path
 import pytest
 
 from pipelines import register
-from pipelines.git import git
-from pipelines.lineage import commit_in, git_diff, val_digest, validation
-from pipelines.worktree import apply
+from pipelines.registry.lineage import commit_in, git_diff, val_digest, validation
+from pipelines.workspace.git import git
+from pipelines.workspace.worktree import apply
 from tests.running import call
 
 SETTINGS = (
@@ -128,7 +128,7 @@ def test_nothing_of_the_repository_changes(project):
 
 
 def test_a_diff_that_git_cannot_apply_is_a_failure(project, monkeypatch):
-    monkeypatch.setattr("pipelines.lineage.PLAIN", ("--patch", "--no-prefix"))
+    monkeypatch.setattr("pipelines.registry.lineage.PLAIN", ("--patch", "--no-prefix"))
     with pytest.raises(ValueError, match="git apply --cached"):
         git_diff()
 

@@ -4,7 +4,7 @@ import hashlib
 
 import pytest
 
-from pipelines.part import UNKNOWN, Stopped
+from pipelines.data.part import UNKNOWN, Stopped
 from tests.pipelines.fetching import part_in
 
 

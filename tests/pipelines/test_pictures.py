@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from pipelines import pictures
-from pipelines.pictures import Picture, find, inspect, look, members, read
+from pipelines.data import pictures
+from pipelines.data.pictures import Picture, find, inspect, look, members, read
 from tests.running import ROOT
 
 
@@ -85,7 +85,7 @@ def print_peak(*values):
 DAMAGED = f"""{PEAK}
 import sys
 from detr.pixels import decode_pixels
-from pipelines.pictures import look
+from pipelines.data.pictures import look
 from tests.damage import DAMAGES, damaged_pictures
 held = dict.fromkeys(DAMAGES, 0)
 for number, (kind, data) in enumerate(damaged_pictures(seed=int(sys.argv[1]), each=45)):

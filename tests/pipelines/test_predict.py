@@ -13,8 +13,8 @@ import pytest
 from PIL import Image
 
 from pipelines.evaluate import EvaluateParams, evaluate
-from pipelines.packaging import detections_of, load
-from pipelines.predict import draw, unused
+from pipelines.registry.packaging import detections_of, load
+from pipelines.serving.predict import draw, unused
 from tests import registered
 from tests.running import ROOT, call, environment
 

@@ -5,7 +5,7 @@ import sys
 
 import pytest
 
-from pipelines.processes import is_error
+from pipelines.workspace.processes import is_error
 from tests.running import ROOT
 from tests.terminal import Terminal
 
@@ -14,7 +14,7 @@ import json
 import sys
 from collections import deque
 from pathlib import Path
-from pipelines.processes import group
+from pipelines.workspace.processes import group
 lines = deque()
 with group([sys.executable, "-c", sys.argv[1]], Path(), lines, {}) as process:
     process.stdout.read()

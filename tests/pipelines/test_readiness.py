@@ -11,8 +11,9 @@ import torch
 
 from detr.distributed import num_threads, process_group
 from detr.loader import Loader
-from pipelines import readiness, surroundings
-from pipelines.tracking import connect, find_run, tracking_uri
+from pipelines import surroundings
+from pipelines.registry.tracking import connect, find_run, tracking_uri
+from pipelines.retraining import readiness
 from tests.running import ROOT, call, free_port
 
 

@@ -3,7 +3,7 @@
 import pytest
 
 from pipelines.register import class_metrics, training_seconds
-from pipelines.tracking import connect
+from pipelines.registry.tracking import connect
 
 
 def test_names_of_categories_as_metrics(local, tmp_path):

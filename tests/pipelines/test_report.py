@@ -9,9 +9,9 @@ import pytest
 from markdown_it import MarkdownIt
 from PIL import Image
 
-from pipelines import advice, report
-from pipelines.markdown import fenced, plain, table
-from pipelines.montage import montage
+from pipelines.registry.markdown import fenced, plain, table
+from pipelines.retraining import advice, report
+from pipelines.retraining.montage import montage
 from tests.running import free_port
 
 HOSTILE = (

@@ -6,9 +6,9 @@ from dataclasses import replace
 
 import pytest
 
-from pipelines.rules import KINDS, rules
-from pipelines.shapes import write_shapes
-from pipelines.tables import tabulate
+from pipelines.data.rules import KINDS, rules
+from pipelines.data.shapes import write_shapes
+from pipelines.data.tables import tabulate
 from pipelines.validate import judge, quiet_context
 from tests.pipelines import annotation_defects, picture_defects
 from tests.pipelines.defects import Dataset

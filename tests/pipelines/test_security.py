@@ -10,11 +10,11 @@ from prefect.utilities.callables import parameter_schema
 from pydantic import TypeAdapter, ValidationError
 from ruamel.yaml import YAML
 
-from pipelines import flow
-from pipelines.git import full_commit
-from pipelines.overrides import DATA_ROOTS, absolute_paths, confine, parameters
 from pipelines.params import read_yaml, to_yaml
-from pipelines.redaction import hidden
+from pipelines.retraining import flow
+from pipelines.workspace.git import full_commit
+from pipelines.workspace.overrides import DATA_ROOTS, absolute_paths, confine, parameters
+from pipelines.workspace.redaction import hidden
 from tests.hostile import BOMB, HOSTILE, WITH_PASSWORDS
 from tests.running import ROOT
 

@@ -1,6 +1,6 @@
 """`up` with stand-ins for both servers: what it tells them, and that one which fails ends it."""
 
-from pipelines.services import log_of, marked
+from pipelines.retraining.services import log_of, marked
 from tests.running import ROOT, call, free_port
 
 NAMES = ("PREFECT_API_URL", "PREFECT_SERVER_CORS_ALLOWED_ORIGINS", "MLFLOW_TRACKING_URI", "MLFLOW_SERVER_ALLOWED_HOSTS")

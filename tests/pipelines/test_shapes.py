@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from pipelines.shapes import CATEGORIES, draw_scene, write_shapes
+from pipelines.data.shapes import CATEGORIES, draw_scene, write_shapes
 from tests.projects import SHAPES
 
 

@@ -15,9 +15,9 @@ from torchvision.io import write_png
 
 from detr.checkpoint import Category, InputSize, save_model
 from detr.model import build_model
-from pipelines.mirror import Mirror
 from pipelines.params import merged, to_yaml
-from pipelines.tracking import (
+from pipelines.registry.mirror import Mirror
+from pipelines.registry.tracking import (
     connect,
     fill_in,
     fill_in_pictures,
@@ -149,7 +149,7 @@ def test_without_a_row_there_is_no_run(tmp_path, monkeypatch):
 
 
 def test_system_metrics_go_along(local, monkeypatch):
-    monkeypatch.setattr("pipelines.mirror.TICK_SECONDS", 0.1)
+    monkeypatch.setattr("pipelines.registry.mirror.TICK_SECONDS", 0.1)
     mirror = mirrored(ROWS[:2])
     eventually(lambda: not mirror._rows and mirror._client)
     client, name = connect(), "system/cpu_utilization_percentage"
@@ -170,7 +170,7 @@ def test_system_metrics_go_along(local, monkeypatch):
 
 
 def test_the_mirror_goes_on_once_a_store_is_there(local, pictures, monkeypatch, capsys):
-    monkeypatch.setattr("pipelines.mirror.TICK_SECONDS", 0.1)
+    monkeypatch.setattr("pipelines.registry.mirror.TICK_SECONDS", 0.1)
     with absent_server() as uri, monkeypatch.context() as away:
         away.setenv("MLFLOW_TRACKING_URI", uri)
         mirror = mirrored(ROWS[:3], pictures[:1])
@@ -198,7 +198,7 @@ def test_the_mirror_survives_a_server_that_is_not_there(monkeypatch, capsys):
 
 
 def test_the_mirror_does_not_wait_for_a_server_that_hangs(monkeypatch):
-    monkeypatch.setattr("pipelines.mirror.ANSWER_SECONDS", 600)
+    monkeypatch.setattr("pipelines.registry.mirror.ANSWER_SECONDS", 600)
     with silent_server() as uri:
         monkeypatch.setenv("MLFLOW_TRACKING_URI", uri)
         mirror = mirrored(ROWS)
@@ -210,9 +210,9 @@ def test_the_mirror_does_not_wait_for_a_server_that_hangs(monkeypatch):
 def test_a_process_ends_while_its_server_hangs_and_never_imports_mlflow(tmp_path):
     code = f"""
 import sys
-import pipelines.mirror
-pipelines.mirror.ANSWER_SECONDS = 600
-mirror = pipelines.mirror.Mirror("abc", "train abc", {{}})
+import pipelines.registry.mirror
+pipelines.registry.mirror.ANSWER_SECONDS = 600
+mirror = pipelines.registry.mirror.Mirror("abc", "train abc", {{}})
 for row in {ROWS}:
     mirror.put(row)
 mirror.close()
@@ -358,7 +358,7 @@ def test_an_unreachable_server_is_named(monkeypatch):
 def test_a_process_that_ends_while_the_database_is_made_leaves_none(tmp_path, monkeypatch):
     """MLflow migrates a new file in dozens of steps; half of them would be an error for ever."""
     monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path}/mlflow.db")
-    code = "from pipelines.tracking import connect; connect()"
+    code = "from pipelines.registry.tracking import connect; connect()"
     env = environment(PYTHONPATH=str(ROOT), MLFLOW_TRACKING_URI=f"sqlite:///{tmp_path}/mlflow.db")
     with subprocess.Popen([sys.executable, "-c", code], env=env, stderr=subprocess.DEVNULL) as maker:
         while not list(tmp_path.glob("mlflow.db.*.partial")):

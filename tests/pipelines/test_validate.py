@@ -17,9 +17,9 @@ from detr.coco import CocoDataset, load_annotations
 from detr.images import open_images
 from detr.judge import coco_metrics
 from detr.transforms import EvalTransform
+from pipelines.data.rules import KINDS, ValidateParams, describe, rules
+from pipelines.data.tables import pictures_of, tabulate
 from pipelines.params import from_document, merged
-from pipelines.rules import KINDS, ValidateParams, describe, rules
-from pipelines.tables import pictures_of, tabulate
 from pipelines.validate import digest, judge, quiet_context, validate
 from tests.projects import validate_params
 from tests.running import ROOT

@@ -7,10 +7,10 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from pipelines import verdict
 from pipelines.params import read_yaml
-from pipelines.reproduce import chain
-from pipelines.tracking import sha256
+from pipelines.registry import verdict
+from pipelines.registry.reproduce import chain
+from pipelines.registry.tracking import sha256
 from tests.running import ROOT
 
 HISTORY = [

@@ -8,10 +8,11 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
 
-from pipelines import looks, watch
+from pipelines.data import looks
+from pipelines.data.shapes import write_shapes
+from pipelines.data.sources import sources_in
 from pipelines.params import merged, to_yaml
-from pipelines.shapes import write_shapes
-from pipelines.sources import sources_in
+from pipelines.retraining import watch
 from tests.projects import SHAPES, commit, quick_project
 from tests.running import ROOT, call, free_port
 

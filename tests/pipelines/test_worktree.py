@@ -16,12 +16,12 @@ import pytest
 from dulwich.repo import Repo as DulwichRepo
 from dvc.repo import Repo
 
-from pipelines import worktree
-from pipelines.cache import cache_folder
-from pipelines.git import STALE_SECONDS, fetch
 from pipelines.params import read_yaml, to_yaml
-from pipelines.processes import WORKTREE, group
 from pipelines.surroundings import OF_A_CALLER
+from pipelines.workspace import worktree
+from pipelines.workspace.cache import cache_folder
+from pipelines.workspace.git import STALE_SECONDS, fetch
+from pipelines.workspace.processes import WORKTREE, group
 from tests.projects import commit
 from tests.running import ROOT, call, environment
 
@@ -273,9 +273,7 @@ def test_fetches_take_turns(root, tmp_path_factory):
     far = tmp_path_factory.mktemp("far")
     call(far, "git", "clone", "--quiet", "--bare", str(root), "far.git")
     call(root, "git", "remote", "add", "origin", str(far / "far.git"))
-    code = (
-        "import sys; from pathlib import Path; from pipelines.git import fetch; fetch(Path(sys.argv[1]), 'origin/main')"
-    )
+    code = "import sys; from pathlib import Path; from pipelines.workspace.git import fetch; fetch(Path(sys.argv[1]), 'origin/main')"
     command = [sys.executable, "-c", code, str(root)]
     with (root / "scratch/fetch.lock").open("a", encoding="utf-8") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)

@@ -45,7 +45,7 @@ def validated(tmp_path_factory):
     overrides = ("train.epochs=4", "train.evaluate_epochs=0", "evaluate.num_pictures=0")
     project = small_project(tmp_path_factory.mktemp("validated"), *overrides)
     call(project, *command(WORKER["template"]["spec"]["initContainers"][0]))
-    call(project, "python", "-c", "from pipelines.tracking import connect; connect()")
+    call(project, "python", "-c", "from pipelines.registry.tracking import connect; connect()")
     return project
 
 

@@ -8,7 +8,7 @@ from contextlib import closing, suppress
 import pytest
 import requests
 
-from pipelines.worktree import only_one
+from pipelines.workspace.worktree import only_one
 from tests.orchestra import services
 from tests.projects import commit, quick_project
 from tests.running import free_port
@@ -58,8 +58,8 @@ def test_pressed_again_it_does_not_wait_for_a_stage_that_does_not_end(project):
     """For which a first key has it wait for an hour here; a second would end it without a word to Prefect after another."""
     for file, was, now in (
         ("quick.py", "lambda number, frame: asked.append(number)", "signal.SIG_IGN"),
-        ("pipelines/processes.py", "STOP_SECONDS = 15", "STOP_SECONDS = 3600"),
-        ("pipelines/interruption.py", "HURRY_SECONDS = 5.0", "HURRY_SECONDS = 3600.0"),
+        ("pipelines/workspace/processes.py", "STOP_SECONDS = 15", "STOP_SECONDS = 3600"),
+        ("pipelines/workspace/interruption.py", "HURRY_SECONDS = 5.0", "HURRY_SECONDS = 3600.0"),
     ):
         text = (project / file).read_text(encoding="utf-8")
         assert was in text

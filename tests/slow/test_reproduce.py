@@ -10,7 +10,7 @@ import psutil
 import pytest
 
 from pipelines.params import read_yaml, to_yaml
-from pipelines.tracking import connect, sha256
+from pipelines.registry.tracking import connect, sha256
 from tests.projects import reference
 from tests.reproductions import everything_of, made_again, written
 from tests.running import call, environment, mlflow_server

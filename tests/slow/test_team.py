@@ -12,8 +12,8 @@ from pathlib import Path
 
 import pytest
 
-from pipelines import services
-from pipelines.automations import MOST_ATTEMPTS
+from pipelines.retraining import services
+from pipelines.retraining.automations import MOST_ATTEMPTS
 from tests.compose import COMPOSE, SECRETS, Team
 from tests.orchestra import Services, answers_page, listening
 from tests.projects import detections_like, small_project, trained_project

@@ -9,7 +9,7 @@ from types import SimpleNamespace
 import pytest
 import requests
 
-from pipelines.services import marked
+from pipelines.retraining.services import marked
 from tests.orchestra import answers_page, listeners, listening, services
 from tests.projects import quick_project
 from tests.running import call, free_port

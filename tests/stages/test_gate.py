@@ -5,9 +5,9 @@ import shutil
 
 import pytest
 
-from pipelines import gate
-from pipelines.lineage import val_digest
-from pipelines.tracking import MODEL, connect
+from pipelines.registry import gate
+from pipelines.registry.lineage import val_digest
+from pipelines.registry.tracking import MODEL, connect
 
 pytestmark = pytest.mark.usefixtures("warm_python")
 

@@ -5,9 +5,9 @@ from dataclasses import replace
 
 import pytest
 
+from pipelines.data.shapes import write_shapes
 from pipelines.download import DownloadParams
 from pipelines.params import from_document, merged, to_yaml
-from pipelines.shapes import write_shapes
 from tests.running import ROOT, call
 
 # Of the demo as params.yaml has it, but for two epochs of 192 scenes and 4 steps of warmup: means of 6 steps each. Measured

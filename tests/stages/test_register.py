@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from pipelines import gate, registry
-from pipelines.tracking import MODEL, sha256
+from pipelines.registry import aliases, gate
+from pipelines.registry.tracking import MODEL, sha256
 from tests.projects import commit, detections_like, trained_project
 from tests.registering import assert_nothing_is_lost, at, at_uri, look, run, the_error, together
 from tests.running import call
@@ -134,7 +134,7 @@ def test_the_better_takes_the_place_an_equal_does_not_and_protection_holds(proje
     assert "registered detr version 4 as challenger" in said
     assert f"{name} loses " in said
     client = at_uri(uri)
-    page = registry.run_file(client, client.get_model_version(MODEL, "4").run_id, "register/decision.md").decode()
+    page = aliases.run_file(client, client.get_model_version(MODEL, "4").run_id, "register/decision.md").decode()
     assert f"| {name} | 0.0000 |" in page
     assert look(uri)[0] == {"champion": 2, "previous_champion": 1, "challenger": 4}
 

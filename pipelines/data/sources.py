@@ -1,0 +1,97 @@
+"""Where the four dataset files come from."""
+
+import os
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from stat import S_ISREG
+
+from pipelines.data.fetch import shown
+
+OTHERS = (".avif", ".bmp", ".gif", ".heic", ".heif", ".jp2", ".jxl", ".tif", ".tiff", ".webp")
+PICTURES = (".jpg", ".jpeg", ".png", *OTHERS)  # what is taken out of a folder: the gate tells what cannot be used
+
+
+@dataclass(frozen=True)
+class FileSources:
+    """Where the four files come from: a URL or path each; `archive.zip#member` takes one file out of a zip."""
+
+    train_images: str  # a zip, or a folder of pictures
+    val_images: str
+    train_annotations: str
+    val_annotations: str
+
+
+def sources_in(place: str, root: Path = Path()) -> FileSources:
+    """The four files of a folder that `root` has; images as {train,val}.zip or folders {train,val}/."""
+    if is_url(place) or not (root / place).is_dir():
+        raise ValueError(f"download.source is {shown(place)!r}: no such folder; give shapes, a folder, or four files")
+    places: dict[str, str] = {}
+    for split in ("train", "val"):
+        annotations = Path(place) / f"instances_{split}.json"
+        if not (root / annotations).is_file():
+            raise ValueError(
+                f"{annotations} is missing: a source folder holds instances_train.json and instances_val.json"
+            )
+        images = [path for path in (Path(place) / f"{split}.zip", Path(place) / split) if (root / path).exists()]
+        if not images:
+            raise ValueError(f"{place} has neither {split}.zip nor a folder {split}/ with pictures")
+        places |= {f"{split}_annotations": str(annotations), f"{split}_images": str(images[0])}
+    return FileSources(**places)
+
+
+def require_inside(root: Path, folder: Path) -> None:
+    """Raises ValueError for a folder of what DVC keeps that is a link, or lies in one, out of the project."""
+    leads = (root / folder).resolve()
+    if not leads.is_relative_to(root.resolve()):
+        raise ValueError(
+            f"{folder} is a link to {leads}, and DVC keeps nothing outside of the project; make it a folder, and have "
+            f"the cache on that disk: dvc cache dir --local {leads.parent / 'dvc-cache'}"
+        )
+
+
+def split_place(place: str, root: Path = Path()) -> tuple[str, str]:
+    """The address of a place and the member of the zip there that is meant, mostly none.
+
+    A path of this machine that exists as a whole is that path, whatever `#` it holds; else what stands before one of
+    them and is a file.
+    """
+    address, _, member = place.partition("#")
+    if is_url(place) or not member:
+        return address, member
+    if (root / place).exists():
+        return place, ""
+    parts = place.split("#")
+    for number in range(1, len(parts)):
+        if (root / (start := "#".join(parts[:number]))).is_file():
+            return start, "#".join(parts[number:])
+    return (address, member) if address.lower().endswith(".zip") else (place, "")
+
+
+def pictures_in(folder: Path) -> dict[str, os.stat_result]:
+    """The pictures in a folder and its folders, by their path in it. Links to folders are not followed."""
+    found = {}
+    for parent, _, names in os.walk(folder):
+        inside = "" if Path(parent) == folder else f"{Path(parent).relative_to(folder).as_posix()}/"
+        for name in names:
+            if name.lower().endswith(PICTURES):
+                with suppress(OSError):  # a link that leads nowhere, or to itself
+                    stat = os.stat(os.path.join(parent, name))
+                    if S_ISREG(stat.st_mode):
+                        found[inside + name] = stat
+    return dict(sorted(found.items()))
+
+
+def addresses(url: str, mirrors: dict[str, list[str]]) -> tuple[str, ...]:
+    """A URL, and what may stand in its place: mirrors are given by the beginning of a URL, and tried in order."""
+    known = ((start, mirror) for start, some in mirrors.items() for mirror in some if url.startswith(start))
+    return url, *(mirror + url.removeprefix(start) for start, mirror in known)
+
+
+def is_url(place: str) -> bool:
+    scheme, separator, _ = place.partition("://")
+    if separator and scheme.lower() not in ("http", "https"):
+        raise ValueError(
+            f"{shown(place)} has the scheme {scheme!r}; http, https and local paths work: mount it, and give its path"
+        )
+    return bool(separator)

@@ -1,0 +1,1 @@
+"""The registered model at work: served, and over a folder of pictures."""

@@ -1,0 +1,129 @@
+"""DVC's stages, run by its command."""
+
+import os
+import re
+import sys
+from collections import deque
+from collections.abc import Callable, Collection, Mapping, Sequence
+from contextlib import suppress
+from pathlib import Path
+
+from pipelines.params import read_yaml
+from pipelines.workspace.processes import group, is_error, stop_group
+from pipelines.workspace.redaction import hidden
+
+STOPPED = re.compile(r"stopped after step (\d+) ")  # begins what a training says that was asked to stop
+HINTS = re.compile(  # of DVC, for a person who has typed its command
+    r"To track the changes with git, run:|\s+git add |To enable auto staging, run:|\s+dvc config core\.autostage "
+    "|Use `dvc push` to send your updates to remote storage"
+)
+NUM_LINES = 50  # of a stage's output that are kept of a failure
+
+
+class StageFailed(RuntimeError):
+    """A stage ended with a code that is not 0; the message is the stage's own, `lines` the last of its output."""
+
+    def __init__(self, message: str, lines: Sequence[str] = ()) -> None:
+        super().__init__(message)
+        self.lines = list(lines)
+
+
+def stages(root: Path) -> list[str]:
+    """The stages of dvc.yaml in the order in which they stand, which is the order in which they run."""
+    return list(read_yaml(root / "dvc.yaml")["stages"])
+
+
+def reproduce(
+    stage: str,
+    root: Path,
+    log: Callable[[str], None],
+    force: bool = False,
+    options: Collection[str] = (),
+    env: Mapping[str, str] | None = None,
+) -> str:
+    """Runs one stage by `dvc repro --single-item`: `ran`, `restored` from the run cache, or `unchanged`.
+
+    Every line that DVC and the stage print goes to `log` as it comes; on a terminal their progress bars are
+    drawn there. What DVC advises to type is left out. An interruption ends every process of the stage. Raises
+    StageFailed.
+    """
+    outcome = "unchanged"
+
+    def notice(line: str) -> None:
+        nonlocal outcome
+        if HINTS.match(line):
+            return
+        log(line)
+        if line.startswith("Running stage"):
+            outcome = "ran"
+        elif "is cached - skipping run" in line:
+            outcome = "restored"
+
+    command = ["dvc", "--wait-for-lock", "repro", "--single-item", stage, *["--force"] * force, *options]
+    try:
+        call(command, root, notice, env)
+    except StageFailed as failure:
+        raise StageFailed(f"{stage}: {failure}", failure.lines) from None
+    return outcome
+
+
+def check(root: Path) -> None:
+    """Has the code in `root` check its params.yaml. Raises StageFailed with the message that names the key."""
+    call(["pipelines", "params"], root, lambda line: None)
+
+
+def call(module: list[str], root: Path, log: Callable[[str], None], env: Mapping[str, str] | None = None) -> None:
+    """Runs a Python module in `root`. Its errors are not logged, but raised as StageFailed.
+
+    An interruption ends it; the message of KeyboardInterrupt says where a training has stopped.
+    """
+    lines: deque[str] = deque(maxlen=NUM_LINES)
+    with group([sys.executable, "-m", *module], root, lines, env or {}) as process:
+        assert process.stdout is not None
+        try:
+            for line in process.stdout:
+                if line.strip():
+                    lines.append(hidden(line.rstrip()))
+                    if not is_error(lines[-1]):
+                        log(lines[-1])
+        except KeyboardInterrupt:
+            stop_group(process)
+            os.set_blocking(process.stdout.fileno(), False)
+            where = ""
+            with suppress(TypeError):  # of a pipe that somebody else still holds
+                for line in process.stdout:
+                    if found := STOPPED.match(line):
+                        where = f"stopped at step {found[1]}"
+            raise KeyboardInterrupt(where) from None
+    if process.returncode:
+        said = [hidden(line) for line in lines]
+        raise StageFailed(cause(said) or f"exit code {process.returncode}", said)
+
+
+def cause(lines: Sequence[str]) -> str:
+    """What a failure says of itself: the stage's error, else the exception of its code, DVC's error, the last line."""
+    said = [line.removeprefix("error: ") for line in lines if line.startswith("error: ")]
+    traces = [number for number, line in enumerate(lines) if line.startswith("Traceback (most recent call last)")]
+    if not said and traces:
+        said = [line for line in lines[traces[-1] + 1 :] if not line.startswith((" ", "ERROR: "))][:1]
+    if not said:
+        said = [line.removeprefix("ERROR: ") for line in lines if line.startswith("ERROR: ")] or list(lines)
+    return said[-1] if said else ""
+
+
+def obtain(stage: str, outs: Collection[str], place: Path, log: Callable[[str], None]) -> str:
+    """Puts what dvc.lock names as outputs of a stage in place: from the `cache`, or from the `remote` and the cache.
+
+    Nothing, said, where neither has all of it.
+    """
+    for where, verb in (("cache", "checkout"), ("remote", "pull")):
+        failure = ""
+        try:
+            call(["dvc", "--wait-for-lock", verb, stage], place, lambda line: None)
+        except StageFailed as error:
+            failure = str(error)
+        missing = [out for out in outs if not (place / out).exists()]
+        if not failure and not missing:
+            return where
+        log(f"{stage}: not whole in the DVC {where}: {failure or ', '.join(missing)}")
+    return ""

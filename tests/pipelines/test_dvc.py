@@ -1,0 +1,77 @@
+"""How a stage's output and end are taken in."""
+
+import re
+
+import pytest
+
+from pipelines.workspace.dvc import NUM_LINES, StageFailed, call, cause, reproduce
+from tests import running
+
+
+def run(folder, code):
+    (folder / "stage.py").write_text(code, encoding="utf-8")
+    lines = []
+    call(["stage"], folder, lines.append)
+    return lines
+
+
+def test_bytes_that_are_no_text_end_nothing(tmp_path):
+    code = "import sys; sys.stdout.buffer.write('größe '.encode() + b'gr\\xf6\\xdfe\\n')"
+    assert run(tmp_path, code) == ["größe gr\ufffd\ufffde"]
+
+
+def test_a_failure_has_the_last_lines_and_the_message_among_them(tmp_path):
+    code = f"import sys\nprint(*range({2 * NUM_LINES}), sep='\\n')\nprint('error: it is so')\nprint('good bye')\nsys.exit(3)"
+    with pytest.raises(StageFailed, match="^it is so$") as caught:
+        run(tmp_path, code)
+    assert caught.value.lines == [*map(str, range(NUM_LINES + 2, 2 * NUM_LINES)), "error: it is so", "good bye"]
+    with pytest.raises(StageFailed, match="^exit code 3$"):
+        run(tmp_path, "raise SystemExit(3)")
+
+
+TRACE = ["Traceback (most recent call last):", '  File "stage.py", line 1, in <module>', "    x", "KeyError: 'x'"]
+
+
+@pytest.mark.parametrize(
+    ("lines", "said"),
+    [
+        (["error: it is so", "ERROR: failed to reproduce 'train'"], "it is so"),
+        (["error: the first", "error: the last", "good bye"], "the last"),
+        (["begins", *TRACE, "ERROR: failed to reproduce 'train'"], "KeyError: 'x'"),
+        ([*TRACE, "error: it is so"], "it is so"),
+        (["begins", "ERROR: unable to acquire lock"], "unable to acquire lock"),
+        (["begins", "ends"], "ends"),
+        ([], ""),
+    ],
+)
+def test_the_cause_is_what_the_stage_says(lines, said):
+    assert cause(lines) == said
+
+
+def test_an_error_is_raised_and_not_logged(tmp_path):
+    logged = []
+    (tmp_path / "stage.py").write_text(
+        "print('begins'); print('error: it is so'); raise SystemExit(1)", encoding="utf-8"
+    )
+    with pytest.raises(StageFailed, match="^it is so$"):
+        call(["stage"], tmp_path, logged.append)
+    assert logged == ["begins"]
+
+
+@pytest.mark.usefixtures("warm_python")
+def test_what_dvc_advises_to_type_is_left_out(tmp_path):
+    """It is for a person who has typed its command, in their own clone."""
+    running.call(tmp_path, "git", "init", "--quiet")
+    running.call(tmp_path, "dvc", "init", "--quiet")
+    (tmp_path / "dvc.yaml").write_text(
+        "stages:\n  made:\n    cmd: echo hello > file\n    outs: [file]\n", encoding="utf-8"
+    )
+    said = running.call(tmp_path, "dvc", "repro")
+    assert "git add" in said
+    assert "dvc push" in said
+    (tmp_path / "file").unlink()
+    (tmp_path / "dvc.lock").unlink()
+    logged = []
+    assert reproduce("made", tmp_path, logged.append, force=True) == "ran"
+    assert "Running stage 'made':" in logged
+    assert [line for line in logged if re.search("git|autostage|push|staging", line)] == []
