@@ -11,9 +11,10 @@ from pathlib import Path
 from typing import Any
 
 from pipelines import params
+from pipelines.files import write_json
 from pipelines.registry import tracking
 from pipelines.retraining import readiness
-from pipelines.stage import command, write_json
+from pipelines.stage import command
 from pipelines.surroundings import QUIET, past_proxies
 from pipelines.workspace import interruption, worktree
 from pipelines.workspace.git import check_repository, git, is_dirty

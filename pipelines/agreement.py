@@ -11,7 +11,7 @@ from detr.position import LearnedPosition
 from detr.train import TrainConfig
 from pipelines.data.shapes import CATEGORIES
 from pipelines.download import DownloadParams
-from pipelines.evaluate import EvaluateParams
+from pipelines.figures import EvaluateParams
 from pipelines.params import from_document, nearest
 from pipelines.register import RegisterParams
 from pipelines.validate import ValidateParams

@@ -16,6 +16,7 @@ from pipelines import params
 from pipelines.data import looks
 from pipelines.data.archive import check_space, copy, extract, opened, pack
 from pipelines.data.fetch import Remote, claimed, fetch_all, shown, sizes_of
+from pipelines.data.layout import DATA, FILES
 from pipelines.data.shapes import ShapesParams, write_shapes
 from pipelines.data.sources import (
     PICTURES,
@@ -27,7 +28,7 @@ from pipelines.data.sources import (
     sources_in,
     split_place,
 )
-from pipelines.stage import DATA, FILES, command
+from pipelines.stage import command
 
 DOWNLOADS = Path("scratch/downloads")
 

@@ -4,7 +4,6 @@ import csv
 import io
 import shutil
 from collections.abc import Iterable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -33,32 +32,17 @@ from detr.speed import count_parameters, gflops
 from detr.transforms import EvalTransform, fit_size
 from detr.visualize import beside_truth, draw_slots
 from pipelines import figures, params
+from pipelines.data.layout import DATA
+from pipelines.figures import EvaluateParams
+from pipelines.files import write_json
 from pipelines.labels import drawable, picture_font
-from pipelines.stage import DATA, Progress, command, write_json
+from pipelines.progress import Progress
+from pipelines.stage import command
 
 MODEL_FOLDER = Path("artifacts/train")
 OUTPUT = Path("artifacts/evaluate")
 NUM_SIZES = 100  # of images whose multiply-adds are counted, as in the paper's table 1
 NUM_SLOTS = 20  # of the queries whose boxes are shown, as in the paper's figure 7
-
-
-@dataclass(frozen=True)
-class EvaluateParams:
-    """The `evaluate` section of params.yaml."""
-
-    num_pictures: int  # of the worst and as many of the best images, ground truth beside detections
-    picture_threshold: float  # score from which a detection is drawn, and counts for that choice and for confusions
-    confidence: float  # of the interval of AP
-    num_resamples: int  # of the images, for it
-    seed: int
-
-    def __post_init__(self) -> None:
-        if self.seed < 0:
-            raise ValueError(f"evaluate.seed is {self.seed}, expected 0 or more")
-        if self.num_pictures < 0 or not 0 <= self.picture_threshold <= 1:
-            raise ValueError("evaluate: num_pictures must be 0 or more, picture_threshold in 0..1")
-        if self.num_resamples < 1 or not 0 < self.confidence < 1:
-            raise ValueError("evaluate: num_resamples must be at least 1, confidence between 0 and 1")
 
 
 def evaluate(config: EvaluateParams, data: Path, model_folder: Path, output: Path) -> None:

@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,25 @@ import numpy as np
 from pipelines.labels import drawable, drawn_plainly
 
 MAX_CURVES = 20
+
+
+@dataclass(frozen=True)
+class EvaluateParams:
+    """The `evaluate` section of params.yaml."""
+
+    num_pictures: int  # of the worst and as many of the best images, ground truth beside detections
+    picture_threshold: float  # score from which a detection is drawn, and counts for that choice and for confusions
+    confidence: float  # of the interval of AP
+    num_resamples: int  # of the images, for it
+    seed: int
+
+    def __post_init__(self) -> None:
+        if self.seed < 0:
+            raise ValueError(f"evaluate.seed is {self.seed}, expected 0 or more")
+        if self.num_pictures < 0 or not 0 <= self.picture_threshold <= 1:
+            raise ValueError("evaluate: num_pictures must be 0 or more, picture_threshold in 0..1")
+        if self.num_resamples < 1 or not 0 < self.confidence < 1:
+            raise ValueError("evaluate: num_resamples must be at least 1, confidence between 0 and 1")
 
 
 def save_figure(

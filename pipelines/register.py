@@ -5,20 +5,28 @@ import csv
 import hashlib
 import json
 import re
-import sys
 import tempfile
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from pipelines import params
+from pipelines.data.layout import DATA, DOCS_DIGEST
 from pipelines.data.looks import warn_of_other_source
+from pipelines.files import write_json
 from pipelines.registry import aliases, gate, tracking
 from pipelines.registry.gate import RegisterParams
-from pipelines.registry.lineage import EVALUATED, TRAINED, UNKNOWN, VALIDATED, collect_lineage, commit_in, git_diff
+from pipelines.registry.lineage import (
+    EVALUATED,
+    TRAINED,
+    VALIDATED,
+    ask_git,
+    collect_lineage,
+    commit_in,
+)
 from pipelines.registry.packaging import log_version
-from pipelines.stage import DATA, DOCS_DIGEST, command, write_json
-from pipelines.workspace.git import git, is_dirty
+from pipelines.registry.turns import turn
+from pipelines.stage import command
 
 OUTPUT = Path("artifacts/register")
 SCRATCH = Path("scratch")
@@ -38,7 +46,7 @@ def register(config: RegisterParams, output: Path) -> None:
     client = tracking.connect()
     mark = json.loads((TRAINED / "config.json").read_text(encoding="utf-8"))["fingerprint"]
     metrics = json.loads((EVALUATED / "metrics.json").read_text(encoding="utf-8"))
-    with aliases.plainly("the registration"), aliases.turn(client) as check:
+    with aliases.plainly("the registration"), turn(client) as check:
         aliases.finish_rollback(client, check)
         run_id = tracking.find_run(client, mark, f"train {mark}")
         publish(client, run_id, mark, metrics, lineage, diff)
@@ -89,21 +97,6 @@ def settle(client: Any, version: Any, config: RegisterParams, check: Any) -> tup
         aliases.place(client, version, alias, check)
     client.set_model_version_tag(tracking.MODEL, number, "decision", alias if config.promote else HELD)
     return alias, reason
-
-
-def ask_git() -> tuple[dict[str, str], str]:
-    """The tags of git, and its diff. What it refuses is said, and is `unknown`; its words are the tag `git_failure`."""
-    root, tags = Path.cwd(), dict.fromkeys(("git_commit", "git_branch", "git_dirty"), UNKNOWN)
-    try:
-        tags["git_commit"] = git(root, "rev-parse", "--verify", "HEAD")
-        tags["git_branch"] = git(root, "branch", "--show-current") or "none"
-        diff = git_diff()
-        tags["git_dirty"] = str(bool(diff) or is_dirty(root)).lower()
-    except ValueError as error:
-        said = f"the version's lineage says {UNKNOWN}, until dvc repro runs where git does not refuse: {error}"
-        print(f"warning: {said}", file=sys.stderr, flush=True)
-        return tags | {"git_failure": str(error)[:5000]}, ""
-    return tags, diff
 
 
 def publish(client: Any, run_id: str, mark: str, metrics: dict[str, float], lineage: dict[str, str], diff: str) -> None:

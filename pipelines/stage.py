@@ -1,23 +1,17 @@
-"""What the five stage commands share: quiet tools, one-line errors, progress, whole files."""
+"""What a command of a stage is: its surroundings made fit, its errors one line, its folders inside of the clone."""
 
 import contextlib
 import errno
-import json
 import os
 import sys
 import traceback
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
-
-from tqdm import tqdm
 
 from pipelines import surroundings
 
-DATA = Path("data/coco")
-FILES = ("train.zip", "val.zip", "instances_train.json", "instances_val.json")
+OUTPUTS = (Path("data/coco"), Path("artifacts"))  # folders of what DVC tracks
 EXPECTED = (ValueError, OSError, ArithmeticError, RuntimeError)
-DOCS_DIGEST = "data.sha256"  # in the Data Docs: which data they show
 
 
 def project() -> Path:
@@ -37,7 +31,7 @@ def share_scratch() -> None:
 
 def require_inside() -> None:
     """Raises ValueError where a link leads out of the clone what DVC is to track: DVC refuses it once it is made."""
-    for place in (DATA, Path("artifacts")):
+    for place in OUTPUTS:
         if not place.resolve().is_relative_to(Path.cwd()):
             raise ValueError(
                 f"{place} leads to {place.resolve()}, out of the clone, where DVC tracks nothing; remove the link, and "
@@ -77,48 +71,3 @@ def explain(error: Exception) -> str:
     if "Original Traceback" in said:  # of a loader process
         said = said.strip().splitlines()[-1].partition(": ")[2]
     return " ".join(said.split()) or type(error).__name__
-
-
-class Progress(tqdm):
-    """A bar with the time left on a terminal; elsewhere a plain line every ten seconds."""
-
-    def __init__(
-        self, iterable: Iterable[Any] | None = None, desc: str = "", total: float = 0, unit: str = "it"
-    ) -> None:
-        self.bar = sys.stderr.isatty()
-        super().__init__(
-            iterable, desc, total, unit=unit, file=sys.stderr, dynamic_ncols=True, mininterval=0.1 if self.bar else 10
-        )
-
-    def display(self, msg: str | None = None, pos: int | None = None) -> bool:
-        if self.bar:
-            return bool(super().display(msg, pos))
-        if self.n or self.n == self.total:
-            print(msg or str(self), file=sys.stderr, flush=True)
-        return True
-
-    def say(self, line: str) -> None:
-        """Prints a line, above the bar where there is one."""
-        if self.bar:
-            self.write(line)
-        else:
-            print(line, flush=True)
-
-    def close(self) -> None:
-        if self.bar or getattr(self, "disable", False):
-            super().close()
-            return
-        self.disable = True
-        self._decr_instances(self)
-        print(str(self), file=sys.stderr, flush=True)
-
-
-def write_json(path: Path, document: Any) -> None:
-    """Writes JSON that is either whole or absent."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    try:
-        partial.write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)

@@ -34,10 +34,11 @@ from detr.official import fetch, initialize
 from detr.train import TrainConfig, fit
 from detr.transforms import EvalTransform, TrainTransform
 from pipelines import params
+from pipelines.data.layout import DATA
 from pipelines.launch import PREEMPTED, die_with_parent, launch, record_failure
 from pipelines.registry.mirror import Mirror
 from pipelines.registry.tracking import sha256
-from pipelines.stage import DATA, EXPECTED, command
+from pipelines.stage import EXPECTED, command
 from pipelines.training_log import Log
 
 PASSED = Path("artifacts/validate/passed.json")

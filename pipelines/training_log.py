@@ -19,8 +19,9 @@ from detr.coco import CocoDataset
 from detr.judge import coco_metrics
 from detr.train import Report, TrainConfig
 from detr.visualize import beside_truth
+from pipelines.progress import Progress
 from pipelines.registry.mirror import Mirror
-from pipelines.stage import Progress, explain
+from pipelines.stage import explain
 
 NUM_PICTURES = 4  # examples at each evaluation
 PICTURE_THRESHOLD = 0.5  # score from which a detection is drawn on them

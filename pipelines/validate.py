@@ -10,12 +10,15 @@ import pandas as pd
 
 from pipelines import params
 from pipelines.data.distribution import distances, statistics
+from pipelines.data.layout import DATA, DOCS_DIGEST, FILES
 from pipelines.data.page import write_page
 from pipelines.data.pictures import pictures_of
 from pipelines.data.rules import Rule, ValidateParams, describe, rules
 from pipelines.data.tables import tabulate
+from pipelines.files import write_json
+from pipelines.progress import Progress
 from pipelines.registry import aliases
-from pipelines.stage import DATA, DOCS_DIGEST, FILES, Progress, command, write_json
+from pipelines.stage import command
 
 OUTPUT = Path("artifacts/validate")
 DATA_DOCS = Path("scratch/data_docs")

@@ -5,9 +5,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from pipelines.data.layout import FILES
 from pipelines.data.sources import FileSources
 from pipelines.download import DownloadParams, download
-from pipelines.stage import FILES
 from tests.bad_line import Site, serving
 from tests.projects import SHAPES
 

@@ -19,8 +19,10 @@ import time
 import zipfile
 from pathlib import Path
 
+from pipelines.data.layout import DATA, FILES
+from pipelines.files import write_json
 from pipelines.params import read_yaml
-from pipelines.stage import DATA, FILES, command, write_json
+from pipelines.stage import command
 
 PREEMPTED = 75
 HOLD, HOLD_REGISTERED = Path("scratch/hold"), Path("scratch/hold_registered")
@@ -143,6 +145,7 @@ def evaluate(params: dict) -> None:
 
 def register(params: dict) -> None:
     from pipelines.registry import aliases, tracking
+    from pipelines.registry.turns import turn
 
     def git(*arguments: str) -> str:
         return subprocess.run(["git", *arguments], capture_output=True, encoding="utf-8", check=False).stdout.strip()
@@ -151,7 +154,7 @@ def register(params: dict) -> None:
     fingerprint = json.loads((TRAINED / "config.json").read_text(encoding="utf-8"))["fingerprint"]
     metrics = json.loads((EVALUATED / "metrics.json").read_text(encoding="utf-8"))
     weights = tracking.sha256(TRAINED / "model.safetensors")
-    with aliases.plainly("the registration"), aliases.turn(client) as check:
+    with aliases.plainly("the registration"), turn(client) as check:
         run_id = tracking.find_run(client, fingerprint, f"train {fingerprint}")
         version = next((v for v in tracking.versions(client) if v.tags["weights_sha256"] == weights), None)
         if version is None:

@@ -14,7 +14,7 @@ from typing import IO
 from tqdm import tqdm
 
 from pipelines.data.shapes import ZIP_DATE
-from pipelines.stage import Progress
+from pipelines.progress import Progress
 
 MOST_INFLATION = 200  # times; COCO's annotations reach 4, indented JSON of equal boxes 85, deflate at most 1032
 SMALL = 1 << 20  # bytes; what inflates to less harms nobody

@@ -6,6 +6,7 @@ from typing import Any
 import numpy as np
 
 from detr.annotation_file import Document, Entries
+from pipelines.data.layout import DATA
 from pipelines.data.versions import (
     SPLITS,
     DataVersion,
@@ -17,7 +18,6 @@ from pipelines.data.versions import (
     title_of,
     with_pictures,
 )
-from pipelines.stage import DATA
 
 NUM_IDS = 10  # printed of each kind of change
 

@@ -19,7 +19,7 @@ from requests.exceptions import InvalidHeader, InvalidSchema, InvalidURL, TooMan
 from urllib3.util import Retry
 
 from pipelines.data.part import BLOCK, UNKNOWN, Origin, Part, Stopped
-from pipelines.stage import Progress
+from pipelines.progress import Progress
 
 RETRY = Retry(total=10, backoff_factor=1, backoff_max=60, backoff_jitter=1, retry_after_max=300)
 TIMEOUT = (20, 60)  # seconds to connect, and without a byte after that

@@ -17,7 +17,7 @@ import requests
 from pipelines import params
 from pipelines.data.fetch import AS_IT_IS, shown
 from pipelines.data.sources import PICTURES, addresses, is_url, pictures_in, sources_in, split_place
-from pipelines.stage import write_json
+from pipelines.files import write_json
 
 Look = dict[str, dict[str, Any]]  # what was seen, by what it is about
 TIMEOUT = (5.0, 5.0)  # seconds to connect, and without an answer after that

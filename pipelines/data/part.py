@@ -11,7 +11,8 @@ from types import TracebackType
 
 import msgspec
 
-from pipelines.stage import Progress, write_json
+from pipelines.files import write_json
+from pipelines.progress import Progress
 
 BLOCK = 1 << 20
 

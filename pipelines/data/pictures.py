@@ -19,7 +19,7 @@ from urllib.parse import unquote
 
 from PIL import Image
 
-from pipelines.stage import Progress
+from pipelines.progress import Progress
 
 CHUNK = 500
 SPELLED_FIRST, SPELLED_AMONG = 10, 5000  # names compared letter by letter, and with how many: it takes long

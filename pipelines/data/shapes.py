@@ -18,7 +18,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageDraw
 
-from pipelines.stage import Progress
+from pipelines.progress import Progress
 
 CATEGORIES = {3: "ellipse", 7: "box", 12: "triangle", 31: "star", 58: "cross"}  # ids with gaps, as COCO's
 SPLITS = ("train", "val")

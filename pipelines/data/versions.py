@@ -16,7 +16,7 @@ from ruamel.yaml import YAML
 from ruamel.yaml.error import YAMLError
 
 from detr.annotation_file import Document, Entries, column, parse
-from pipelines.stage import DATA, FILES
+from pipelines.data.layout import DATA, FILES
 
 T = TypeVar("T")
 Table = dict[str, np.ndarray]  # a column per name, a row per entry; one column is `id`

@@ -13,14 +13,14 @@ import numpy as np
 
 from detr.bootstrap import Matches, bootstrap_ap, can_be_certain, interval, match
 from pipelines import params
-from pipelines.evaluate import EvaluateParams
-from pipelines.figures import save_figure
+from pipelines.data.layout import DATA
+from pipelines.figures import EvaluateParams, save_figure
+from pipelines.files import write_json
 from pipelines.labels import drawable
 from pipelines.registry import aliases, tracking
 from pipelines.registry.lineage import commit_in
 from pipelines.registry.markdown import table as markdown
 from pipelines.registry.version import Version, read, signed, text, unequal
-from pipelines.stage import DATA, write_json
 
 FOLDER = Path("scratch/comparisons")
 METRICS = ("AP50", "AP75", "AP_small", "AP_medium", "AP_large", "AR_100")

@@ -5,6 +5,7 @@ import json
 import os
 import platform
 import re
+import sys
 import tempfile
 from collections.abc import Mapping
 from importlib.metadata import PackageNotFoundError
@@ -14,10 +15,10 @@ from typing import Any
 
 import psutil
 
+from pipelines.data.layout import DATA
 from pipelines.data.pictures import pictures_of
 from pipelines.registry import tracking
-from pipelines.stage import DATA
-from pipelines.workspace.git import git, run_git
+from pipelines.workspace.git import git, is_dirty, run_git
 
 VALIDATED = Path("artifacts/validate")
 TRAINED = Path("artifacts/train")
@@ -147,3 +148,18 @@ def library(name: str) -> str:
         return installed(name)
     except PackageNotFoundError:
         return "not installed"
+
+
+def ask_git() -> tuple[dict[str, str], str]:
+    """The tags of git, and its diff. What it refuses is said, and is `unknown`; its words are the tag `git_failure`."""
+    root, tags = Path.cwd(), dict.fromkeys(("git_commit", "git_branch", "git_dirty"), UNKNOWN)
+    try:
+        tags["git_commit"] = git(root, "rev-parse", "--verify", "HEAD")
+        tags["git_branch"] = git(root, "branch", "--show-current") or "none"
+        diff = git_diff()
+        tags["git_dirty"] = str(bool(diff) or is_dirty(root)).lower()
+    except ValueError as error:
+        said = f"the version's lineage says {UNKNOWN}, until dvc repro runs where git does not refuse: {error}"
+        print(f"warning: {said}", file=sys.stderr, flush=True)
+        return tags | {"git_failure": str(error)[:5000]}, ""
+    return tags, diff

@@ -17,9 +17,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pipelines.data import pictures
+from pipelines.files import write_json
+from pipelines.progress import Progress
 from pipelines.registry import tracking
 from pipelines.registry.tracking import MODEL
-from pipelines.stage import Progress, command, write_json
+from pipelines.stage import command
 
 if TYPE_CHECKING:
     from mlflow.entities.model_registry import ModelVersion

@@ -25,10 +25,12 @@ from detr.official import COCO_CATEGORIES, URLS, load_official
 from detr.speed import count_parameters, gflops, multiply_adds, seconds
 from detr.transforms import EvalTransform
 from pipelines import params
+from pipelines.data.layout import DATA
 from pipelines.figures import save_figure
+from pipelines.files import write_json
+from pipelines.progress import Progress
 from pipelines.registry import aliases, tracking
 from pipelines.registry.markdown import table as markdown
-from pipelines.stage import DATA, Progress, write_json
 
 PICTURE = Path("scratch/table.png")
 NUM_VAL = 5000  # images of COCO val2017

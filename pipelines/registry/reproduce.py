@@ -11,10 +11,10 @@ from importlib.metadata import version as installed
 from pathlib import Path
 from typing import Any
 
+from pipelines.files import write_json
 from pipelines.params import read_yaml, to_yaml
 from pipelines.registry import aliases, tracking, verdict
 from pipelines.registry.lineage import commit_in, hardware
-from pipelines.stage import write_json
 from pipelines.workspace import dvc, worktree
 from pipelines.workspace.git import full_commit
 from pipelines.workspace.overrides import absolute_paths

@@ -27,7 +27,7 @@ from prefect.states import AwaitingRetry, Cancelled, Crashed
 from pydantic import SecretStr
 from ruamel.yaml import YAML
 
-from pipelines.stage import write_json
+from pipelines.files import write_json
 
 POOL, QUEUE = "detr", "training"
 SILENT = "DETR_SILENT_SECONDS"  # in the environment: without a heartbeat, after which a run counts as dead

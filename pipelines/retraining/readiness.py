@@ -8,10 +8,10 @@ from contextlib import closing
 from pathlib import Path
 from urllib.parse import unquote, urlparse
 
+from pipelines.data.layout import DATA
 from pipelines.data.sources import require_inside
 from pipelines.registry import tracking
 from pipelines.registry.database import prepare_database
-from pipelines.stage import DATA
 
 ROOM = 256 * 2**20  # bytes of disk, below which not even the state of a small training fits
 

@@ -9,6 +9,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from pipelines.data.layout import DOCS_DIGEST
 from pipelines.data.rules import describe
 from pipelines.params import read_yaml
 from pipelines.registry import aliases, tracking, version
@@ -17,7 +18,6 @@ from pipelines.registry.markdown import fenced, plain, table
 from pipelines.registry.version import ABSENT, Version, signed, text, unequal
 from pipelines.retraining.advice import advise
 from pipelines.retraining.montage import pictures
-from pipelines.stage import DOCS_DIGEST
 from pipelines.workspace.history import open_version
 from pipelines.workspace.redaction import hidden
 

@@ -9,8 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from pipelines import params
+from pipelines.data.layout import FILES
 from pipelines.data.looks import changes, look
-from pipelines.stage import FILES, write_json
+from pipelines.files import write_json
 from pipelines.workspace.git import full_commit, git
 from pipelines.workspace.history import data_version
 

@@ -14,8 +14,8 @@ from PIL import Image, ImageDraw, ImageFont
 
 from pipelines.data.sources import PICTURES
 from pipelines.labels import drawable, picture_font
+from pipelines.progress import Progress
 from pipelines.registry.packaging import detect, load
-from pipelines.stage import Progress
 
 SUFFIXES = (".jpg", ".jpeg", ".png")
 RESULTS = "detections.json"

@@ -8,8 +8,8 @@ from importlib.util import find_spec
 
 import pytest
 
+from pipelines.data.layout import FILES
 from pipelines.data.versions import locked
-from pipelines.stage import FILES
 from tests.projects import commit, reference, small_project
 from tests.running import call
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from pipelines.data.fetch import Remote, claimed, fetch_all, sizes_of
 from pipelines.data.part import Part
-from pipelines.stage import Progress
+from pipelines.progress import Progress
 
 CONTENT = random.Random(0).randbytes(10_000)
 OTHER = random.Random(1).randbytes(9_000)

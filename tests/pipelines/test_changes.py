@@ -10,8 +10,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from pipelines.data.changes import difference, report
+from pipelines.data.layout import FILES
 from pipelines.data.versions import DataFile, DataVersion
-from pipelines.stage import FILES
 
 TORN = {"torn": b""}
 CLASSES = {3: "cat", 7: "dog", 90: "bird"}

@@ -8,10 +8,10 @@ import zipfile
 import pytest
 
 import pipelines.download
+from pipelines.data.layout import FILES
 from pipelines.data.sources import FileSources, pictures_in
 from pipelines.download import DownloadParams
 from pipelines.params import from_document, merged
-from pipelines.stage import FILES
 from tests.downloads import fetch, unpacked
 from tests.projects import SHAPES
 from tests.running import ROOT

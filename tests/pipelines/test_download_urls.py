@@ -11,9 +11,9 @@ import pytest
 from urllib3.util import Retry
 
 import pipelines.data.fetch
+from pipelines.data.layout import FILES
 from pipelines.data.sources import FileSources
 from pipelines.download import DownloadParams, download
-from pipelines.stage import FILES
 from tests.bad_line import Answer
 from tests.downloads import coco_site, fetch, same, unpacked, urls
 from tests.projects import SHAPES

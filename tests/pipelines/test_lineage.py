@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from pipelines import register
+from pipelines.registry import lineage
 from pipelines.registry.lineage import commit_in, git_diff, val_digest, validation
 from pipelines.workspace.git import git
 from pipelines.workspace.worktree import apply
@@ -123,7 +123,7 @@ def test_nothing_of_the_repository_changes(project):
 
     state()  # which refreshes the index
     before = state()
-    assert register.ask_git()[0]["git_dirty"] == "true"
+    assert lineage.ask_git()[0]["git_dirty"] == "true"
     assert state() == before
 
 
@@ -150,7 +150,7 @@ def test_what_git_refuses_is_said_and_unknown(project, kind, tmp_path, monkeypat
     env, words = refusals(tmp_path)[kind]
     for name, value in env.items():
         monkeypatch.setenv(name, value)
-    tags, diff = register.ask_git()
+    tags, diff = lineage.ask_git()
     assert {tags[f"git_{name}"] for name in ("commit", "branch", "dirty")} == {"unknown"}
     assert diff == ""
     assert words in tags["git_failure"]
@@ -162,7 +162,7 @@ def test_what_git_refuses_is_said_and_unknown(project, kind, tmp_path, monkeypat
 
 def test_outside_of_git_the_lineage_is_unknown(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    tags, _ = register.ask_git()
+    tags, _ = lineage.ask_git()
     assert (tags["git_commit"], tags["git_dirty"]) == ("unknown", "unknown")
     assert "not a git repository" in tags["git_failure"]
     with pytest.raises(ValueError, match="not a git repository"):
@@ -179,7 +179,7 @@ def test_a_clean_clone_is_clean_and_has_no_diff(project):
     shutil.copy(Path(__file__).parents[2] / ".gitignore", project)
     call(project, "git", "add", ".gitignore")
     call(project, "git", "-c", "user.name=t", "-c", "user.email=t@localhost", "commit", "--quiet", "-m", "ignored")
-    tags, diff = register.ask_git()
+    tags, diff = lineage.ask_git()
     assert (tags["git_branch"], tags["git_dirty"], diff) == ("main", "false", "")
 
 

@@ -9,9 +9,9 @@ import torch
 from PIL import Image
 
 from detr.official import COCO_CATEGORIES, URLS
+from pipelines.data.layout import DATA
 from pipelines.params import merged
 from pipelines.registry import paper_table, tracking
-from pipelines.stage import DATA
 from tests.detr.published import R50, SMALL, published
 from tests.running import ROOT, call
 

@@ -6,10 +6,11 @@ import termios
 
 import pytest
 
-from pipelines.stage import explain, write_json
+from pipelines.files import write_json
+from pipelines.stage import explain
 from tests.running import ROOT, call, environment
 
-COUNT = "from pipelines.stage import Progress\nfor _ in Progress(range(40), 'count', 40, 'image'): pass"
+COUNT = "from pipelines.progress import Progress\nfor _ in Progress(range(40), 'count', 40, 'image'): pass"
 
 
 def test_progress_is_plain_lines_where_there_is_no_terminal():
