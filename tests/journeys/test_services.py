@@ -68,8 +68,8 @@ def test_the_deployments_are_those_of_prefect_yaml_and_stay_one_each(served, env
     assert before["coco"]["parameters"] == {"preset": "coco-detr-r50"}
     assert (ROOT / "presets/coco-detr-r50.yaml").exists()
     for name, one in before.items():
-        path, _, function = one["entrypoint"].partition(":")
-        assert f"def {function}(" in (ROOT / path).read_text(encoding="utf-8")
+        module, _, function = one["entrypoint"].rpartition(".")
+        assert f"def {function}(" in ROOT.joinpath(*module.split(".")).with_suffix(".py").read_text(encoding="utf-8")
         assert one["parameters"].keys() <= one["parameter_openapi_schema"]["properties"].keys()
         assert one["enforce_parameter_schema"]
         assert not [schedule for schedule in one["schedules"] if schedule["active"]]

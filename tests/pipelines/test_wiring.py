@@ -212,3 +212,23 @@ def test_what_shares_a_fixture_is_run_by_one_process(request):
     """Between some releases of pytest and pytest-xdist groups are passed over without a word."""
     if hasattr(request.config, "workerinput"):
         assert request.node.nodeid.endswith("@tests/pipelines/test_wiring.py")
+
+
+def test_no_module_of_ours_shadows_an_installed_package_in_a_flow_run(tmp_path):
+    """As a worker starts one: in a folder of its own, then in the clone, by the entrypoints of prefect.yaml."""
+    entrypoints = {one["entrypoint"] for one in read_yaml(ROOT / "prefect.yaml")["deployments"]}
+    code = (
+        "import importlib, json, os, sys\nfrom pathlib import Path\n"
+        "from prefect.flows import load_flow_from_entrypoint\n"
+        "root, entrypoints, stems = sys.argv[1], sys.argv[2].split(), sys.argv[3].split()\n"
+        "os.chdir(root)\n"
+        "for entrypoint in entrypoints: load_flow_from_entrypoint(entrypoint, use_placeholder_flow=False)\n"
+        "places = [importlib.util.find_spec(stem) for stem in stems]\n"
+        "inside = [one.origin for one in places if one and str(one.origin).startswith(root + '/pipelines')]\n"
+        "print(json.dumps([inside, [path for path in sys.path if path.startswith(root + '/pipelines')]]))"
+    )
+    stems = " ".join(path.stem for path in modules() if path.stem != "__main__")
+    command = [sys.executable, "-c", code, str(ROOT), " ".join(entrypoints), stems]
+    env = environment(cold=True, PREFECT_HOME=str(tmp_path / "prefect"))
+    done = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, encoding="utf-8")
+    assert (done.returncode, done.stderr, done.stdout) == (0, "", "[[], []]\n")

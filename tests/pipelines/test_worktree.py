@@ -67,7 +67,7 @@ def finish(place):
 def killed(root, name="first", number=2, lock=LOCK):
     """The worktree of a run that was killed; its process leaves `lock`."""
     code = (
-        "import os, sys\nfrom pathlib import Path\nfrom pipelines import params, worktree\n"
+        "import os, sys\nfrom pathlib import Path\nfrom pipelines import params\nfrom pipelines.workspace import worktree\n"
         "root, name, change, lock = Path(sys.argv[1]), *sys.argv[2:]\n"
         "with worktree.worktree(root, name, 'HEAD', lambda place: params.merged(place, None, [change])) as (place, _):\n"
         "    if lock:\n        (place / 'dvc.lock').write_text(lock)\n    os.kill(os.getpid(), 9)\n"
