@@ -24,14 +24,14 @@ import torch
 from torch.distributed.elastic.multiprocessing.errors import record
 
 from detr.checkpoint import Category, InputSize, load_state, save_model, write_atomically
-from detr.coco import CocoDataset, load_annotations
+from detr.coco import Annotations, CocoDataset, load_annotations
 from detr.diagnosis import NotFiniteError
 from detr.distributed import Process, process_group
 from detr.evaluate import detect_all
 from detr.images import open_images
-from detr.model import ModelConfig, build_model
+from detr.model import DETR, ModelConfig, build_model
 from detr.official import fetch, initialize
-from detr.train import TrainConfig, fit
+from detr.train import Report, TrainConfig, fit
 from detr.transforms import EvalTransform, TrainTransform
 from pipelines import params
 from pipelines.data.layout import DATA
@@ -74,69 +74,96 @@ def train(
     parameters, data or library code never finds it. Raises ValueError, FloatingPointError or RuntimeError with what to
     do.
     """
-    initial = config.initial_weights
-    if Path(initial).resolve() == output.resolve():
-        raise ValueError(f"train.initial_weights is {initial}, which this training replaces; copy it elsewhere first")
+    if Path(config.initial_weights).resolve() == output.resolve():
+        given = f"train.initial_weights is {config.initial_weights}"
+        raise ValueError(f"{given}, which this training replaces; copy it elsewhere first")
     mark = fingerprint(model_config, config, json.loads(passed.read_text(encoding="utf-8"))["data"])
     folder = scratch / mark
     size = InputSize(config.transform.scales[-1], config.transform.max_size, config.size_multiple)
     with alone_in(folder) if process.is_main else nullcontext():
-        annotations = load_annotations(data / "instances_train.json")
-        transform = TrainTransform(config.transform, config.seed)
-        dataset = CocoDataset(annotations, open_images(data / "train.zip"), transform)
-        held_out = CocoDataset(
-            load_annotations(data / "instances_val.json"),
-            open_images(data / "val.zip"),
-            EvalTransform(size.short, size.max_size),
-        )
-        torch.manual_seed(config.seed)
-        architecture = model_config if initial == "none" else replace(model_config, backbone_weights="none")
-        model = build_model(architecture, len(annotations.category_ids))
-        if initial != "none":
-            initialize(model, initial)
+        dataset, held_out = open_datasets(config, data, size)
+        model = build(model_config, config, len(dataset.annotations.category_ids))
         state, log = None, None
         if process.is_main:
             state = load_state(folder / "state")
             numbers = f"{len(dataset)} images, {sum(p.numel() for p in model.parameters()):,} parameters"
-            print(f"train {mark}: {begins(state, process)}, {numbers}", flush=True)
+            print(f"train {mark}: {describe_start(state, process)}, {numbers}", flush=True)
             mirror = Mirror(mark, f"train {mark}", {"model": asdict(model_config), "train": asdict(config)})
             log = Log(folder, state, mirror, config, held_out, data / "instances_val.json")
+        reports = fit(model, dataset, config, process, state, lambda: request.asked)
         try:
-            for report in fit(model, dataset, config, process, state, lambda: request.asked):
-                request.at_once = False
-                if log:
-                    log.add(report)
-                if report.stopping:
-                    if log:
-                        log.stop(report)
-                    return False
-                if report.epoch_done and config.evaluate_epochs and (report.epoch + 1) % config.evaluate_epochs == 0:
-                    request.at_once = True  # the state is safe
-                    if process.share(log and not log.is_judged()):
-                        detections = detect_all(report.model, held_out, size.size_multiple, process)[-1]
-                        if log:
-                            log.judge(report, detections)
-                    if process.share(log and log.has_stalled()):
-                        break
+            report = follow(reports, config, held_out, request, process, log)
         except NotFiniteError as error:
             evidence, place = error.evidence, folder / "not_finite.torch"
             if process.is_main:
                 write_atomically(place, lambda file: torch.save(evidence, file))
             process.share(None)  # nobody ends, and has the others ended, before it is written
             raise FloatingPointError(f"{error}; state and gradient norms are in {place}") from error
-        if log:
+        if report and log:
             log.save(report)
-            pairs = zip(annotations.category_ids.tolist(), annotations.category_names, strict=True)
-            lines = "".join(json.dumps(row) + "\n" for row in log.history).encode()
-            write_atomically(output / "history.jsonl", lambda file: file.write(lines))
-            if log.best:
-                report.model.load_state_dict(log.best)
-            save_model(report.model, [Category(key, name) for key, name in pairs], size, mark, output)
+            write_results(report, log, dataset.annotations, size, mark, output)
             log.close()
-    return True
+    return report is not None
 
 
-def begins(state: dict[str, Any] | None, process: Process) -> str:
+def open_datasets(config: TrainConfig, data: Path, size: InputSize) -> tuple[CocoDataset, CocoDataset]:
+    """What is trained on, and what is held out."""
+    train = load_annotations(data / "instances_train.json")
+    val = load_annotations(data / "instances_val.json")
+    return (
+        CocoDataset(train, open_images(data / "train.zip"), TrainTransform(config.transform, config.seed)),
+        CocoDataset(val, open_images(data / "val.zip"), EvalTransform(size.short, size.max_size)),
+    )
+
+
+def build(model_config: ModelConfig, config: TrainConfig, num_classes: int) -> DETR:
+    """The model with the weights that it begins with."""
+    torch.manual_seed(config.seed)
+    if config.initial_weights == "none":
+        return build_model(model_config, num_classes)
+    model = build_model(replace(model_config, backbone_weights="none"), num_classes)
+    initialize(model, config.initial_weights)
+    return model
+
+
+def follow(
+    reports: Iterator[Report],
+    config: TrainConfig,
+    held_out: CocoDataset,
+    request: "StopRequest",
+    process: Process,
+    log: Log | None,
+) -> Report | None:
+    """Logs, evaluates and saves as training goes; its last report, or None if it stopped before its end, as asked."""
+    for report in reports:
+        request.at_once = False
+        if log:
+            log.add(report)
+        if report.stopping:
+            if log:
+                log.stop(report)
+            return None
+        if report.epoch_done and config.evaluate_epochs and (report.epoch + 1) % config.evaluate_epochs == 0:
+            request.at_once = True  # the state is safe
+            if process.share(log and not log.is_judged()):
+                detections = detect_all(report.model, held_out, config.size_multiple, process)[-1]
+                if log:
+                    log.judge(report, detections)
+            if process.share(log and log.has_stalled()):
+                break
+    return report
+
+
+def write_results(report: Report, log: Log, annotations: Annotations, size: InputSize, mark: str, output: Path) -> None:
+    pairs = zip(annotations.category_ids.tolist(), annotations.category_names, strict=True)
+    lines = "".join(json.dumps(row) + "\n" for row in log.history).encode()
+    write_atomically(output / "history.jsonl", lambda file: file.write(lines))
+    if log.best:
+        report.model.load_state_dict(log.best)
+    save_model(report.model, [Category(key, name) for key, name in pairs], size, mark, output)
+
+
+def describe_start(state: dict[str, Any] | None, process: Process) -> str:
     """What the first line of a training says about how it begins."""
     here = f"{process.num_processes} processes on {process.device.type}"
     if state is None:
