@@ -39,3 +39,10 @@ def test_pip_installs_a_library_that_needs_no_orchestration(tmp_path):
     pip = ("python", "-m", "pip", "install", "--quiet", "--no-deps", "--no-build-isolation", "--no-index")
     call(elsewhere, *pip, "--target", str(target), str(source))
     call(elsewhere, "python", "-c", USE, str(target), cold=True, PYTHONPATH=str(target))
+    for name in ("detr", "pipelines"):
+        shipped, ours = (
+            {path.relative_to(place) for path in (place / name).rglob("*.py")} for place in (target, source)
+        )
+        assert shipped == ours
+        assert len(ours) > 25
+    call(elsewhere, "python", "-m", "pipelines", "--help", cold=True, PYTHONPATH=str(target))
