@@ -5,17 +5,13 @@ PET_NNODES, PET_RDZV_ENDPOINT; OMP_NUM_THREADS (1) threads per process; DETR_WOR
 SIGTERM and SIGINT stop it after the next step with exit code 75; the same command goes on.
 """
 
-import errno
-import fcntl
 import hashlib
 import json
 import os
-import platform
 import signal
 import sys
-import time
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -36,6 +32,7 @@ from detr.transforms import EvalTransform, TrainTransform
 from pipelines import params
 from pipelines.data.layout import DATA
 from pipelines.launch import PREEMPTED, die_with_parent, launch, record_failure
+from pipelines.locks import hold_lock
 from pipelines.registry.mirror import Mirror
 from pipelines.registry.tracking import sha256
 from pipelines.stage import EXPECTED, command
@@ -180,29 +177,18 @@ def describe_start(state: dict[str, Any] | None, process: Process) -> str:
 @contextmanager
 def alone_in(folder: Path, wait_seconds: float = 60.0) -> Iterator[None]:
     """Holds the lock of the folder of a training. Raises ValueError when another one holds it for longer than that."""
-    folder.mkdir(parents=True, exist_ok=True)
-    with (folder / "lock").open("a+", encoding="utf-8") as file:
-        started, said = time.monotonic(), False
-        while True:
-            try:
-                fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # of this process alone: its workers do not inherit it
-                break
-            except OSError as error:
-                if error.errno not in (errno.EACCES, errno.EAGAIN):
-                    raise
-            file.seek(0)
-            other = f"the same training is under way in {folder} ({file.read().strip()})"
-            if time.monotonic() - started > wait_seconds:
-                raise ValueError(f"{other}; wait for its end, or stop it and run this again")
-            if not said:
-                print(f"{other}; waiting {wait_seconds:.0f} seconds for its end", flush=True)
-                said = True
-            time.sleep(0.2)
+
+    def say(holder: str) -> None:
+        print(f"{other} ({holder}); waiting {wait_seconds:.0f} seconds for its end", flush=True)
+
+    other = f"the same training is under way in {folder}"
+    with ExitStack() as stack:
+        try:
+            stack.enter_context(hold_lock(folder / "lock", say, wait_seconds))
+        except TimeoutError as error:
+            raise ValueError(f"{other} ({error}); wait for its end, or stop it and run this again") from None
         for torn in folder.glob(".*.partial"):
             torn.unlink()
-        file.truncate(0)
-        file.write(f"process {os.getpid()} on {platform.node()}\n")
-        file.flush()
         yield
 
 

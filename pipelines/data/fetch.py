@@ -1,6 +1,5 @@
 """Fetches large files over a bad line: resumed, checked, from mirrors, several at once."""
 
-import fcntl
 import hashlib
 import math
 import re
@@ -11,6 +10,7 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import requests
@@ -19,6 +19,7 @@ from requests.exceptions import InvalidHeader, InvalidSchema, InvalidURL, TooMan
 from urllib3.util import Retry
 
 from pipelines.data.part import BLOCK, UNKNOWN, Origin, Part, Stopped
+from pipelines.locks import hold_lock
 from pipelines.progress import Progress
 
 RETRY = Retry(total=10, backoff_factor=1, backoff_max=60, backoff_jitter=1, retry_after_max=300)
@@ -73,17 +74,15 @@ def claimed(remotes: Sequence[Remote], folder: Path) -> Iterator[None]:
     """
     with ExitStack() as stack:
         for remote in sorted(remotes, key=lambda remote: remote.url):  # in one order: no two wait for each other
-            folder.mkdir(parents=True, exist_ok=True)
-            lock = stack.enter_context(remote.file_in(folder, "lock").open("a", encoding="utf-8"))
-            try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                print(f"another process is fetching {shown(remote.url)}; waiting for it to end", file=sys.stderr)
-                fcntl.flock(lock, fcntl.LOCK_EX)
+            stack.enter_context(hold_lock(remote.file_in(folder, "lock"), partial(say_who_fetches, remote)))
         yield
         for remote in remotes:
             remote.file_in(folder, "part").unlink(missing_ok=True)
             remote.file_in(folder, "json").unlink(missing_ok=True)
+
+
+def say_who_fetches(remote: Remote, holder: str) -> None:
+    print(f"{holder} is fetching {shown(remote.url)}; waiting for it to end", file=sys.stderr, flush=True)
 
 
 def sizes_of(remotes: Sequence[Remote]) -> dict[str, int]:

@@ -1,6 +1,5 @@
 """Frees the disk of what no registered version needs and nobody has used for some days."""
 
-import fcntl
 import hashlib
 import json
 import os
@@ -16,6 +15,7 @@ from typing import Any
 
 import psutil
 
+from pipelines.locks import is_held
 from pipelines.registry import aliases, tracking
 from pipelines.registry.lineage import commit_in
 from pipelines.workspace import worktree
@@ -232,25 +232,12 @@ def old_files(root: Path, before: float, doomed: Collection[str]) -> Iterator[tu
     places += [("logs", path) for path in logs if path not in used]
     for kind, path in sorted(places):
         lock = path / "lock" if kind == "states" else path.with_suffix(".lock")
-        if newest(path) <= before and not is_locked(lock):
+        if newest(path) <= before and not is_held(lock):
             yield kind, path
 
 
 def newest(path: Path) -> float:
     return max(one.lstat().st_mtime for one in (path, *path.rglob("*")))
-
-
-def is_locked(path: Path) -> bool:
-    """Whether a process, a training or a download, holds this lock."""
-    if not path.is_file():
-        return False
-    with path.open("a", encoding="utf-8") as file:
-        try:
-            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            return True
-    return False
 
 
 def open_files() -> set[Path]:

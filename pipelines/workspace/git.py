@@ -1,6 +1,5 @@
 """Git, called as a command, here alone: no variable and no setting of a person changes what it says."""
 
-import fcntl
 import os
 import signal
 import subprocess
@@ -9,6 +8,7 @@ from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
 
+from pipelines.locks import hold_lock
 from pipelines.surroundings import own_environment
 from pipelines.workspace.redaction import hidden
 
@@ -122,9 +122,7 @@ def fetch(root: Path, ref: str, seconds: float = FETCH_SECONDS) -> None:
     """
     remote = ref.partition("/")[0]
     if "/" in ref and remote in git(root, "remote").splitlines():
-        (root / "scratch").mkdir(exist_ok=True)
-        with (root / "scratch" / "fetch.lock").open("a", encoding="utf-8") as lock:
-            fcntl.flock(lock, fcntl.LOCK_EX)
+        with hold_lock(root / "scratch" / "fetch.lock"):
             unlock(root)
             git(root, "fetch", "--quiet", "--end-of-options", remote, seconds=seconds)
 

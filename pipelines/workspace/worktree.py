@@ -1,7 +1,6 @@
 """Git worktrees to run in, so that nobody's working directory is touched; on `runs/...` branches that stay."""
 
 import errno
-import fcntl
 import os
 import re
 import shutil
@@ -12,6 +11,7 @@ from typing import Any
 
 import psutil
 
+from pipelines.locks import hold_lock
 from pipelines.params import read_yaml, to_yaml
 from pipelines.workspace.cache import cache_folder
 from pipelines.workspace.git import check_repository, full_commit, git, unlock
@@ -25,17 +25,11 @@ RESULTS = "Results of run"  # begins what is committed with them; a branch witho
 @contextmanager
 def only_one(root: Path, log: Callable[[str], None]) -> Iterator[None]:
     """Holds the project's run lock; a second run says so and waits. The lock dies with its process."""
-    (root / "scratch").mkdir(exist_ok=True)
-    with (root / "scratch" / "run.lock").open("a+", encoding="utf-8") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            lock.seek(0)
-            log(f"another run (process {lock.read().strip()}) is under way in {root}; waiting for it to end")
-            fcntl.flock(lock, fcntl.LOCK_EX)
-        lock.truncate(0)
-        lock.write(str(os.getpid()))
-        lock.flush()
+
+    def say(holder: str) -> None:
+        log(f"another run ({holder}) is under way in {root}; waiting for it to end")
+
+    with hold_lock(root / "scratch" / "run.lock", say):
         yield
 
 

@@ -2,6 +2,7 @@
 
 import json
 import os
+import platform
 import shutil
 import sqlite3
 import subprocess
@@ -85,7 +86,8 @@ def test_a_second_run_waits_and_says_so(project):
             encoding="utf-8",
         )
         said = second.stdout.readline()
-        assert said == f"another run (process {os.getpid()}) is under way in {project}; waiting for it to end\n"
+        holder = f"process {os.getpid()} on {platform.node()}"
+        assert said == f"another run ({holder}) is under way in {project}; waiting for it to end\n"
         assert second.poll() is None
         second.kill()
         second.communicate()

@@ -67,7 +67,7 @@ def test_two_runs_at_once_do_not_write_one_file(site, source, tmp_path):
     with subprocess.Popen(STAGE, **stage_in(tmp_path / "one", urls(site.base)), **piped) as one:
         wait_for(lambda: site.ranges("/train.zip"))
         with subprocess.Popen(STAGE, **stage_in(tmp_path / "two", urls(site.base)), **piped) as two:
-            assert "another process is fetching http://127.0.0.1" in two.stderr.readline()
+            assert "is fetching http://127.0.0.1" in two.stderr.readline()
             site.going_on.set()
             for run in (one, two):
                 assert (run.communicate(timeout=600), run.returncode)[1] == 0
@@ -84,7 +84,8 @@ def test_a_disk_that_is_too_small_is_told_before_anything_is_fetched(site, tmp_p
     done = run_stage_in(tmp_path, ["unshare", "-rm", "sh", "-ec", mount, "sh"], urls(site.base))
     assert done.returncode == 1
     assert f"error: {folder} needs " in done.stderr
-    assert "65.5kB are free there; make room and run again" in done.stderr
+    free = "53.2kB" if small == "scratch" else "65.5kB"  # a lock of each file that is fetched lies in scratch
+    assert f"{free} are free there; make room and run again" in done.stderr
     assert {method for method, *_ in site.asked} == {"HEAD"}
 
 
