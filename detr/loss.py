@@ -1,7 +1,7 @@
 """The set loss. B images, Q queries, C classes, T targets of all images, L decoder layers."""
 
-import math
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
+from typing import Annotated
 
 import torch
 import torch.nn.functional as F
@@ -9,6 +9,7 @@ from torch import Tensor
 
 from detr.batch import Targets
 from detr.boxes import cxcywh_to_xyxy, generalized_iou, precise
+from detr.config import Key, check_keys
 from detr.matcher import MatcherConfig, match
 
 
@@ -16,16 +17,14 @@ from detr.matcher import MatcherConfig, match
 class LossConfig:
     """Weights of the loss terms: `train.loss` of params.yaml."""
 
-    class_weight: float
-    box_weight: float
-    giou_weight: float
-    no_object_weight: float  # of the "no object" class in the cross-entropy
-    auxiliary: bool  # a loss after every decoder layer, not the last one only
+    class_weight: Annotated[float, Key("weight of the cross-entropy of classes", ge=0)]
+    box_weight: Annotated[float, Key("weight of the L1 distance of boxes", ge=0)]
+    giou_weight: Annotated[float, Key("weight of the generalised IoU of boxes", ge=0)]
+    no_object_weight: Annotated[float, Key('weight of the class "no object" within the cross-entropy', ge=0)]
+    auxiliary: Annotated[bool, Key("a loss after every decoder layer, not after the last one only")]
 
     def __post_init__(self) -> None:
-        for key, value in asdict(self).items():
-            if not 0 <= value < math.inf:
-                raise ValueError(f"train.loss.{key} is {value}, expected a number that is not negative")
+        check_keys(self, "train.loss")
         if not any((self.class_weight, self.box_weight, self.giou_weight)):
             raise ValueError("train.loss has weights of 0 alone, by which nothing is learnt")
 

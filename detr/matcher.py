@@ -1,10 +1,9 @@
 """Hungarian matching. B images, Q queries, C classes, T targets of all images, L decoder layers."""
 
-import math
 import warnings
 from dataclasses import asdict, dataclass
 from itertools import accumulate, pairwise
-from typing import NoReturn
+from typing import Annotated, NoReturn
 
 import torch
 from scipy.optimize import linear_sum_assignment
@@ -12,20 +11,19 @@ from torch import Tensor
 
 from detr.batch import Targets
 from detr.boxes import cxcywh_to_xyxy, generalized_iou, precise
+from detr.config import Key, check_keys
 
 
 @dataclass(frozen=True)
 class MatcherConfig:
     """Weights of the matching cost: `train.matcher` of params.yaml."""
 
-    class_cost: float
-    box_cost: float
-    giou_cost: float
+    class_cost: Annotated[float, Key("weight of the class probability in the cost of a match", ge=0)]
+    box_cost: Annotated[float, Key("weight of the L1 distance of boxes", ge=0)]
+    giou_cost: Annotated[float, Key("weight of the generalised IoU of boxes", ge=0)]
 
     def __post_init__(self) -> None:
-        for key, value in asdict(self).items():
-            if not 0 <= value < math.inf:
-                raise ValueError(f"train.matcher.{key} is {value}, expected a number that is not negative")
+        check_keys(self, "train.matcher")
         if not any(asdict(self).values()):
             raise ValueError("train.matcher has costs of 0 alone, by which no query is nearer than another")
 

@@ -4,12 +4,14 @@ import math
 from copy import deepcopy
 from dataclasses import dataclass
 from itertools import pairwise
+from typing import Annotated
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from detr.backbone import DEPTHS, NORMS, ResNet, fold_norms, freeze_stem, load_pretrained
+from detr.config import Key, check_keys
 from detr.position import LearnedPosition, NoPosition, SinePosition
 from detr.transformer import LayerShape, Transformer
 
@@ -18,40 +20,32 @@ from detr.transformer import LayerShape, Transformer
 class ModelConfig:
     """The architecture: the `model` section of params.yaml."""
 
-    backbone: str  # resnet10, resnet18, resnet34, resnet50, resnet101
-    backbone_width: float  # times the published channels
-    backbone_norm: str  # frozen (pretrained), batch or group (from scratch)
-    backbone_weights: str  # none, imagenet, or a local file
-    stride: int  # 32, or 16 for the paper's DC5
-    position: str  # sine, learned or none
-    position_temperature: float  # of the sine encoding: 10000 in the paper, 20 suits small feature maps
-    hidden_dim: int
-    num_heads: int
-    dim_feedforward: int
-    num_encoder_layers: int
-    num_decoder_layers: int
-    num_queries: int
-    dropout: float
-    attention_dropout: float  # of the attention weights; 0 is fused on every device and stores no weights
-    pre_norm: bool
+    backbone: Annotated[str, Key("the residual network that looks at the image first", choices=tuple(DEPTHS))]
+    backbone_width: Annotated[float, Key("its channels, times the published ones", gt=0)]
+    backbone_norm: Annotated[
+        str,
+        Key("its normalisation: frozen for pretrained weights, group or batch for random ones", choices=tuple(NORMS)),
+    ]
+    backbone_weights: Annotated[str, Key("where its weights start: none (random), imagenet (downloaded) or a file")]
+    stride: Annotated[int, Key("pixels of the image per feature, a side; 16 is the paper's DC5", choices=(16, 32))]
+    position: Annotated[str, Key("the position encoding", choices=("sine", "learned", "none"))]
+    position_temperature: Annotated[
+        float, Key("of the sine encoding: 10000 in the paper, 20 suits small feature maps", gt=0)
+    ]
+    hidden_dim: Annotated[int, Key("features per token of the transformer; a multiple of num_heads", ge=1)]
+    num_heads: Annotated[int, Key("attention heads", ge=1)]
+    dim_feedforward: Annotated[int, Key("features between the two linear layers of each transformer layer", ge=1)]
+    num_encoder_layers: Annotated[int, Key("layers of the encoder", ge=0)]
+    num_decoder_layers: Annotated[int, Key("layers of the decoder", ge=1)]
+    num_queries: Annotated[int, Key("the most objects that can be found in one image", ge=1)]
+    dropout: Annotated[float, Key("share of features that training drops at random", ge=0, lt=1)]
+    attention_dropout: Annotated[
+        float, Key("the same of attention weights; 0 lets the fused kernels run, which are faster", ge=0, lt=1)
+    ]
+    pre_norm: Annotated[bool, Key("normalise before each part of a layer; false, as the paper does, after it")]
 
     def __post_init__(self) -> None:
-        for key, choices in (
-            ("backbone", list(DEPTHS)),
-            ("backbone_norm", list(NORMS)),
-            ("stride", [16, 32]),
-            ("position", ["sine", "learned", "none"]),
-        ):
-            if getattr(self, key) not in choices:
-                raise ValueError(f"model.{key} is {getattr(self, key)!r}, expected one of {choices}")
-        for key in ("hidden_dim", "num_heads", "dim_feedforward", "num_decoder_layers", "num_queries"):
-            if getattr(self, key) < 1:
-                raise ValueError(f"model.{key} is {getattr(self, key)}, expected at least 1")
-        if self.num_encoder_layers < 0:
-            raise ValueError(f"model.num_encoder_layers is {self.num_encoder_layers}, expected 0 or more")
-        for key in ("backbone_width", "position_temperature"):
-            if not 0 < getattr(self, key) < math.inf:
-                raise ValueError(f"model.{key} is {getattr(self, key)}, expected a number above 0")
+        check_keys(self, "model")
         parts = math.lcm(self.num_heads, {"sine": 4, "learned": 2, "none": 1}[self.position])
         if self.hidden_dim % parts:
             above = -(-self.hidden_dim // parts) * parts
@@ -59,9 +53,6 @@ class ModelConfig:
                 f"model.hidden_dim is {self.hidden_dim}, expected a multiple of {parts}, as model.num_heads "
                 f"{self.num_heads} and model.position {self.position} want it; {above} is one"
             )
-        for key in ("dropout", "attention_dropout"):
-            if not 0 <= getattr(self, key) < 1:
-                raise ValueError(f"model.{key} is {getattr(self, key)}, expected a fraction in 0 <= {key} < 1")
 
 
 class DETR(nn.Module):

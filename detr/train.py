@@ -13,7 +13,7 @@ from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
 from itertools import islice
-from typing import Any
+from typing import Annotated, Any
 
 import torch
 from torch import Tensor, nn
@@ -21,6 +21,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from detr.batch import Batch, normalize
 from detr.coco import CocoDataset
+from detr.config import Key, check_keys
 from detr.diagnosis import first_non_finite, join_ids, memory_explained, not_finite
 from detr.distributed import Process
 from detr.loader import Loader
@@ -38,55 +39,56 @@ PER_LAYER = ("loss_class", "loss_box", "loss_giou", "cardinality_error")
 class TrainConfig:
     """The training: the `train` section of params.yaml."""
 
-    seed: int
-    initial_weights: str  # none, or what detr.official.initialize takes; wins over model.backbone_weights
-    epochs: int
-    batch_size: int  # global, over all processes
-    micro_batch: int  # images that pass through the model together: what bounds memory
-    group_window: int  # images of the shuffled order among which micro-batches of like shapes are made, 0 for none
-    lr: float
-    lr_backbone: float  # 0 freezes the backbone
-    weight_decay: float
-    schedule: str  # cosine, or step: a tenth from lr_drop_epoch on
-    lr_drop_epoch: int
-    warmup_steps: int
-    clip_norm: float  # 0 for none
-    ema_decay: float  # of the averaged weights that are evaluated and kept, 0 for none
-    precision: str  # float32 or bfloat16
-    compile: bool
-    deterministic: bool  # the same bits on the same GPU too, at a cost; holds for the whole process
-    size_multiple: int  # padded sizes are rounded up to it
-    log_steps: int
-    evaluate_epochs: int  # between evaluations on the validation images, 0 for none
-    patience: int  # evaluations without a higher AP after which training stops, 0 for never
-    keep: str  # last, or best: the weights with the highest AP of all evaluations
-    max_skipped: int  # steps whose loss or gradient is not finite that may be left out, 0 to stop at the first
-    checkpoint_minutes: float
+    seed: Annotated[int, Key("of the random weights, the order of images, crops and dropout", ge=0, lt=MOST_SEEDS)]
+    initial_weights: Annotated[
+        str,
+        Key(
+            "where the whole model starts: none; detr-r50, detr-dc5-r50, detr-r101, detr-dc5-r101, a .pth file of the "
+            "authors' code or its URL; or a folder that training wrote. Wins over model.backbone_weights"
+        ),
+    ]
+    epochs: Annotated[int, Key("passes over the training images", ge=1)]
+    batch_size: Annotated[int, Key("images of a step, of all processes together; a multiple of micro_batch", ge=1)]
+    micro_batch: Annotated[int, Key("images that pass the model together; the lower, the less memory", ge=1)]
+    group_window: Annotated[
+        int, Key("images of the shuffled order among which those of like shapes go together; 0 for none", ge=0)
+    ]
+    lr: Annotated[float, Key("highest learning rate of the transformer and the heads", ge=0)]
+    lr_backbone: Annotated[float, Key("highest learning rate of the backbone; 0 freezes it", ge=0)]
+    weight_decay: Annotated[float, Key("of AdamW", ge=0)]
+    schedule: Annotated[
+        str, Key("of the learning rates: cosine to 0, or one step to a tenth", choices=("cosine", "step"))
+    ]
+    lr_drop_epoch: Annotated[int, Key("epochs before that step; ignored by cosine")]
+    warmup_steps: Annotated[int, Key("steps over which the rates rise from 0 at the start", ge=0)]
+    clip_norm: Annotated[float, Key("longest gradient, longer ones are scaled down to it; 0 for none", ge=0)]
+    ema_decay: Annotated[
+        float, Key("of averaged weights, which then are evaluated and kept, per step; 0 for none", ge=0, lt=1)
+    ]
+    precision: Annotated[str, Key("numbers that the model computes with", choices=("float32", "bfloat16"))]
+    compile: Annotated[bool, Key("compile the model by torch.compile: a slow start, then faster steps")]
+    deterministic: Annotated[
+        bool, Key("the same bits on one kind of GPU too, where it costs speed; on CPUs they are anyway")
+    ]
+    size_multiple: Annotated[int, Key("sides of padded batches are multiples of it, in pixels", ge=1)]
+    log_steps: Annotated[int, Key("steps between rows of history.jsonl", ge=1)]
+    evaluate_epochs: Annotated[int, Key("epochs between evaluations on the validation images; 0 for none", ge=0)]
+    patience: Annotated[int, Key("evaluations without a higher AP after which training ends early; 0 for never", ge=0)]
+    keep: Annotated[
+        str, Key("weights that training ends with: the last, or the best by AP on validation", choices=("last", "best"))
+    ]
+    max_skipped: Annotated[
+        int, Key("steps that may be left out because loss or gradient is not finite; 0 stops at the first", ge=0)
+    ]
+    checkpoint_minutes: Annotated[
+        float, Key("minutes between saved states, from which a killed training goes on", ge=0)
+    ]
     matcher: MatcherConfig
     loss: LossConfig
     transform: TransformConfig
 
     def __post_init__(self) -> None:
-        for key, choices in (
-            ("schedule", ("cosine", "step")),
-            ("precision", ("float32", "bfloat16")),
-            ("keep", ("last", "best")),
-        ):
-            if getattr(self, key) not in choices:
-                raise ValueError(f"train.{key} is {getattr(self, key)!r}, expected one of {list(choices)}")
-        for key in ("epochs", "batch_size", "micro_batch", "log_steps", "size_multiple"):
-            if getattr(self, key) < 1:
-                raise ValueError(f"train.{key} is {getattr(self, key)}, expected at least 1")
-        for key in (
-            "lr", "lr_backbone", "weight_decay", "clip_norm", "group_window", "evaluate_epochs", "patience",
-            "max_skipped", "warmup_steps", "checkpoint_minutes",
-        ):  # fmt: skip
-            if not 0 <= getattr(self, key) < math.inf:
-                raise ValueError(f"train.{key} is {getattr(self, key)}, expected a number that is not negative")
-        if not 0 <= self.ema_decay < 1:
-            raise ValueError(f"train.ema_decay is {self.ema_decay}, expected a fraction in 0 <= ema_decay < 1")
-        if not 0 <= self.seed < MOST_SEEDS:
-            raise ValueError(f"train.seed is {self.seed}, expected 0 <= seed < {MOST_SEEDS}")
+        check_keys(self, "train")
         if self.batch_size % self.micro_batch:
             raise ValueError(
                 f"train.batch_size is {self.batch_size}, expected a multiple of train.micro_batch, {self.micro_batch}; "

@@ -2,29 +2,32 @@
 
 import random
 from dataclasses import dataclass
+from typing import Annotated
 
 import numpy as np
 import torch
 import torchvision.transforms.v2.functional as TF
 from torch import Tensor
 
+from detr.config import Key, check_keys
+
 
 @dataclass(frozen=True)
 class TransformConfig:
     """The paper's augmentations (section 4, "Technical details"): `train.transform` of params.yaml. Pixels."""
 
-    scales: tuple[int, ...]  # the short side is drawn from these; the last one is the evaluation size
-    max_size: int  # of the long side
-    flip: float  # probability
-    crop: float  # probability of the crop branch
-    crop_scales: tuple[int, ...]  # short side before the crop
-    crop_range: tuple[int, int]  # sides of the crop
+    scales: Annotated[
+        tuple[int, ...], Key("short sides, one drawn per image; the last one is that of evaluation", ge=1)
+    ]
+    max_size: Annotated[int, Key("longest long side, in training and evaluation", ge=1)]
+    flip: Annotated[float, Key("probability of a mirror image", ge=0, le=1)]
+    crop: Annotated[float, Key("probability of a random crop", ge=0, le=1)]
+    crop_scales: Annotated[tuple[int, ...], Key("short sides before the crop, one drawn per image", ge=1)]
+    crop_range: Annotated[tuple[int, int], Key("shortest and longest side of the crop", ge=0)]
 
     def __post_init__(self) -> None:
-        for key in ("flip", "crop"):
-            if not 0 <= getattr(self, key) <= 1:
-                raise ValueError(f"train.transform.{key} is {getattr(self, key)}, expected a probability in 0..1")
-        if not self.scales or min(self.scales) < 1 or self.max_size < max(self.scales):
+        check_keys(self, "train.transform")
+        if not self.scales or self.max_size < max(self.scales):
             raise ValueError(
                 f"train.transform: scales {self.scales} must not be empty nor exceed max_size {self.max_size}"
             )

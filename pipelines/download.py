@@ -8,10 +8,12 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Annotated
 
 import msgspec
 
 from detr.annotation_file import Entries, as_utf8, parse
+from detr.config import Key, check_keys
 from pipelines import params
 from pipelines.data import looks
 from pipelines.data.archive import check_space, copy, extract, opened, pack
@@ -37,21 +39,25 @@ DOWNLOADS = Path("scratch/downloads")
 class DownloadParams:
     """The `download` section of params.yaml."""
 
-    source: str | FileSources  # shapes, a folder, or four URLs or paths
-    sha256: dict[str, str]  # of what is fetched, by URL or path without fragment; may be empty
-    mirrors: dict[str, list[str]]  # by the beginning of a URL, what may stand in its place; tried in order
-    max_images: int  # per split, the first ones of the annotations; 0 for all
+    source: Annotated[
+        str | FileSources,
+        Key("shapes (drawn), a folder in COCO's format, or a mapping that names the four files, a path or URL each"),
+    ]
+    sha256: Annotated[dict[str, str], Key("checksums of what is fetched, by URL or path; may be empty")]
+    mirrors: Annotated[
+        dict[str, list[str]], Key("other servers to try when a URL fails: lists, by the beginning of the URL")
+    ]
+    max_images: Annotated[int, Key("images to take of each split, the first ones of the annotations; 0 for all", ge=0)]
     shapes: ShapesParams
 
     def __post_init__(self) -> None:
+        check_keys(self, "download")
         for place, digest in self.sha256.items():
             if len(digest) != 64:
                 raise ValueError(f"download.sha256 of {shown(place)} has {len(digest)} characters, expected 64")
         for url in (*self.mirrors, *(mirror for mirrors in self.mirrors.values() for mirror in mirrors)):
             if not is_url(url):
                 raise ValueError(f"download.mirrors has {url!r}, expected the beginning of an http or https URL")
-        if self.max_images < 0:
-            raise ValueError(f"download.max_images is {self.max_images}, expected a number of images, or 0 for all")
 
 
 @dataclass(frozen=True)

@@ -4,10 +4,11 @@ import os
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
 
+from detr.config import Key, check_keys
 from pipelines.labels import drawable, drawn_plainly
 
 MAX_CURVES = 20
@@ -17,19 +18,16 @@ MAX_CURVES = 20
 class EvaluateParams:
     """The `evaluate` section of params.yaml."""
 
-    num_pictures: int  # of the worst and as many of the best images, ground truth beside detections
-    picture_threshold: float  # score from which a detection is drawn, and counts for that choice and for confusions
-    confidence: float  # of the interval of AP
-    num_resamples: int  # of the images, for it
-    seed: int
+    num_pictures: Annotated[int, Key("pictures of the worst and as many of the best images", ge=0)]
+    picture_threshold: Annotated[
+        float, Key("lowest score that is drawn, and that counts for worst, best and confusions", ge=0, le=1)
+    ]
+    confidence: Annotated[float, Key("share of cases in which the interval of AP is to hold the truth", gt=0, lt=1)]
+    num_resamples: Annotated[int, Key("random halves of the images that the interval is computed from", ge=1)]
+    seed: Annotated[int, Key("of those halves", ge=0)]
 
     def __post_init__(self) -> None:
-        if self.seed < 0:
-            raise ValueError(f"evaluate.seed is {self.seed}, expected 0 or more")
-        if self.num_pictures < 0 or not 0 <= self.picture_threshold <= 1:
-            raise ValueError("evaluate: num_pictures must be 0 or more, picture_threshold in 0..1")
-        if self.num_resamples < 1 or not 0 < self.confidence < 1:
-            raise ValueError("evaluate: num_resamples must be at least 1, confidence between 0 and 1")
+        check_keys(self, "evaluate")
 
 
 def save_figure(

@@ -1,8 +1,9 @@
 """The rules that a dataset must keep, about the columns of `tables`."""
 
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Annotated, Any, NamedTuple
 
+from detr.config import Key, check_keys
 from pipelines.params import nearest
 
 KINDS = ("images", "annotations", "categories", "archive", "drift")
@@ -12,15 +13,22 @@ KINDS = ("images", "annotations", "categories", "archive", "drift")
 class ValidateParams:
     """The `validate` section of params.yaml."""
 
-    box_tolerance_pixels: float  # how far a box may reach outside its image, and an area over its box, per side
-    min_objects_per_category: int  # per split
-    max_drift: float  # distance (0..1) of a distribution from that of the champion's data
-    decoded_share: float  # of the pictures, decoded in full; all are read, and their headers and ends looked at
-    num_reported: int  # offending ids listed per rule
-    num_examples: int  # pictures per category on the dataset page
-    tolerated: dict[str, int]  # rows of a split that may break a rule, by the name of every rule
+    box_tolerance_pixels: Annotated[
+        float, Key("how far a box may reach out of its image, and its area exceed the box, per side in pixels", ge=0)
+    ]
+    min_objects_per_category: Annotated[int, Key("fewest objects of a category in each split", ge=0)]
+    max_drift: Annotated[float, Key("largest distance (0..1) from the data that the champion was trained on", ge=0)]
+    decoded_share: Annotated[
+        float, Key("share of the pictures that is decoded in full; headers and ends of all are looked at", ge=0, le=1)
+    ]
+    num_reported: Annotated[int, Key("most offending ids that are listed per rule", ge=0, le=200)]
+    num_examples: Annotated[int, Key("pictures per category on the dataset page", ge=0)]
+    tolerated: Annotated[
+        dict[str, int], Key("rows of a split that may break a rule, which is a warning then; 0 for a strict rule", ge=0)
+    ]
 
     def __post_init__(self) -> None:
+        check_keys(self, "validate")
         judging = [rule for kind in KINDS for rule in rules(self, kind, 0) if rule.column]
         names, needed = [rule.name for rule in judging], {rule.name for rule in judging if not rule.tolerable}
         for name in self.tolerated:
@@ -34,16 +42,6 @@ class ValidateParams:
                     f"validate.tolerated.{name} is {self.tolerated[name]}, expected 0: training or its judgement "
                     "would fail or be wrong on such rows; mend them, or take them out of the JSON file"
                 )
-        counts = {f"tolerated.{name}": value for name, value in self.tolerated.items()}
-        for name in ("box_tolerance_pixels", "min_objects_per_category", "max_drift", "num_reported", "num_examples"):
-            counts[name] = getattr(self, name)
-        for name, value in counts.items():
-            if value < 0:
-                raise ValueError(f"validate.{name} is {value}, expected 0 or more")
-        if self.num_reported > 200:
-            raise ValueError(f"validate.num_reported is {self.num_reported}, Great Expectations lists at most 200")
-        if not 0 <= self.decoded_share <= 1:
-            raise ValueError(f"validate.decoded_share is {self.decoded_share}, expected a share in 0..1")
 
 
 class Rule(NamedTuple):

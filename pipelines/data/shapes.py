@@ -14,10 +14,12 @@ from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import Annotated
 
 import numpy as np
 from PIL import Image, ImageDraw
 
+from detr.config import Key, check_keys
 from pipelines.progress import Progress
 
 CATEGORIES = {3: "ellipse", 7: "box", 12: "triangle", 31: "star", 58: "cross"}  # ids with gaps, as COCO's
@@ -33,24 +35,18 @@ ZIP_DATE = (1980, 1, 1, 0, 0, 0)
 class ShapesParams:
     """The drawn dataset: `download.shapes` of params.yaml. Sizes in pixels, shares in 0..1."""
 
-    seed: int
-    num_train: int
-    num_val: int
-    image_size: int
-    max_objects: int
-    min_object_size: int
-    max_object_size: int
-    empty_share: float  # of images, without any object
-    crowd_share: float  # of images, with a heap annotated as one crowd
+    seed: Annotated[int, Key("of the scenes", ge=0)]
+    num_train: Annotated[int, Key("training images", ge=1)]
+    num_val: Annotated[int, Key("validation images", ge=1)]
+    image_size: Annotated[int, Key("longest side of an image, in pixels")]
+    max_objects: Annotated[int, Key("most objects per image", ge=1)]
+    min_object_size: Annotated[int, Key("smallest side that objects are drawn with, in pixels", ge=8)]
+    max_object_size: Annotated[int, Key("largest, in pixels; at most 0.7 of image_size")]
+    empty_share: Annotated[float, Key("share of images without any object", ge=0, le=1)]
+    crowd_share: Annotated[float, Key("share of images with a heap that is annotated as one crowd", ge=0, le=1)]
 
     def __post_init__(self) -> None:
-        if self.num_train < 1 or self.num_val < 1 or self.max_objects < 1:
-            raise ValueError("download.shapes: num_train, num_val and max_objects must be at least 1")
-        if self.seed < 0:
-            raise ValueError(f"download.shapes.seed is {self.seed}, expected 0 or more")
-        for key in ("empty_share", "crowd_share"):
-            if not 0 <= getattr(self, key) <= 1:
-                raise ValueError(f"download.shapes.{key} is {getattr(self, key)}, expected a share in 0..1")
+        check_keys(self, "download.shapes")
         if not 8 <= self.min_object_size <= self.max_object_size <= self.image_size * 0.7:
             raise ValueError(
                 f"download.shapes: sizes must be 8 <= min_object_size ({self.min_object_size}) <= "

@@ -5,7 +5,9 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from stat import S_ISREG
+from typing import Annotated
 
+from detr.config import Key
 from pipelines.data.fetch import shown
 
 OTHERS = (".avif", ".bmp", ".gif", ".heic", ".heif", ".jp2", ".jxl", ".tif", ".tiff", ".webp")
@@ -16,10 +18,10 @@ PICTURES = (".jpg", ".jpeg", ".png", *OTHERS)  # what is taken out of a folder: 
 class FileSources:
     """Where the four files come from: a URL or path each; `archive.zip#member` takes one file out of a zip."""
 
-    train_images: str  # a zip, or a folder of pictures
-    val_images: str
-    train_annotations: str
-    val_annotations: str
+    train_images: Annotated[str, Key("a zip, or a folder of pictures")]
+    val_images: Annotated[str, Key("the same for validation")]
+    train_annotations: Annotated[str, Key("a JSON file in COCO's format")]
+    val_annotations: Annotated[str, Key("the same for validation")]
 
 
 def sources_in(place: str, root: Path = Path()) -> FileSources:

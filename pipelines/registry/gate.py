@@ -4,12 +4,13 @@ import hashlib
 import json
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
 
 from detr.annotation_file import read_truth
 from detr.bootstrap import Matches, bootstrap_ap, can_be_certain, interval, match, weighted_ap
+from detr.config import Key, check_keys
 from pipelines.params import nearest
 from pipelines.registry import aliases
 
@@ -20,23 +21,19 @@ ROUNDING = 1e-9  # differences of APs below it are rounding
 class RegisterParams:
     """The `register` section of params.yaml."""
 
-    min_ap_gain: float  # over the champion's AP, to take its place
-    confidence: float  # share of resamples of the images in which the candidate must be better; and of the intervals
-    num_resamples: int
-    seed: int
-    protected: dict[str, float]  # names of categories, and the AP that each may lose at most
-    promote: bool  # whether it may take the champion's place at all
+    min_ap_gain: Annotated[float, Key("how much higher its AP must be than the champion's, to take its place", ge=0)]
+    confidence: Annotated[
+        float, Key("share of the random halves in which it must be better; also of the intervals shown", gt=0, lt=1)
+    ]
+    num_resamples: Annotated[int, Key("random halves of the validation images that both are compared on", ge=1)]
+    seed: Annotated[int, Key("of those halves", ge=0)]
+    protected: Annotated[
+        dict[str, float], Key("AP that a category may lose at most, by its name: {person: 0.01}", ge=0)
+    ]
+    promote: Annotated[bool, Key("whether a better model becomes the champion; false leaves it a challenger")]
 
     def __post_init__(self) -> None:
-        if self.seed < 0:
-            raise ValueError(f"register.seed is {self.seed}, expected 0 or more")
-        if self.min_ap_gain < 0 or not 0 < self.confidence < 1 or self.num_resamples < 1:
-            raise ValueError(
-                f"register: min_ap_gain is {self.min_ap_gain}, confidence {self.confidence}, num_resamples "
-                f"{self.num_resamples}; expected 0 or more, between 0 and 1, at least 1"
-            )
-        if wrong := {name: loss for name, loss in self.protected.items() if not loss >= 0}:
-            raise ValueError(f"register.protected: {wrong}; expected of each the AP that it may lose, 0 or more")
+        check_keys(self, "register")
 
 
 @dataclass(frozen=True)

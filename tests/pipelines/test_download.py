@@ -184,7 +184,7 @@ def test_a_folder_on_the_web_is_refused(tmp_path, place, message):
         ({"sha256": {"http://me:secret@a/b": "0"}}, "download.sha256 of http://a/b has 1 characters, expected 64"),
         ({"mirrors": {"http://a/": ["/mnt/a/"]}}, "download.mirrors has '/mnt/a/', expected the beginning of an http"),
         ({"mirrors": {"http://a/": ["ftp://a/"]}}, "ftp://a/ has the scheme 'ftp'"),
-        ({"max_images": -1}, "download.max_images is -1, expected a number of images, or 0 for all"),
+        ({"max_images": -1}, "download.max_images is -1, expected a number of at least 0"),
     ],
 )
 def test_parameters_that_cannot_be_meant_are_named(changed, message):

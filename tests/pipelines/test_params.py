@@ -194,9 +194,13 @@ def test_dvc_reads_what_a_run_writes(preset, overrides):
         ),
         (None, ["model.position=learned", "train.transform.max_size=1333"], "'learned', which reaches 800 pixels"),
         (None, ["register.protected={elipse: 0.1}"], "names 'elipse', no category .* did you mean 'ellipse'?"),
-        (None, ["register.seed=-1"], "register.seed is -1, expected 0 or more"),
-        (None, ["evaluate.seed=-1"], "evaluate.seed is -1, expected 0 or more"),
-        (None, ["download.shapes.crowd_share=2"], "download.shapes.crowd_share is 2.0, expected a share in 0..1"),
+        (None, ["register.seed=-1"], "register.seed is -1, expected a number of at least 0"),
+        (None, ["evaluate.seed=-1"], "evaluate.seed is -1, expected a number of at least 0"),
+        (
+            None,
+            ["download.shapes.crowd_share=2"],
+            "download.shapes.crowd_share is 2.0, expected a number of at least 0 and at most 1",
+        ),
     ],
 )
 def test_what_does_not_go_together_is_refused_before_anything_starts(preset, overrides, said, monkeypatch):

@@ -84,11 +84,11 @@ def test_every_rule_is_broken_by_some_defect():
         ({"tolerated": STRICT.tolerated | {"box_insid": 1}}, "unknown key 'box_insid'; did you mean 'box_inside'?"),
         (
             {"tolerated": STRICT.tolerated | {"box_inside": -1}},
-            "validate.tolerated.box_inside is -1, expected 0 or more",
+            "validate.tolerated.box_inside is -1, expected a number of at least 0",
         ),
-        ({"decoded_share": 1.5}, "validate.decoded_share is 1.5, expected a share in 0..1"),
-        ({"num_reported": 201}, "validate.num_reported is 201, Great Expectations lists at most 200"),
-        ({"max_drift": -0.1}, "validate.max_drift is -0.1, expected 0 or more"),
+        ({"decoded_share": 1.5}, "validate.decoded_share is 1.5, expected a number of at least 0 and at most 1"),
+        ({"num_reported": 201}, "validate.num_reported is 201, expected a number of at least 0 and at most 200"),
+        ({"max_drift": -0.1}, "validate.max_drift is -0.1, expected a number of at least 0"),
     ],
 )
 def test_parameters_out_of_range_are_named(change, message):
