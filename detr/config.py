@@ -57,12 +57,12 @@ def check_keys(config: Any, section: str) -> None:
 
 
 def read_keys(kind: type) -> dict[str, Key]:
-    """Returns the `Key` of every field that has one, by the field's name."""
-    hints = get_type_hints(kind, include_extras=True)
-    found = {
-        name: [one for one in getattr(hint, "__metadata__", ()) if isinstance(one, Key)] for name, hint in hints.items()
-    }
-    return {name: keys[0] for name, keys in found.items() if keys}
+    """Returns the `Key` of every field that has one, by the field's name; a text is one of no limits."""
+    found = {}
+    for name, hint in get_type_hints(kind, include_extras=True).items():
+        for one in getattr(hint, "__metadata__", ()):
+            found[name] = Key(one) if isinstance(one, str) else one
+    return found
 
 
 def _each_value(where: str, value: Any) -> Iterator[tuple[str, Any]]:

@@ -21,28 +21,35 @@ class ModelConfig:
     """The architecture: the `model` section of params.yaml."""
 
     backbone: Annotated[str, Key("the residual network that looks at the image first", choices=tuple(DEPTHS))]
-    backbone_width: Annotated[float, Key("its channels, times the published ones", gt=0)]
+    backbone_width: Annotated[float, Key("channels of the backbone, times the published ones", gt=0)]
     backbone_norm: Annotated[
         str,
-        Key("its normalisation: frozen for pretrained weights, group or batch for random ones", choices=tuple(NORMS)),
+        Key(
+            "norm layers of the backbone: frozen for pretrained weights, group or batch for random ones",
+            choices=tuple(NORMS),
+        ),
     ]
-    backbone_weights: Annotated[str, Key("where its weights start: none (random), imagenet (downloaded) or a file")]
-    stride: Annotated[int, Key("pixels of the image per feature, a side; 16 is the paper's DC5", choices=(16, 32))]
+    backbone_weights: Annotated[
+        str, Key("weights that the backbone starts from: none (random), imagenet (downloaded) or a file")
+    ]
+    stride: Annotated[
+        int, Key("pixels of the image per feature, along each side; 16 is the paper's DC5", choices=(16, 32))
+    ]
     position: Annotated[str, Key("the position encoding", choices=("sine", "learned", "none"))]
     position_temperature: Annotated[
-        float, Key("of the sine encoding: 10000 in the paper, 20 suits small feature maps", gt=0)
+        float, Key("temperature of the sine encoding: 10000 in the paper, 20 suits small feature maps", gt=0)
     ]
     hidden_dim: Annotated[int, Key("features per token of the transformer; a multiple of num_heads", ge=1)]
     num_heads: Annotated[int, Key("attention heads", ge=1)]
-    dim_feedforward: Annotated[int, Key("features between the two linear layers of each transformer layer", ge=1)]
+    dim_feedforward: Annotated[int, Key("features inside the feed-forward network of each transformer layer", ge=1)]
     num_encoder_layers: Annotated[int, Key("layers of the encoder", ge=0)]
     num_decoder_layers: Annotated[int, Key("layers of the decoder", ge=1)]
-    num_queries: Annotated[int, Key("the most objects that can be found in one image", ge=1)]
+    num_queries: Annotated[int, Key("object queries: the most objects that can be found in one image", ge=1)]
     dropout: Annotated[float, Key("share of features that training drops at random", ge=0, lt=1)]
     attention_dropout: Annotated[
-        float, Key("the same of attention weights; 0 lets the fused kernels run, which are faster", ge=0, lt=1)
+        float, Key("share of attention weights that training drops; 0 lets faster, fused kernels run", ge=0, lt=1)
     ]
-    pre_norm: Annotated[bool, Key("normalise before each part of a layer; false, as the paper does, after it")]
+    pre_norm: Annotated[bool, Key("layer norm before attention and feed-forward; false, as in the paper: after them")]
 
     def __post_init__(self) -> None:
         check_keys(self, "model")

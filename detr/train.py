@@ -39,7 +39,7 @@ PER_LAYER = ("loss_class", "loss_box", "loss_giou", "cardinality_error")
 class TrainConfig:
     """The training: the `train` section of params.yaml."""
 
-    seed: Annotated[int, Key("of the random weights, the order of images, crops and dropout", ge=0, lt=MOST_SEEDS)]
+    seed: Annotated[int, Key("random seed of weights, order of images, crops and dropout", ge=0, lt=MOST_SEEDS)]
     initial_weights: Annotated[
         str,
         Key(
@@ -55,22 +55,23 @@ class TrainConfig:
     ]
     lr: Annotated[float, Key("highest learning rate of the transformer and the heads", ge=0)]
     lr_backbone: Annotated[float, Key("highest learning rate of the backbone; 0 freezes it", ge=0)]
-    weight_decay: Annotated[float, Key("of AdamW", ge=0)]
+    weight_decay: Annotated[float, Key("weight decay of AdamW", ge=0)]
     schedule: Annotated[
-        str, Key("of the learning rates: cosine to 0, or one step to a tenth", choices=("cosine", "step"))
+        str, Key("course of the learning rates: cosine to 0, or one step down to a tenth", choices=("cosine", "step"))
     ]
-    lr_drop_epoch: Annotated[int, Key("epochs before that step; ignored by cosine")]
-    warmup_steps: Annotated[int, Key("steps over which the rates rise from 0 at the start", ge=0)]
-    clip_norm: Annotated[float, Key("longest gradient, longer ones are scaled down to it; 0 for none", ge=0)]
+    lr_drop_epoch: Annotated[int, Key("epoch at which the step schedule drops the rates; cosine ignores it")]
+    warmup_steps: Annotated[int, Key("steps at the start over which the rates rise from 0; 0 for none", ge=0)]
+    clip_norm: Annotated[float, Key("norm to which a longer gradient is scaled down; 0 for no clipping", ge=0)]
     ema_decay: Annotated[
-        float, Key("of averaged weights, which then are evaluated and kept, per step; 0 for none", ge=0, lt=1)
+        float,
+        Key("decay per step of an average of the weights, which is then evaluated and kept; 0 for none", ge=0, lt=1),
     ]
-    precision: Annotated[str, Key("numbers that the model computes with", choices=("float32", "bfloat16"))]
+    precision: Annotated[str, Key("number format that the model computes in", choices=("float32", "bfloat16"))]
     compile: Annotated[bool, Key("compile the model by torch.compile: a slow start, then faster steps")]
     deterministic: Annotated[
-        bool, Key("the same bits on one kind of GPU too, where it costs speed; on CPUs they are anyway")
+        bool, Key("same bits in every run on one kind of GPU, at a cost in speed; on CPUs they are the same anyway")
     ]
-    size_multiple: Annotated[int, Key("sides of padded batches are multiples of it, in pixels", ge=1)]
+    size_multiple: Annotated[int, Key("padded sizes are rounded up to a multiple of it, in pixels", ge=1)]
     log_steps: Annotated[int, Key("steps between rows of history.jsonl", ge=1)]
     evaluate_epochs: Annotated[int, Key("epochs between evaluations on the validation images; 0 for none", ge=0)]
     patience: Annotated[int, Key("evaluations without a higher AP after which training ends early; 0 for never", ge=0)]

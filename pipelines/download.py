@@ -43,11 +43,13 @@ class DownloadParams:
         str | FileSources,
         Key("shapes (drawn), a folder in COCO's format, or a mapping that names the four files, a path or URL each"),
     ]
-    sha256: Annotated[dict[str, str], Key("checksums of what is fetched, by URL or path; may be empty")]
+    sha256: Annotated[dict[str, str], Key("SHA-256 of each download, by URL or path; may be empty")]
     mirrors: Annotated[
         dict[str, list[str]], Key("other servers to try when a URL fails: lists, by the beginning of the URL")
     ]
-    max_images: Annotated[int, Key("images to take of each split, the first ones of the annotations; 0 for all", ge=0)]
+    max_images: Annotated[
+        int, Key("number of images to take from each split, the first in the annotations; 0 for all", ge=0)
+    ]
     shapes: ShapesParams
 
     def __post_init__(self) -> None:

@@ -20,11 +20,12 @@ class EvaluateParams:
 
     num_pictures: Annotated[int, Key("pictures of the worst and as many of the best images", ge=0)]
     picture_threshold: Annotated[
-        float, Key("lowest score that is drawn, and that counts for worst, best and confusions", ge=0, le=1)
+        float,
+        Key("lowest score that is drawn, and that counts in choosing worst and best and in the confusions", ge=0, le=1),
     ]
-    confidence: Annotated[float, Key("share of cases in which the interval of AP is to hold the truth", gt=0, lt=1)]
+    confidence: Annotated[float, Key("level of the interval of AP", gt=0, lt=1)]
     num_resamples: Annotated[int, Key("random halves of the images that the interval is computed from", ge=1)]
-    seed: Annotated[int, Key("of those halves", ge=0)]
+    seed: Annotated[int, Key("random seed of those halves", ge=0)]
 
     def __post_init__(self) -> None:
         check_keys(self, "evaluate")

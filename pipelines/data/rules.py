@@ -14,17 +14,17 @@ class ValidateParams:
     """The `validate` section of params.yaml."""
 
     box_tolerance_pixels: Annotated[
-        float, Key("how far a box may reach out of its image, and its area exceed the box, per side in pixels", ge=0)
+        float, Key("pixels by which a box may reach out of its image, and its area exceed the box, on each side", ge=0)
     ]
     min_objects_per_category: Annotated[int, Key("fewest objects of a category in each split", ge=0)]
-    max_drift: Annotated[float, Key("largest distance (0..1) from the data that the champion was trained on", ge=0)]
+    max_drift: Annotated[float, Key("largest distance, 0 to 1, from the data that the champion was trained on", ge=0)]
     decoded_share: Annotated[
-        float, Key("share of the pictures that is decoded in full; headers and ends of all are looked at", ge=0, le=1)
+        float, Key("share of the pictures that are decoded in full; headers and ends are checked in all", ge=0, le=1)
     ]
     num_reported: Annotated[int, Key("most offending ids that are listed per rule", ge=0, le=200)]
     num_examples: Annotated[int, Key("pictures per category on the dataset page", ge=0)]
     tolerated: Annotated[
-        dict[str, int], Key("rows of a split that may break a rule, which is a warning then; 0 for a strict rule", ge=0)
+        dict[str, int], Key("rows of a split that may break the rule of that name; an error is then a warning", ge=0)
     ]
 
     def __post_init__(self) -> None:

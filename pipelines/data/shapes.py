@@ -35,13 +35,15 @@ ZIP_DATE = (1980, 1, 1, 0, 0, 0)
 class ShapesParams:
     """The drawn dataset: `download.shapes` of params.yaml. Sizes in pixels, shares in 0..1."""
 
-    seed: Annotated[int, Key("of the scenes", ge=0)]
+    seed: Annotated[int, Key("random seed of the scenes", ge=0)]
     num_train: Annotated[int, Key("training images", ge=1)]
     num_val: Annotated[int, Key("validation images", ge=1)]
     image_size: Annotated[int, Key("longest side of an image, in pixels")]
     max_objects: Annotated[int, Key("most objects per image", ge=1)]
     min_object_size: Annotated[int, Key("smallest side that objects are drawn with, in pixels", ge=8)]
-    max_object_size: Annotated[int, Key("largest, in pixels; at most 0.7 of image_size")]
+    max_object_size: Annotated[
+        int, Key("largest side that objects are drawn with, in pixels; at most 0.7 of image_size")
+    ]
     empty_share: Annotated[float, Key("share of images without any object", ge=0, le=1)]
     crowd_share: Annotated[float, Key("share of images with a heap that is annotated as one crowd", ge=0, le=1)]
 

@@ -7,7 +7,6 @@ from pathlib import Path
 from stat import S_ISREG
 from typing import Annotated
 
-from detr.config import Key
 from pipelines.data.fetch import shown
 
 OTHERS = (".avif", ".bmp", ".gif", ".heic", ".heif", ".jp2", ".jxl", ".tif", ".tiff", ".webp")
@@ -18,10 +17,10 @@ PICTURES = (".jpg", ".jpeg", ".png", *OTHERS)  # what is taken out of a folder: 
 class FileSources:
     """Where the four files come from: a URL or path each; `archive.zip#member` takes one file out of a zip."""
 
-    train_images: Annotated[str, Key("a zip, or a folder of pictures")]
-    val_images: Annotated[str, Key("the same for validation")]
-    train_annotations: Annotated[str, Key("a JSON file in COCO's format")]
-    val_annotations: Annotated[str, Key("the same for validation")]
+    train_images: Annotated[str, "training pictures: a zip or a folder"]
+    val_images: Annotated[str, "validation pictures, likewise"]
+    train_annotations: Annotated[str, "annotations of the training pictures: JSON in COCO's format"]
+    val_annotations: Annotated[str, "annotations of the validation pictures, likewise"]
 
 
 def sources_in(place: str, root: Path = Path()) -> FileSources:

@@ -21,14 +21,19 @@ ROUNDING = 1e-9  # differences of APs below it are rounding
 class RegisterParams:
     """The `register` section of params.yaml."""
 
-    min_ap_gain: Annotated[float, Key("how much higher its AP must be than the champion's, to take its place", ge=0)]
+    min_ap_gain: Annotated[float, Key("gain in AP over the champion that a new model needs to take its place", ge=0)]
     confidence: Annotated[
-        float, Key("share of the random halves in which it must be better; also of the intervals shown", gt=0, lt=1)
+        float,
+        Key(
+            "share of the random halves in which the new model must be better; also the level of the intervals",
+            gt=0,
+            lt=1,
+        ),
     ]
-    num_resamples: Annotated[int, Key("random halves of the validation images that both are compared on", ge=1)]
-    seed: Annotated[int, Key("of those halves", ge=0)]
+    num_resamples: Annotated[int, Key("random halves of the validation images on which both are compared", ge=1)]
+    seed: Annotated[int, Key("random seed of those halves", ge=0)]
     protected: Annotated[
-        dict[str, float], Key("AP that a category may lose at most, by its name: {person: 0.01}", ge=0)
+        dict[str, float], Key("largest loss of AP that is allowed for a category, by its name: {person: 0.01}", ge=0)
     ]
     promote: Annotated[bool, Key("whether a better model becomes the champion; false leaves it a challenger")]
 
