@@ -8,7 +8,6 @@ from pathlib import Path
 import pytest
 
 import detr
-from pipelines.arguments import PORTS
 from pipelines.params import SECTIONS, read_yaml
 from pipelines.workspace.dvc import stages
 from tests.running import ROOT, environment
@@ -180,22 +179,6 @@ def test_every_exported_name_exists():
 def tracked():
     listed = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, encoding="utf-8", check=True).stdout
     return [Path(name) for name in listed.split()]
-
-
-def test_the_tree_in_the_readme_is_the_tree_on_disk():
-    text = (ROOT / "README.md").read_text(encoding="utf-8").partition("```text\n")[2].partition("```")[0]
-    shown = {line.split()[0].rstrip("/") for line in text.splitlines() if line.strip()}
-    on_disk = {
-        path.parts[0]
-        for path in tracked()
-        if path.parts[0] not in (".gitattributes", ".gitignore", ".dvcignore", "dvc.lock")
-    }
-    assert shown == {name for name in on_disk if (ROOT / name).exists()} | {"data"}
-
-
-def test_the_readme_names_every_user_interface():
-    text = (ROOT / "README.md").read_text(encoding="utf-8")
-    assert all(f"python -m pipelines ui {name}" in text for name in PORTS)
 
 
 def test_no_file_has_a_name_that_says_nothing():
