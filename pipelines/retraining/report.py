@@ -240,7 +240,7 @@ def failure(stage: str, message: str, lines: Sequence[str]) -> str:
     said = message.removeprefix(f"{stage}: ")
     page = [f"# {stage} failed", "", plain(said), "", "## How to go on", ""]
     page += [advise(stage, said), ""]
-    page += ['More: docs/retraining.md and docs/troubleshooting.md.', "", f"## The last {len(lines)} lines", ""]
+    page += ["More: docs/retraining.md and docs/troubleshooting.md.", "", f"## The last {len(lines)} lines", ""]
     return hidden("\n".join([*page, fenced(line[:LONGEST_LINE] for line in lines), ""]))
 
 

@@ -101,10 +101,10 @@ def test_an_ap_of_minus_one_takes_and_holds_no_place():
     ("changes", "said"),
     [
         ({"min_ap_gain": -0.1}, "min_ap_gain is -0.1"),
-        ({"confidence": 1.0}, "confidence 1.0"),
-        ({"num_resamples": 0}, "num_resamples 0"),
-        ({"protected": {"cat": -1.0}}, "register.protected: {'cat': -1.0}; expected of each the AP that it may lose"),
-        ({"protected": {"cat": float("nan")}}, "register.protected: {'cat': nan}"),
+        ({"confidence": 1.0}, "confidence is 1.0, expected a number above 0 and below 1"),
+        ({"num_resamples": 0}, "num_resamples is 0, expected a number of at least 1"),
+        ({"protected": {"cat": -1.0}}, "register.protected.cat is -1.0, expected a number of at least 0"),
+        ({"protected": {"cat": float("nan")}}, "register.protected.cat is nan, expected a finite number of at least 0"),
     ],
 )
 def test_wrong_parameters_are_named(changes, said):
