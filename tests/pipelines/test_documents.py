@@ -1,11 +1,9 @@
 """What the documents say is so: commands parse, links lead somewhere, the tree is the disk's, generated parts are fresh."""
 
-import argparse
 import ast
 import importlib.util
 import re
 import shlex
-import sys
 import warnings
 from functools import cache
 from itertools import dropwhile
@@ -14,7 +12,7 @@ import pytest
 from PIL import Image
 
 from docs import generate
-from pipelines.__main__ import PORTS, main
+from pipelines.arguments import PORTS, build_parser
 from pipelines.params import read_yaml
 from tests import registered
 from tests.pipelines.test_wiring import tracked
@@ -29,10 +27,6 @@ SHELL = {
 }  # fmt: skip
 FOLDERS = ("benchmarks", "deploy", "detr", "docs", "pipelines", "presets", "tests", ".ci")
 SECTIONS = read_yaml(ROOT / "params.yaml")
-
-
-class Parsed(Exception):
-    pass
 
 
 def read(path):
@@ -70,44 +64,30 @@ def without_assignments(words):
 def commands(text):
     """Every command of a page: those of its shell blocks, and code within sentences that begins as one."""
     begins = r"(python (-m|benchmarks/)|make |dvc |mlflow |prefect |torchrun |bash )"
-    inline = [span for span in spans(text) if re.match(begins, span) and span != "python -m pipelines"]
+    inline = [span for span in spans(text) if re.match(begins, span)]
     return [command for script in [*blocks(text, "bash"), *inline] for command in split(script)]
 
 
-def parse_arguments(arguments, monkeypatch):
-    """Has the parser of the command line take the arguments, and does nothing with them."""
-    original = argparse.ArgumentParser.parse_args
-
-    def stop(self, *given, **named):
-        original(self, *given, **named)
-        raise Parsed
-
-    monkeypatch.setattr(argparse.ArgumentParser, "parse_args", stop)
-    monkeypatch.setattr(sys, "argv", ["pipelines", *arguments])
-    with pytest.raises(Parsed):
-        main()
-
-
-def check_python(words, monkeypatch):
+def check_python(words):
     """A module with its arguments, or a script of the project with options that it has."""
     if words[0] != "-m":
         script = read(ROOT / words[0])
         for option in (word for word in words[1:] if word.startswith("--")):
             assert f'"{option}"' in script, f"{words[0]} has no {option}"
     elif words[1] in ("pytest", "prefect", "mlflow", "dvc"):
-        check(words[1:], monkeypatch)
+        check(words[1:])
     elif words[1] == "pipelines":
-        parse_arguments(words[2:], monkeypatch)
+        assert words[2:] == [] or build_parser().parse_args(words[2:])
     elif not words[1].rpartition(".")[2].isupper():  # which stands for a name
         assert importlib.util.find_spec(words[1]), f"there is no module {words[1]}"
         assert not words[2:], f"{words[1]} takes no arguments"
 
 
-def check(words, monkeypatch):
+def check(words):
     """Fails where a command would not be understood."""
     program, arguments = words[0], words[1:]
     if program in ("python", "python3.11"):
-        check_python(arguments, monkeypatch)
+        check_python(arguments)
     elif program == "make":
         targets = re.findall(r"^([\w./-]+):", read(ROOT / "Makefile"), re.MULTILINE)
         assert {word for word in arguments if "=" not in word} <= set(targets)
@@ -135,18 +115,15 @@ def check(words, monkeypatch):
 
 
 @pytest.mark.parametrize("name", [name for name in NAMES if name != "CHANGELOG.md"])
-def test_every_command_parses(name, monkeypatch):
-    monkeypatch.chdir(ROOT)
-    found = commands(read(ROOT / name))
-    for words in found:
+def test_every_command_parses(name):
+    for words in commands(read(ROOT / name)):
         try:
-            with monkeypatch.context() as patch:
-                check(words, patch)
+            check(words)
         except (Exception, SystemExit) as error:
             pytest.fail(f"{name}: {shlex.join(words)}: {type(error).__name__}: {error}")
 
 
-def test_commands_are_found_and_wrong_ones_refused(monkeypatch):
+def test_commands_are_found_and_wrong_ones_refused():
     script = "a=1 python -m pipelines run --set 'b={c: 1,\nd: 2}' && (make demo |  # of it\n   dvc repro)\nset -a; . x"
     words = [["python", "-m", "pipelines", "run", "--set", "b={c: 1,\nd: 2}"], ["make", "demo"], ["dvc", "repro"]]
     assert split(script.replace("a=1", "A=1")) == [*words, ["set", "-a"], [".", "x"]]
@@ -156,8 +133,8 @@ def test_commands_are_found_and_wrong_ones_refused(monkeypatch):
         "dvc reproo", "mlflow models serv", "mlflow models serve --modell x", "prefect worker strat", "pyhton x",
         "python benchmarks/padding.py --quik", "sbatch deploy/slum.sh",
     ):  # fmt: skip
-        with monkeypatch.context() as patch, pytest.raises((Exception, SystemExit, pytest.fail.Exception)):
-            check(shlex.split(line), patch)
+        with pytest.raises((Exception, SystemExit)):
+            check(shlex.split(line))
 
 
 @cache
