@@ -59,9 +59,9 @@ def describe_values(kind: Any, key: Key) -> str:
 
 
 def show(value: Any) -> str:
-    """Returns a value as params.yaml has it; a long mapping is left to its preset."""
-    if isinstance(value, dict) and value:
-        return f"[its preset](../presets/{PAPER}.yaml)" if len(str(value)) > 60 else f"`{value}`"
+    """Returns a value as params.yaml has it; a long one is left to its preset."""
+    if len(str(value)) > 60:
+        return f"[its preset](../presets/{PAPER}.yaml)"
     return f"`{str(value).lower() if isinstance(value, bool) else value}`"
 
 
