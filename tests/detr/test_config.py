@@ -15,11 +15,13 @@ class Record:
     sizes: Annotated[tuple[int, ...], Key("sizes", ge=1)] = (1, 2)
     losses: Annotated[dict[str, float], Key("losses", ge=0)] = None  # type: ignore[assignment]
     free: Annotated[float, Key("any")] = 0.0
-    note: Annotated[str, Key("any text")] = ""
+    note: Annotated[str, "any text"] = ""
+    bare: int = 0
 
 
 def test_keys_of_fields_are_read():
-    assert {name: key.meaning for name, key in read_keys(Record).items()}["share"] == "a share"
+    meanings = {name: key.meaning for name, key in read_keys(Record).items()}
+    assert (meanings["share"], meanings["note"], "bare" in meanings) == ("a share", "any text", False)
     assert read_keys(Record)["width"].describe_allowed() == "above 0 and at most 2"
 
 

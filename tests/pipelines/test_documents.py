@@ -11,7 +11,7 @@ from itertools import dropwhile
 import pytest
 from PIL import Image
 
-from docs import generate
+from docs import draw_detections, generate
 from pipelines.arguments import PORTS, build_parser
 from pipelines.params import read_yaml
 from tests import registered
@@ -281,3 +281,10 @@ def test_the_library_in_the_documents_runs_as_written(name, drawn, tmp_path, mon
     assert len(names["found"].names) > 0
     assert capsys.readouterr().out
     assert name == "README.md" or (tmp_path / "attention.png").exists()
+
+
+def test_the_picture_of_detections_is_drawn_of_any_model_and_data(drawn, tmp_path):
+    model = registered.write_model(tmp_path / "model", registered.categories(drawn))
+    picture = draw_detections.draw_detections(model, drawn)
+    assert picture.size == Image.open(ROOT / "docs/detections.png").size
+    assert len(picture.getcolors(1 << 20)) > 100
