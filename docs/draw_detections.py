@@ -7,9 +7,10 @@ import torch
 from PIL import Image, ImageDraw, ImageFont
 from torchvision.ops import box_iou
 
-from detr.coco import Annotations, decode, load_annotations
+from detr.coco import Annotations, load_annotations
 from detr.detector import Detections, Detector
 from detr.images import open_images
+from detr.pixels import decode_pixels
 
 ROOT = Path(__file__).parent.parent
 ACROSS, DOWN, SIDE, MARGIN = 4, 2, 360, 12  # cells, and pixels of each
@@ -29,8 +30,7 @@ def find_scenes(record: Annotations, data: Path, detector: Detector) -> list[tup
     images, scenes = open_images(data / "val.zip"), []
     for index, (start, stop) in enumerate(zip(record.starts, record.starts[1:], strict=False)):
         if stop - start >= MIN_OBJECTS:
-            name = str(record.file_names[index])
-            pixels = decode(images.read(name), name).permute(1, 2, 0).numpy()
+            pixels = decode_pixels(images.read(str(record.file_names[index])))
             found = detector(pixels, MIN_SCORE)
             mistakes = count_mistakes(found, record.boxes_xyxy[start:stop], record.labels[start:stop])
             scenes.append((mistakes, index, (pixels, found)))
