@@ -13,27 +13,27 @@ from detr.images import open_images
 from detr.pixels import decode_pixels
 
 ROOT = Path(__file__).parent.parent
-ACROSS, DOWN, SIDE, MARGIN = 4, 2, 360, 12  # cells, and pixels of each
+ACROSS, DOWN, SIDE, MARGIN = 4, 2, 320, 12  # cells, and pixels of each
 MIN_OBJECTS, MIN_SCORE, MIN_IOU = 2, 0.7, 0.5
 COLOURS = ("#ffd60a", "#30d158", "#ff453a", "#0a84ff", "#bf5af2")
 
 
-def count_mistakes(found: Detections, boxes: np.ndarray, labels: np.ndarray) -> int:
-    """Returns how many objects were missed, and how many detections are of none."""
+def rank_scene(found: Detections, boxes: np.ndarray, labels: np.ndarray) -> tuple[int, float]:
+    """Returns the number of mistakes, and less the overlap of the object that is found worst: the lower, the better."""
     overlap = box_iou(torch.from_numpy(found.boxes_xyxy), torch.from_numpy(boxes)).numpy()
-    right = (overlap > MIN_IOU) & (found.labels[:, None] == labels)
-    return int((~right.any(axis=0)).sum()) + len(found.labels) - min(len(labels), int(right.any(axis=1).sum()))
+    best = np.where(found.labels[:, None] == labels, overlap, 0).max(axis=0, initial=0)
+    return int((best < MIN_IOU).sum()) + abs(len(found.labels) - len(labels)), -float(best.min())
 
 
 def find_scenes(record: Annotations, data: Path, detector: Detector) -> list[tuple[np.ndarray, Detections]]:
-    """Returns the pixels and the detections of the validation images with the fewest mistakes, in their order."""
+    """Returns the pixels and the detections of the best validation images of several objects."""
     images, scenes = open_images(data / "val.zip"), []
     for index, (start, stop) in enumerate(zip(record.starts, record.starts[1:], strict=False)):
         if stop - start >= MIN_OBJECTS:
             pixels = decode_pixels(images.read(str(record.file_names[index])))
             found = detector(pixels, MIN_SCORE)
-            mistakes = count_mistakes(found, record.boxes_xyxy[start:stop], record.labels[start:stop])
-            scenes.append((mistakes, index, (pixels, found)))
+            rank = rank_scene(found, record.boxes_xyxy[start:stop], record.labels[start:stop])
+            scenes.append((rank, index, (pixels, found)))
     return [scene for _, _, scene in sorted(scenes, key=lambda scene: scene[:2])[: ACROSS * DOWN]]
 
 

@@ -286,5 +286,6 @@ def test_the_library_in_the_documents_runs_as_written(name, drawn, tmp_path, mon
 def test_the_picture_of_detections_is_drawn_of_any_model_and_data(drawn, tmp_path):
     model = registered.write_model(tmp_path / "model", registered.categories(drawn))
     picture = draw_detections.draw_detections(model, drawn)
-    assert picture.size == Image.open(ROOT / "docs/detections.png").size
+    with Image.open(ROOT / "docs/detections.png") as committed:
+        assert picture.size == committed.size
     assert len(picture.getcolors(1 << 20)) > 100
