@@ -78,7 +78,7 @@ def evaluate(side: str, folder: Path) -> list[float]:
     """COCO's twelve numbers of the two files."""
     truth, found = folder / "truth.json", np.load(folder / "found.npy")
     if side == "ours":
-        from detr.judge import coco_metrics
+        from detr.metrics import coco_metrics
 
         return list(coco_metrics(truth, found).values())
     if side == "pycocotools":

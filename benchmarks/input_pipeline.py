@@ -31,7 +31,7 @@ from detr.batch import Sample, collate, normalize
 from detr.coco import CocoDataset, decode, load_annotations
 from detr.images import ImageArchive, open_images
 from detr.sampler import TrainSampler
-from detr.train import TrainConfig
+from detr.train_config import TrainConfig
 from detr.transforms import TrainTransform
 from pipelines.params import from_document, merged
 

@@ -30,11 +30,13 @@ def train(data: Path, epochs: int, tracked: bool) -> dict[str, float]:
     import psutil
     import torch
 
+    from detr.checkpoint import build_model
     from detr.coco import CocoDataset, load_annotations
     from detr.distributed import process_group
     from detr.images import open_images
-    from detr.model import ModelConfig, build_model
-    from detr.train import TrainConfig, fit
+    from detr.model import ModelConfig
+    from detr.train import fit
+    from detr.train_config import TrainConfig
     from detr.transforms import TrainTransform
     from pipelines.params import from_document, merged
     from pipelines.registry.mirror import Mirror

@@ -14,7 +14,8 @@ from detr.batch import Batch, normalize
 from detr.loss import batch_totals, set_loss
 from detr.matcher import match
 from detr.model import DETR
-from detr.train import TrainConfig, build_optimizer, compiled, flat_gradient
+from detr.train import build_optimizer, compiled, flat_gradient
+from detr.train_config import TrainConfig
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 TheirBatch = tuple[torch.Tensor, torch.Tensor, list[dict[str, torch.Tensor]]]  # images, padding, targets

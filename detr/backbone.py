@@ -1,18 +1,13 @@
 """The residual backbone and its norms. B images, H W padded size, S output stride."""
 
-import re
-from collections.abc import Callable, Mapping
-from pathlib import Path
-from typing import Any, BinaryIO, TypeGuard
+from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_weights
-from torchvision.models import get_model
 from torchvision.ops import FrozenBatchNorm2d
 
 from detr.boxes import precise
@@ -194,66 +189,3 @@ def freeze_stem(backbone: ResNet) -> None:
     """Stops training of the stem and the first stage, as the paper does with pretrained weights."""
     for module in (backbone.conv1, backbone.bn1, backbone.layer1):
         module.requires_grad_(False)
-
-
-def load_pretrained(backbone: ResNet, name: str, source: str) -> None:
-    """Fills the backbone with published weights, without their classifier.
-
-    `source` is `imagenet` (torchvision's weights API, downloaded once) or a local `.safetensors` or `.pth`
-    file under torchvision's names. Raises ValueError that names the first key that differs. Runs no code from
-    the file.
-    """
-    if source == "imagenet":
-        try:
-            state = get_model(name, weights="IMAGENET1K_V1").state_dict()
-        except (OSError, RuntimeError) as error:
-            raise ValueError(
-                f"torchvision's weights of {name} were not fetched ({error}); fetch them yourself, and give the file "
-                "as model.backbone_weights"
-            ) from error
-    elif not Path(source).is_file():
-        raise ValueError(f"model.backbone_weights is {source!r}: no such file; give none, imagenet or a file")
-    elif source.endswith(".safetensors"):
-        try:
-            state = load_file(source)
-        except SafetensorError as error:
-            raise ValueError(f"{source} is not a whole safetensors file ({error}); fetch it again") from error
-    else:
-        state = read_torch(source)
-    if not is_state(state):
-        raise ValueError(f"{source} is not a flat dictionary of tensors; save the backbone's state_dict() alone")
-    state = {key: value.float() for key, value in state.items() if not key.startswith("fc.")}
-    own = backbone.state_dict()
-    state = {key: value for key, value in state.items() if key in own or not key.endswith("num_batches_tracked")}
-    if difference := first_difference(own, state):
-        raise ValueError(f"{source} does not fit {name}: {difference}")
-    backbone.load_state_dict(state)
-
-
-def read_torch(file: str | Path | BinaryIO, name: str = "", allowed: tuple[type, ...] = ()) -> Any:
-    """What torch.save wrote: tensors, plain values and `allowed` classes. Runs no code from the file.
-
-    Raises ValueError that names a file that is damaged, that is something else, or that holds more; `name` is
-    that of an open one.
-    """
-    try:
-        with torch.serialization.safe_globals(list(allowed)):
-            return torch.load(file, map_location="cpu", weights_only=True)
-    except Exception as error:  # damaged bytes make the unpickler fail in any way, with advice to trust them
-        code = re.search(r"GLOBAL (\S+)", str(error))
-        reason = f"it asks for {code[1]}" if code else type(error).__name__
-        raise ValueError(f"{name or file} is not a whole file of weights and nothing else ({reason})") from error
-
-
-def is_state(value: Any) -> TypeGuard[dict[str, Tensor]]:
-    """Whether `value` is a flat dictionary of named tensors."""
-    return isinstance(value, dict) and all(isinstance(k, str) and isinstance(v, Tensor) for k, v in value.items())
-
-
-def first_difference(own: Mapping[str, Tensor], given: Mapping[str, Tensor]) -> str:
-    """The first key, by name, that has another shape in `given` or is only on one side; empty if there is none."""
-    for key in sorted(own.keys() | given.keys()):
-        shapes = [tuple(side[key].shape) if key in side else "absent" for side in (own, given)]
-        if shapes[0] != shapes[1]:
-            return f"{key} is {shapes[0]} in the model, {shapes[1]} in the file"
-    return ""

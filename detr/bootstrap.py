@@ -13,7 +13,7 @@ import numpy as np
 from scipy.sparse import csr_array
 
 from detr.annotation_file import read_truth
-from detr.judge import from_results
+from detr.metrics import from_results
 
 IOU_THRESHOLDS = np.linspace(0.5, 0.95, 10)
 RECALL_THRESHOLDS = np.linspace(0, 1, 101)

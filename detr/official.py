@@ -11,8 +11,8 @@ from urllib.parse import urlparse
 import torch
 from torch import Tensor
 
-from detr.backbone import first_difference, freeze_stem, is_state, read_torch
-from detr.checkpoint import Category, InputSize, load_model
+from detr.backbone import freeze_stem
+from detr.checkpoint import Category, InputSize, first_difference, is_state, load_model, read_torch
 from detr.model import DETR, ModelConfig
 
 _SITE = "https://dl.fbaipublicfiles.com/detr"

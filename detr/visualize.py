@@ -61,7 +61,7 @@ def beside_truth(
 ) -> Tensor:
     """Image `index` twice beside each other: with its true boxes, and with its detections of a score from `threshold`.
 
-    Detections [n, 7] are as in `detr.evaluate`, of any images. Images smaller than 288 pixels are enlarged. Categories
+    Detections [n, 7] are as in `detr.detect`, of any images. Images smaller than 288 pixels are enlarged. Categories
     are called by `names`, in order, where these are given, in `font`, as in `draw`. ValueError names an image that does
     not decode.
     """

@@ -8,7 +8,7 @@ from typing import Any
 from detr.model import ModelConfig
 from detr.official import URLS
 from detr.position import LearnedPosition
-from detr.train import TrainConfig
+from detr.train_config import TrainConfig
 from pipelines.data.shapes import CATEGORIES
 from pipelines.download import DownloadParams
 from pipelines.figures import EvaluateParams

@@ -14,10 +14,11 @@ from torchvision.io import write_png
 from detr.bootstrap import IOU_THRESHOLDS, bootstrap_ap, interval, match, rank_images
 from detr.checkpoint import Category, load_model, write_atomically
 from detr.coco import Annotations, CocoDataset, load_annotations
+from detr.cost import count_parameters, gflops
+from detr.detect import detect_all
 from detr.distributed import process_group
-from detr.evaluate import detect_all
 from detr.images import open_images
-from detr.judge import (
+from detr.metrics import (
     METRICS,
     PER_CLASS,
     ap_per_class,
@@ -28,7 +29,6 @@ from detr.judge import (
     precision_of,
     to_results,
 )
-from detr.speed import count_parameters, gflops
 from detr.transforms import EvalTransform, fit_size
 from detr.visualize import beside_truth, draw_slots
 from pipelines import figures, params

@@ -165,7 +165,7 @@ def speed() -> float:
 
     from detr.checkpoint import load_model
     from detr.coco import load_annotations
-    from detr.speed import images_per_second
+    from detr.cost import images_per_second
     from detr.transforms import fit_size
 
     model, _, size = load_model(TRAINED)

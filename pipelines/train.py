@@ -19,15 +19,16 @@ from typing import Any
 import torch
 from torch.distributed.elastic.multiprocessing.errors import record
 
-from detr.checkpoint import Category, InputSize, load_state, save_model, write_atomically
+from detr.checkpoint import Category, InputSize, build_model, load_state, save_model, write_atomically
 from detr.coco import Annotations, CocoDataset, load_annotations
+from detr.detect import detect_all
 from detr.diagnosis import NotFiniteError
 from detr.distributed import Process, process_group
-from detr.evaluate import detect_all
 from detr.images import open_images
-from detr.model import DETR, ModelConfig, build_model
+from detr.model import DETR, ModelConfig
 from detr.official import fetch, initialize
-from detr.train import Report, TrainConfig, fit
+from detr.train import Report, fit
+from detr.train_config import TrainConfig
 from detr.transforms import EvalTransform, TrainTransform
 from pipelines import params
 from pipelines.data.layout import DATA

@@ -16,8 +16,9 @@ from torchvision.io import write_png
 
 from detr.checkpoint import save_state
 from detr.coco import CocoDataset
-from detr.judge import coco_metrics
-from detr.train import Report, TrainConfig
+from detr.metrics import coco_metrics
+from detr.train import Report
+from detr.train_config import TrainConfig
 from detr.visualize import beside_truth
 from pipelines.progress import Progress
 from pipelines.registry.mirror import Mirror

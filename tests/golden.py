@@ -22,7 +22,8 @@ from detr.batch import Targets
 from detr.loss import batch_totals, set_loss
 from detr.matcher import match
 from detr.postprocess import postprocess
-from detr.train import TrainConfig, build_optimizer
+from detr.train import build_optimizer
+from detr.train_config import TrainConfig
 from pipelines.params import from_document, merged
 
 ROOT = Path(__file__).parent.parent

@@ -14,11 +14,11 @@ import numpy as np
 import torch
 
 from detr.checkpoint import Category, InputSize, save_model
-from detr.judge import coco_metrics, from_results
 from detr.loss import LossConfig
 from detr.matcher import MatcherConfig
+from detr.metrics import coco_metrics, from_results
 from detr.model import DETR, ModelConfig
-from detr.train import TrainConfig
+from detr.train_config import TrainConfig
 from detr.transforms import TransformConfig
 from pipelines.data.rules import ValidateParams
 from pipelines.data.shapes import ShapesParams

@@ -15,14 +15,15 @@ import torch
 import torchvision
 from torch import nn
 
+from detr.checkpoint import build_model
 from detr.coco import CocoDataset, load_annotations
+from detr.cost import count_parameters, gflops, multiply_adds, seconds
+from detr.detect import detect_all
 from detr.distributed import process_group
-from detr.evaluate import detect_all
 from detr.images import open_images
-from detr.judge import coco_metrics
-from detr.model import ModelConfig, build_model, for_inference
+from detr.metrics import coco_metrics
+from detr.model import ModelConfig, for_inference
 from detr.official import COCO_CATEGORIES, URLS, load_official
-from detr.speed import count_parameters, gflops, multiply_adds, seconds
 from detr.transforms import EvalTransform
 from pipelines import params
 from pipelines.data.layout import DATA

@@ -7,8 +7,8 @@ import pytest
 
 from benchmarks.ap_interval import measure
 from detr.bootstrap import bootstrap_ap, can_be_certain, draw_halves, interval, match, rank_images, weighted_ap
-from detr.judge import coco_metrics, to_results
-from tests.detr.test_judge import by_hand, noisy, perfect, published, truth, write_truth  # noqa: F401
+from detr.metrics import coco_metrics, to_results
+from tests.detr.test_metrics import by_hand, noisy, perfect, published, truth, write_truth  # noqa: F401
 
 
 def random_case(seed, folder):

@@ -6,8 +6,16 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from detr.checkpoint import Category, InputSize, load_model, load_state, save_model, save_state, write_atomically
-from detr.model import build_model
+from detr.checkpoint import (
+    Category,
+    InputSize,
+    build_model,
+    load_model,
+    load_state,
+    save_model,
+    save_state,
+    write_atomically,
+)
 from tests.projects import TINY_MODEL
 
 CATEGORIES = [Category(3, "cat"), Category(44, "dog")]

@@ -7,12 +7,13 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from detr.checkpoint import Category, InputSize, save_model
+from detr.checkpoint import Category, InputSize, build_model, save_model
 from detr.coco import CocoDataset, ImageArchive, load_annotations
 from detr.distributed import Process
-from detr.model import ModelConfig, build_model
+from detr.model import ModelConfig
 from detr.official import URLS, initialize, load_official
-from detr.train import TrainConfig, fit
+from detr.train import fit
+from detr.train_config import TrainConfig
 from detr.transforms import TrainTransform
 from pipelines.params import from_document, merged
 from tests.detr.published import SMALL, saved, state_of

@@ -8,7 +8,8 @@ from torch.utils.flop_counter import FlopCounterMode
 import detr
 from detr.backbone import NORMS
 from detr.batch import Sample, collate, normalize
-from detr.model import DETR, MLP, ModelConfig, build_model, for_inference
+from detr.checkpoint import build_model
+from detr.model import DETR, MLP, ModelConfig, for_inference
 from pipelines.params import from_document, merged
 from tests.projects import TINY_MODEL
 from tests.running import ROOT

@@ -14,9 +14,9 @@ from pathlib import Path
 import pytest
 import torch
 
+from detr.checkpoint import build_model
 from detr.coco import CocoDataset
 from detr.diagnosis import NotFiniteError, first_non_finite
-from detr.model import build_model
 from detr.train import _sampler, fit, learning_rate_factor
 from detr.transforms import TrainTransform, TransformConfig
 from pipelines.stage import explain

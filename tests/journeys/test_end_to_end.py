@@ -9,7 +9,7 @@ import zipfile
 
 import pytest
 
-from detr.judge import METRICS
+from detr.metrics import METRICS
 from tests.projects import commit, reference
 from tests.running import call, environment, mlflow_server
 

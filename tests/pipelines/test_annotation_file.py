@@ -12,7 +12,7 @@ from pycocotools.cocoeval import COCOeval
 from detr.annotation_file import complain, read_truth
 from detr.bootstrap import bootstrap_ap, match
 from detr.coco import load_annotations
-from detr.judge import coco_metrics, from_results, to_results
+from detr.metrics import coco_metrics, from_results, to_results
 from pipelines.data.tables import tabulate
 from pipelines.registry.gate import RegisterParams, check_protected, names_of
 from tests.downloads import fetch

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from detr.bootstrap import match
-from detr.judge import ap_per_class, coco_eval, from_results, precision_of
+from detr.metrics import ap_per_class, coco_eval, from_results, precision_of
 from pipelines.registry.gate import (
     Judged,
     RegisterParams,

@@ -8,11 +8,10 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from detr.checkpoint import load_state
+from detr.checkpoint import build_model, load_state
 from detr.coco import CocoDataset, ImageArchive, load_annotations
 from detr.distributed import Process
-from detr.judge import from_results
-from detr.model import build_model
+from detr.metrics import from_results
 from detr.train import fit
 from detr.transforms import EvalTransform, TrainTransform
 from pipelines.train import begins

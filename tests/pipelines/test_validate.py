@@ -15,7 +15,7 @@ from PIL import Image
 
 from detr.coco import CocoDataset, load_annotations
 from detr.images import open_images
-from detr.judge import coco_metrics
+from detr.metrics import coco_metrics
 from detr.transforms import EvalTransform
 from pipelines.data.rules import KINDS, ValidateParams, describe, rules
 from pipelines.data.tables import pictures_of, tabulate

@@ -21,7 +21,7 @@ import torch
 from detr.backbone import BatchNorm
 from detr.coco import CocoDataset, ImageArchive, load_annotations
 from detr.distributed import process_group
-from detr.evaluate import detect_all
+from detr.detect import detect_all
 from detr.model import build_model
 from detr.train import fit
 from detr.transforms import TrainTransform

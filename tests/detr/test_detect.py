@@ -5,13 +5,13 @@ import numpy as np
 import pytest
 import torch
 
+from detr.checkpoint import build_model
 from detr.coco import CocoDataset, ImageArchive, load_annotations
+from detr.detect import PIXEL_DECIMALS, SCORE_DECIMALS, detect_all, detect_each
 from detr.distributed import Process
-from detr.evaluate import PIXEL_DECIMALS, SCORE_DECIMALS, detect, detect_all
-from detr.judge import coco_metrics, from_results, to_results
-from detr.model import build_model
+from detr.metrics import coco_metrics, from_results, to_results
 from detr.postprocess import postprocess
-from tests.detr.test_judge import published
+from tests.detr.test_metrics import published
 from tests.projects import TINY_MODEL
 
 CPU = torch.device("cpu")
@@ -38,7 +38,7 @@ def model(dataset):
 
 def test_detections_are_the_models_in_coco_form(model, dataset):
     model.train()
-    images = list(detect(model, dataset, [6, 0, 7], 1, CPU))
+    images = list(detect_each(model, dataset, [6, 0, 7], 1, CPU))
     assert [found.shape for found in images] == [(1, 5, 7)] * 3
     assert model.training
     ids = dataset.annotations.image_ids
@@ -104,7 +104,7 @@ def test_the_number_of_processes_changes_no_bit(dataset, multiple, config):
     expected = detect_all(model, dataset, multiple, Process(0, 1, CPU))
     for num_processes in (2, 5, 20):
         parts = [
-            list(detect(model, dataset, range(rank, len(dataset), num_processes), multiple, CPU))
+            list(detect_each(model, dataset, range(rank, len(dataset), num_processes), multiple, CPU))
             for rank in range(num_processes)
         ]
         for rank in range(num_processes):

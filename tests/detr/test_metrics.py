@@ -9,7 +9,7 @@ from pycocotools.cocoeval import COCOeval
 from safetensors.numpy import load_file
 
 from detr.bootstrap import match
-from detr.judge import (
+from detr.metrics import (
     METRICS,
     ap_per_class,
     coco_eval,

@@ -7,9 +7,10 @@ import pytest
 import torch
 from torch import nn
 
-from detr.model import ModelConfig, build_model, for_inference
+from detr.checkpoint import build_model
+from detr.cost import count_parameters, gflops, images_per_second, multiply_adds, seconds
+from detr.model import ModelConfig, for_inference
 from detr.official import COCO_CATEGORIES
-from detr.speed import count_parameters, gflops, images_per_second, multiply_adds, seconds
 from detr.transformer import Attention
 from pipelines.params import from_document, merged
 from tests.projects import TINY_MODEL
