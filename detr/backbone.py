@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_weights
 from torchvision.ops import FrozenBatchNorm2d
 
-from detr.boxes import precise
+from detr.boxes import to_float32
 
 DEPTHS = {  # whether blocks are bottlenecks, and their number in each stage
     "resnet10": (False, (1, 1, 1, 1)),
@@ -54,7 +54,7 @@ class BatchNorm(nn.BatchNorm2d):
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     def _synchronized(self, x: Tensor) -> Tensor:
-        values = precise(x)
+        values = to_float32(x)
         count = _SumOverProcesses.apply(values.new_full((1,), x.numel() / x.shape[1]))
         mean = _SumOverProcesses.apply(values.sum((0, 2, 3))) / count
         centred = values - mean.view(-1, 1, 1)
@@ -92,7 +92,7 @@ class Conv(nn.Conv2d):
         return F.conv2d(x, self.weight * scale.view(-1, 1, 1, 1), shift, self.stride, self.padding, self.dilation)
 
 
-def normed(conv: nn.Module, norm: nn.Module, x: Tensor) -> Tensor:
+def apply_norm(conv: nn.Module, norm: nn.Module, x: Tensor) -> Tensor:
     """The norm of the convolution of `x`."""
     result: Tensor = conv(x, norm) if isinstance(norm, FrozenBatchNorm2d) else norm(conv(x))
     return result
@@ -128,11 +128,11 @@ class Block(nn.Module):
         self.bottleneck = bottleneck
 
     def forward(self, x: Tensor) -> Tensor:
-        shortcut = x if self.downsample is None else normed(self.downsample[0], self.downsample[1], x)
-        x = F.relu(normed(self.conv1, self.bn1, x), inplace=True)
-        x = normed(self.conv2, self.bn2, x)
+        shortcut = x if self.downsample is None else apply_norm(self.downsample[0], self.downsample[1], x)
+        x = F.relu(apply_norm(self.conv1, self.bn1, x), inplace=True)
+        x = apply_norm(self.conv2, self.bn2, x)
         if self.bottleneck:
-            x = normed(self.conv3, self.bn3, F.relu(x, inplace=True))
+            x = apply_norm(self.conv3, self.bn3, F.relu(x, inplace=True))
         return F.relu(x.add_(shortcut), inplace=True)
 
 
@@ -167,7 +167,7 @@ class ResNet(nn.Module):
         self.num_channels = in_channels
 
     def forward(self, images: Tensor) -> Tensor:
-        features = self.maxpool(F.relu(normed(self.conv1, self.bn1, images), inplace=True))
+        features = self.maxpool(F.relu(apply_norm(self.conv1, self.bn1, images), inplace=True))
         return self.layer4(self.layer3(self.layer2(self.layer1(features))))
 
 

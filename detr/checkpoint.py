@@ -93,7 +93,7 @@ def load_pretrained(backbone: ResNet, name: str, source: str) -> None:
     state = {key: value.float() for key, value in state.items() if not key.startswith("fc.")}
     own = backbone.state_dict()
     state = {key: value for key, value in state.items() if key in own or not key.endswith("num_batches_tracked")}
-    if difference := first_difference(own, state):
+    if difference := find_difference(own, state):
         raise ValueError(f"{source} does not fit {name}: {difference}")
     backbone.load_state_dict(state)
 
@@ -118,7 +118,7 @@ def is_state(value: Any) -> TypeGuard[dict[str, Tensor]]:
     return isinstance(value, dict) and all(isinstance(k, str) and isinstance(v, Tensor) for k, v in value.items())
 
 
-def first_difference(own: Mapping[str, Tensor], given: Mapping[str, Tensor]) -> str:
+def find_difference(own: Mapping[str, Tensor], given: Mapping[str, Tensor]) -> str:
     """The first key, by name, that has another shape in `given` or is only on one side; empty if there is none."""
     for key in sorted(own.keys() | given.keys()):
         shapes = [tuple(side[key].shape) if key in side else "absent" for side in (own, given)]
@@ -160,7 +160,7 @@ def load_model(folder: Path) -> tuple[DETR, list[Category], InputSize]:
             f"{folder} holds no whole model of this version ({reason}); train or fetch it again"
         ) from error
     model = DETR(model_config, len(categories))
-    if difference := first_difference(model.state_dict(), weights):
+    if difference := find_difference(model.state_dict(), weights):
         raise ValueError(f"{folder}: model.safetensors does not fit config.json: {difference}")
     model.load_state_dict(weights)
     return model.eval(), categories, input_size

@@ -62,13 +62,13 @@ def load_annotations(path: Path) -> Annotations:
             return kept
         file.seek(0)
         document = annotation_file.parse(file.read(), annotation_file.Document, str(path))
-    annotations = _flatten(annotation_file.take_truth(document, path))
+    annotations = _flatten_truth(annotation_file.take_truth(document, path))
     with contextlib.suppress(OSError):
         _store(annotations, cache, path)
     return annotations
 
 
-def _flatten(truth: "Truth") -> Annotations:
+def _flatten_truth(truth: "Truth") -> Annotations:
     kept = ~truth.crowd
     position = np.argsort(truth.image_ids, kind="stable")
     owner = position[np.searchsorted(truth.image_ids, truth.image_of[kept], sorter=position)]
@@ -146,7 +146,7 @@ class CocoDataset(Dataset[Sample]):
         record = self.annotations
         owned = slice(record.starts[index], record.starts[index + 1])
         image, boxes, labels = self.transform(
-            decode(self.archive.read(str(record.file_names[index])), str(record.file_names[index])),
+            decode_image(self.archive.read(str(record.file_names[index])), str(record.file_names[index])),
             torch.from_numpy(record.boxes_xyxy[owned]),
             torch.from_numpy(record.labels[owned]),
             key,
@@ -155,7 +155,7 @@ class CocoDataset(Dataset[Sample]):
         return Sample(image, boxes, labels, int(record.image_ids[index]), (height, width))
 
 
-def decode(data: bytes, name: str) -> Tensor:
+def decode_image(data: bytes, name: str) -> Tensor:
     """An RGB image [3, h, w] uint8 of JPEG or PNG bytes; ValueError names the picture that is none, and why."""
     try:
         return torch.from_numpy(decode_pixels(data)).permute(2, 0, 1)

@@ -69,7 +69,7 @@ def detect_all(
     for rows in detect_each(model, dataset, mine, size_multiple, process.device, every_layer):
         found.append(rows)
         progress(1)
-    parts = process.gather(found)
+    parts = process.all_gather(found)
     ordered = [parts[index % len(parts)][index // len(parts)] for index in range(len(dataset))]
     num_layers = model.config.num_decoder_layers if every_layer else 1
     return np.concatenate(ordered, axis=1) if ordered else np.zeros((num_layers, 0, COLUMNS))

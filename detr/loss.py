@@ -8,8 +8,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from detr.batch import Targets
-from detr.boxes import cxcywh_to_xyxy, generalized_iou, precise
-from detr.matcher import MatcherConfig, match
+from detr.boxes import cxcywh_to_xyxy, generalized_iou, to_float32
+from detr.matcher import MatcherConfig, match_targets
 
 
 @dataclass(frozen=True)
@@ -30,7 +30,7 @@ class LossConfig:
             raise ValueError("train.loss has weights of 0 alone, by which nothing is learnt")
 
 
-def batch_totals(targets: Targets, num_queries: int) -> Tensor:
+def count_totals(targets: Targets, num_queries: int) -> Tensor:
     """What the losses of a batch are divided by [3]: its images, its targets, and those of them that find a query.
 
     float64, on the CPU, from the counts alone. The totals of a global batch are the sum over its parts.
@@ -49,7 +49,7 @@ def set_loss(
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """The loss to minimise and its unweighted parts per decoder layer.
 
-    logits [L, B, Q, C+1]; boxes_cxcywh [L, B, Q, 4]; `totals` [3] are the `batch_totals` of the global batch that these
+    logits [L, B, Q, C+1]; boxes_cxcywh [L, B, Q, 4]; `totals` [3] are the `count_totals` of the global batch that these
     images are a part of. Invariant: losses and parts of the parts of a batch add up to those of the whole.
     Parts: `loss_class`, `loss_box`, `loss_giou`, `cardinality_error`, each [L], and `class_error` [], the
     percentage of matched queries of the last layer with a wrong class: NaN for a global batch without targets, of which
@@ -58,8 +58,8 @@ def set_loss(
     """
     if not config.auxiliary:
         logits, boxes_cxcywh = logits[-1:], boxes_cxcywh[-1:]
-    logits, boxes_cxcywh = precise(logits), precise(boxes_cxcywh)
-    matched = match(logits, boxes_cxcywh, targets, matcher)  # [L, T]
+    logits, boxes_cxcywh = to_float32(logits), to_float32(boxes_cxcywh)
+    matched = match_targets(logits, boxes_cxcywh, targets, matcher)  # [L, T]
     found = matched >= 0
     num_layers, num_images, num_queries, slots = logits.shape
     no_object = slots - 1

@@ -11,7 +11,7 @@ from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
 from detr.batch import Targets
-from detr.boxes import cxcywh_to_xyxy, generalized_iou, precise
+from detr.boxes import cxcywh_to_xyxy, generalized_iou, to_float32
 
 
 @dataclass(frozen=True)
@@ -31,7 +31,7 @@ class MatcherConfig:
 
 
 @torch.no_grad()
-def match(logits: Tensor, boxes_cxcywh: Tensor, targets: Targets, config: MatcherConfig) -> Tensor:
+def match_targets(logits: Tensor, boxes_cxcywh: Tensor, targets: Targets, config: MatcherConfig) -> Tensor:
     """The query [L, T] matched to each target, -1 where there is none.
 
     logits [L, B, Q, C+1]; boxes_cxcywh [L, B, Q, 4]. Every query is used at most once per layer and image; with more
@@ -48,8 +48,8 @@ def match(logits: Tensor, boxes_cxcywh: Tensor, targets: Targets, config: Matche
             stacklevel=2,
         )
     chunk = 1 if logits.device.type == "cpu" else len(logits)  # a layer at a time stays in a CPU's cache
-    chunks = zip(precise(logits).split(chunk), precise(boxes_cxcywh).split(chunk), strict=True)
-    parts, finite = zip(*(_costs(*layers, targets, config) for layers in chunks), strict=True)
+    chunks = zip(to_float32(logits).split(chunk), to_float32(boxes_cxcywh).split(chunk), strict=True)
+    parts, finite = zip(*(_compute_costs(*layers, targets, config) for layers in chunks), strict=True)
     costs = torch.cat(parts).double().cpu().numpy()  # scipy's own type
     if not torch.stack(finite).all():
         raise ValueError("predictions are not finite; lower train.lr")
@@ -60,7 +60,7 @@ def match(logits: Tensor, boxes_cxcywh: Tensor, targets: Targets, config: Matche
             try:
                 assigned, queries = linear_sum_assignment(layer[start:end])
             except ValueError:  # there is NaN in the costs
-                _explain(logits, targets)
+                _explain_nan(logits, targets)
             if len(queries) == end - start:
                 row[start:end] = queries
             else:
@@ -68,7 +68,9 @@ def match(logits: Tensor, boxes_cxcywh: Tensor, targets: Targets, config: Matche
     return matched.to(logits.device)
 
 
-def _costs(logits: Tensor, boxes_cxcywh: Tensor, targets: Targets, config: MatcherConfig) -> tuple[Tensor, Tensor]:
+def _compute_costs(
+    logits: Tensor, boxes_cxcywh: Tensor, targets: Targets, config: MatcherConfig
+) -> tuple[Tensor, Tensor]:
     """The matching cost [L, T, Q], NaN for targets that cannot be, and whether all predictions are finite [].
 
     Coordinates are laid out as planes [L, T, Q]: everything here is bound by memory.
@@ -90,7 +92,7 @@ def _costs(logits: Tensor, boxes_cxcywh: Tensor, targets: Targets, config: Match
     return cost.masked_fill_(wrong[:, None], torch.nan), finite
 
 
-def _explain(logits: Tensor, targets: Targets) -> NoReturn:
+def _explain_nan(logits: Tensor, targets: Targets) -> NoReturn:
     """Raises ValueError that says why a cost is not a number."""
     num_classes = logits.shape[3] - 1
     columns = (targets.labels, targets.boxes_cxcywh, targets.owners)

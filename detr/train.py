@@ -21,10 +21,10 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from detr.batch import Batch, normalize
 from detr.coco import CocoDataset
-from detr.diagnosis import first_non_finite, join_ids, memory_explained, not_finite
+from detr.diagnosis import build_not_finite_error, explain_memory, find_first_non_finite, join_ids
 from detr.distributed import Process
 from detr.loader import Loader
-from detr.loss import batch_totals, set_loss
+from detr.loss import count_totals, set_loss
 from detr.model import DETR
 from detr.sampler import TrainSampler
 from detr.train_config import TrainConfig
@@ -74,7 +74,7 @@ def build_optimizer(model: DETR, config: TrainConfig) -> torch.optim.AdamW:
     return torch.optim.AdamW(groups, lr=config.lr, weight_decay=config.weight_decay, fused=True)
 
 
-def flat_gradient(model: nn.Module) -> Tensor:
+def flatten_gradients(model: nn.Module) -> Tensor:
     """One tensor that all gradients of the model lie in, each in the memory layout of its parameter.
 
     So a step clears, adds up over processes, measures and clips them in one operation each, in the same order after a
@@ -90,7 +90,7 @@ def flat_gradient(model: nn.Module) -> Tensor:
     return flat
 
 
-def compiled(model: DETR) -> Callable[..., tuple[Tensor, Tensor]]:
+def compile_model(model: DETR) -> Callable[..., tuple[Tensor, Tensor]]:
     """The model compiled, once for batches of all padded sizes."""
     torch.fx.experimental._config.use_duck_shape = False  # sizes that are equal at first need not stay so
     return torch.compile(model, dynamic=True)
@@ -116,22 +116,22 @@ def fit(
     if config.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True)
-    given = process.share(state or {"model": model.state_dict(), "step": 0, "sums": {}, "since": 0, "skipped": 0})
+    given = process.broadcast(state or {"model": model.state_dict(), "step": 0, "sums": {}, "since": 0, "skipped": 0})
     step, sums, since, skipped = given["step"], given["sums"], given["since"], given["skipped"]
-    sampler = _sampler(dataset, model, config, process, step)
+    sampler = build_sampler(dataset, model, config, process, step)
     model.load_state_dict(given["model"])
     if not config.lr_backbone:
         model.backbone.requires_grad_(False)
     model.to(process.device).to(memory_format=torch.channels_last)
     optimizer = build_optimizer(model, config)
-    average = _average(model, config.ema_decay)
+    average = build_average(model, config.ema_decay)
     if "optimizer" in given:
         optimizer.load_state_dict(given["optimizer"])
         if average:
             average.load_state_dict(given["average"])
     del given, state
-    gradient = flat_gradient(model)
-    runner = compiled(model) if config.compile else model
+    gradient = flatten_gradients(model)
+    runner = compile_model(model) if config.compile else model
     pixels = torch.empty(0, device=process.device)
     steps_per_epoch = sampler.steps_per_epoch
     total_steps = config.epochs * steps_per_epoch
@@ -168,7 +168,7 @@ def fit(
     loader = Loader(dataset, sampler, config.size_multiple, process.device)
     source = iter(loader)
     batches: list[Batch] = []
-    with loader.deaths_explained():
+    with loader.explain_deaths():
         while step < total_steps:
             started = time.perf_counter()
             if not batches:
@@ -180,9 +180,9 @@ def fit(
             for group in optimizer.param_groups:
                 group["lr"] = group["base_lr"] * factor
             gradient.zero_()
-            numbers, failure = _accumulate(model, runner, batches, step, config, process, pixels)
-            process.sum(gradient)
-            numbers = process.sum(torch.cat([numbers, numbers.new_tensor([stop(), bool(failure)])]))
+            numbers, failure = accumulate_gradients(model, runner, batches, step, config, process, pixels)
+            process.all_reduce(gradient)
+            numbers = process.all_reduce(torch.cat([numbers, numbers.new_tensor([stop(), bool(failure)])]))
             norm = torch.linalg.vector_norm(gradient)
 
             asked = time.perf_counter()
@@ -191,11 +191,11 @@ def fit(
             waited += time.perf_counter() - asked
 
             *values, stopping, failures, grad_norm = torch.cat([numbers, norm[None]]).tolist()
-            measured = dict(zip(_names(model, config), values, strict=True)) | {"grad_norm": grad_norm}
+            measured = dict(zip(name_measures(model, config), values, strict=True)) | {"grad_norm": grad_norm}
             if failures or not math.isfinite(grad_norm) or not math.isfinite(measured["loss"]):
                 if skipped >= config.max_skipped:
                     where = f"at step {step + 1} of epoch {step // steps_per_epoch}"
-                    raise not_finite(model, batches, failure, measured, where, process, snapshot())
+                    raise build_not_finite_error(model, batches, failure, measured, where, process, snapshot())
                 skipped += 1
             else:
                 if config.clip_norm and grad_norm > config.clip_norm:
@@ -203,7 +203,7 @@ def fit(
                 optimizer.step()
                 if average:
                     average.update_parameters(model)
-                sums = _add(sums, measured)
+                sums = _add_step(sums, measured)
                 since += 1
             step += 1
             timed += 1
@@ -217,7 +217,7 @@ def fit(
                     "epoch": (step - 1) // steps_per_epoch,
                     "step": step,
                     **rates,
-                    **_means(sums or dict.fromkeys((*measured, "judged"), math.nan), max(since, 1)),
+                    **_average_sums(sums or dict.fromkeys((*measured, "judged"), math.nan), max(since, 1)),
                     "skipped": skipped,
                 }
                 sums, since = {}, 0
@@ -227,7 +227,7 @@ def fit(
                 return
 
 
-def _sampler(dataset: CocoDataset, model: DETR, config: TrainConfig, process: Process, step: int) -> TrainSampler:
+def build_sampler(dataset: CocoDataset, model: DETR, config: TrainConfig, process: Process, step: int) -> TrainSampler:
     view_sizes = None
     if config.group_window:
         view_sizes = partial(dataset.transform.view_sizes, dataset.annotations.sizes_hw)  # type: ignore[attr-defined]
@@ -245,18 +245,18 @@ def _sampler(dataset: CocoDataset, model: DETR, config: TrainConfig, process: Pr
     return sampler
 
 
-def _average(model: DETR, decay: float) -> AveragedModel | None:
+def build_average(model: DETR, decay: float) -> AveragedModel | None:
     return AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(decay), use_buffers=True) if decay else None
 
 
-def _names(model: DETR, config: TrainConfig) -> list[str]:
+def name_measures(model: DETR, config: TrainConfig) -> list[str]:
     """Of what a step measures, in order; parts of the last decoder layer are named plainly, others by layer."""
     layers = model.config.num_decoder_layers if config.loss.auxiliary else 1
     suffixes = [*(f"_layer{layer}" for layer in range(layers - 1)), ""]
     return ["pixels", "padded_pixels", "loss", *(part + s for part in PER_LAYER for s in suffixes), "class_error"]
 
 
-def _accumulate(
+def accumulate_gradients(
     model: DETR,
     runner: Callable[..., tuple[Tensor, Tensor]],
     batches: list[Batch],
@@ -265,19 +265,19 @@ def _accumulate(
     process: Process,
     pixels: Tensor,
 ) -> tuple[Tensor, str]:
-    """This process's share of what `_names` says, and what is wrong with predictions, if anything.
+    """This process's share of what `name_measures` says, and what is wrong with predictions, if anything.
 
     Adds the gradients of its micro-batches to those of the parameters.
     """
     precision = torch.autocast(process.device.type, torch.bfloat16) if config.precision == "bfloat16" else nullcontext()
     queries = model.config.num_queries
-    counts = torch.stack([batch_totals(batch.targets, queries) for batch in batches]).sum(0)
-    totals = process.sum(counts.to(process.device, non_blocking=True))
-    numbers = torch.zeros(len(_names(model, config)), dtype=torch.float64, device=process.device)
+    counts = torch.stack([count_totals(batch.targets, queries) for batch in batches]).sum(0)
+    totals = process.all_reduce(counts.to(process.device, non_blocking=True))
+    numbers = torch.zeros(len(name_measures(model, config)), dtype=torch.float64, device=process.device)
     for turn, batch in enumerate(batches):
         key = (config.seed * 1_000_003 + step) * 4096 + turn * process.num_processes + process.rank
         torch.manual_seed(key)
-        with memory_explained(batch, config.micro_batch), precision:
+        with explain_memory(batch, config.micro_batch), precision:
             images = normalize(batch.images, batch.padding, pixels)
             logits, boxes = runner(images, batch.padding)
         try:
@@ -289,9 +289,9 @@ def _accumulate(
                 raise ValueError(f"{error}; {where}") from error
             torch.manual_seed(key)
             with precision:
-                layer = first_non_finite(model, images, batch.padding)
+                layer = find_first_non_finite(model, images, batch.padding)
             return numbers, f"{error}; images {join_ids(batch.image_ids[bad].tolist())}, first in {layer}"
-        with memory_explained(batch, config.micro_batch):
+        with explain_memory(batch, config.micro_batch):
             loss.backward()
         inside = batch.padding.logical_not().sum()
         found = [inside, inside.new_tensor(batch.padding.numel()), loss.detach(), *(parts[name] for name in PER_LAYER)]
@@ -299,14 +299,14 @@ def _accumulate(
     return numbers, ""
 
 
-def _add(sums: dict[str, float], measured: dict[str, float]) -> dict[str, float]:
+def _add_step(sums: dict[str, float], measured: dict[str, float]) -> dict[str, float]:
     """The sums with one more step; a batch without targets has no class error, and is not counted in its mean."""
     judged = not math.isnan(measured["class_error"])
     step = measured | {"judged": float(judged)} | ({} if judged else {"class_error": 0.0})
     return {name: sums.get(name, 0.0) + value for name, value in step.items()}
 
 
-def _means(sums: dict[str, float], count: int) -> dict[str, float]:
+def _average_sums(sums: dict[str, float], count: int) -> dict[str, float]:
     """Of an interval of `count` steps."""
     means = {name: value / count for name, value in sums.items() if name not in ("pixels", "padded_pixels", "judged")}
     means["class_error"] = sums["class_error"] / sums["judged"] if sums["judged"] else math.nan

@@ -15,7 +15,7 @@ class TrainConfig:
     """The training: the `train` section of params.yaml."""
 
     seed: int
-    initial_weights: str  # none, or what detr.official.initialize takes; wins over model.backbone_weights
+    initial_weights: str  # none, or what detr.official.initialize_model takes; wins over model.backbone_weights
     epochs: int
     batch_size: int  # global, over all processes
     micro_batch: int  # images that pass through the model together: what bounds memory

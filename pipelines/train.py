@@ -23,10 +23,10 @@ from detr.checkpoint import Category, InputSize, build_model, load_state, save_m
 from detr.coco import Annotations, CocoDataset, load_annotations
 from detr.detect import detect_all
 from detr.diagnosis import NotFiniteError
-from detr.distributed import Process, process_group
+from detr.distributed import Process, join_process_group
 from detr.images import open_images
 from detr.model import DETR, ModelConfig
-from detr.official import fetch, initialize
+from detr.official import fetch_weights, initialize_model
 from detr.train import Report, fit
 from detr.train_config import TrainConfig
 from detr.transforms import EvalTransform, TrainTransform
@@ -95,7 +95,7 @@ def train(
             evidence, place = error.evidence, folder / "not_finite.torch"
             if process.is_main:
                 write_atomically(place, lambda file: torch.save(evidence, file))
-            process.share(None)  # nobody ends, and has the others ended, before it is written
+            process.broadcast(None)  # nobody ends, and has the others ended, before it is written
             raise FloatingPointError(f"{error}; state and gradient norms are in {place}") from error
         if report and log:
             log.save(report)
@@ -120,7 +120,7 @@ def build(model_config: ModelConfig, config: TrainConfig, num_classes: int) -> D
     if config.initial_weights == "none":
         return build_model(model_config, num_classes)
     model = build_model(replace(model_config, backbone_weights="none"), num_classes)
-    initialize(model, config.initial_weights)
+    initialize_model(model, config.initial_weights)
     return model
 
 
@@ -143,11 +143,11 @@ def follow(
             return None
         if report.epoch_done and config.evaluate_epochs and (report.epoch + 1) % config.evaluate_epochs == 0:
             request.at_once = True  # the state is safe
-            if process.share(log and not log.is_judged()):
+            if process.broadcast(log and not log.is_judged()):
                 detections = detect_all(report.model, held_out, config.size_multiple, process)[-1]
                 if log:
                     log.judge(report, detections)
-            if process.share(log and log.has_stalled()):
+            if process.broadcast(log and log.has_stalled()):
                 break
     return report
 
@@ -214,7 +214,7 @@ def work() -> None:
     die_with_parent()
     request = StopRequest()
     request.listen()
-    with process_group() as process:
+    with join_process_group() as process:
         try:
             done = train(*sections(), DATA, PASSED, OUTPUT, SCRATCH, request, process)
         except Exception as error:
@@ -232,7 +232,7 @@ def main() -> None:
     """Downloads and parses what is needed once on this node, before its processes start, and trains."""
     StopRequest().listen()  # until torchrun listens itself
     config = sections()[1]
-    fetch(config.initial_weights)
+    fetch_weights(config.initial_weights)
     for path in DATA.glob("instances_*.json"):
         load_annotations(path)
     launch("pipelines.train", config.batch_size // config.micro_batch)

@@ -9,7 +9,7 @@ from detr.checkpoint import build_model
 from detr.coco import CocoDataset, ImageArchive, load_annotations
 from detr.detect import PIXEL_DECIMALS, SCORE_DECIMALS, detect_all, detect_each
 from detr.distributed import Process
-from detr.metrics import coco_metrics, from_results, to_results
+from detr.metrics import compute_coco_metrics, from_results, to_results
 from detr.postprocess import postprocess
 from tests.detr.test_metrics import published
 from tests.projects import TINY_MODEL
@@ -74,7 +74,7 @@ def test_rounding_moves_no_number_that_one_would_see(tmp_path):
         rounded = exact.copy()
         rounded[:, 1:5] = rounded[:, 1:5].round(PIXEL_DECIMALS)
         rounded[:, 5] = rounded[:, 5].round(SCORE_DECIMALS)
-        numbers = [np.array(list(coco_metrics(path, rows).values())) for rows in (exact, rounded)]
+        numbers = [np.array(list(compute_coco_metrics(path, rows).values())) for rows in (exact, rounded)]
         moved.append(np.abs(numbers[0] - numbers[1]).max())
     assert max(moved) < 1e-4
 
@@ -126,5 +126,5 @@ def test_progress_counts_every_image(model, dataset):
 
 
 def test_detections_of_a_model_can_be_judged(model, dataset, drawn):
-    metrics = coco_metrics(drawn / "instances_val.json", detect_all(model, dataset, 1, Process(0, 1, CPU))[-1])
+    metrics = compute_coco_metrics(drawn / "instances_val.json", detect_all(model, dataset, 1, Process(0, 1, CPU))[-1])
     assert 0 <= metrics["AP"] < 0.5

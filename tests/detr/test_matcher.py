@@ -7,7 +7,7 @@ from torchvision.ops import generalized_box_iou
 
 from detr.batch import Targets
 from detr.boxes import cxcywh_to_xyxy
-from detr.matcher import MatcherConfig, match
+from detr.matcher import MatcherConfig, match_targets
 
 COSTS = MatcherConfig(class_cost=1.0, box_cost=5.0, giou_cost=2.0)
 
@@ -28,7 +28,7 @@ def targets(*counts, num_classes=4, seed=1):
 def matching(outputs, boxes, labels):
     """The matched queries of each layer and image, as lists."""
     goal = Targets.join(boxes, labels)
-    return [[part.tolist() for part in row.split(goal.counts)] for row in match(*outputs, goal, COSTS)]
+    return [[part.tolist() for part in row.split(goal.counts)] for row in match_targets(*outputs, goal, COSTS)]
 
 
 def cost_matrix(logits, boxes, labels, target_boxes):

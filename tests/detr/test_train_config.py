@@ -7,7 +7,7 @@ from functools import partial
 import pytest
 
 from detr.distributed import Process
-from detr.train import _sampler, build_optimizer, fit, learning_rate_factor
+from detr.train import build_optimizer, build_sampler, fit, learning_rate_factor
 from tests.detr.trainings import (
     CONFIG,
     CPU,
@@ -107,7 +107,7 @@ def test_a_batch_larger_than_the_data_is_refused(dataset, batch_size):
 
 @pytest.mark.parametrize(("change", "processes"), [({"max_skipped": 1}, 1), ({"batch_size": 12}, 2)])
 def test_batch_norm_refuses_what_its_statistics_cannot_do(dataset, change, processes):
-    sampler = partial(_sampler, dataset, new_model(config=replace(TINY, backbone_norm="batch")))
+    sampler = partial(build_sampler, dataset, new_model(config=replace(TINY, backbone_norm="batch")))
     with pytest.raises(ValueError, match="model.backbone_norm is batch: its statistics need"):
         sampler(replace(CONFIG, **change), Process(0, processes, CPU.device), 0)
     sampler(replace(CONFIG, lr_backbone=0.0, **change), Process(0, processes, CPU.device), 0)  # frozen, it has none

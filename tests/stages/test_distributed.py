@@ -6,7 +6,7 @@ import runpy
 import pytest
 import torch
 
-from detr.distributed import Process, process_group
+from detr.distributed import Process, join_process_group
 from tests.running import ROOT, call
 
 # The padded size is one for all images, because how much padding an image has counts, and a micro-batch has its own.
@@ -56,8 +56,8 @@ def normalized(process):
     norm = BatchNorm(4).double()
     y = norm(part)
     (y * slope.tensor_split(process.num_processes)[process.rank]).square().sum().backward()
-    by_image = [torch.cat(process.gather(value.detach())) for value in (y, part.grad)]
-    of_all = [process.sum(value.grad) for value in (norm.weight, norm.bias)]
+    by_image = [torch.cat(process.all_gather(value.detach())) for value in (y, part.grad)]
+    of_all = [process.all_reduce(value.grad) for value in (norm.weight, norm.bias)]
     return [value.flatten().tolist() for value in (*by_image, *of_all, norm.running_mean, norm.running_var)]
 
 
@@ -66,8 +66,8 @@ if __name__ == "__main__":
     with process_group() as process:
         result = {norm: measure(drawn, process, micro_batch, norm) for norm in sys.argv[4:]}
         result["norm"] = normalized(process)
-        result["ranks"] = process.gather(process.rank)
-        result["said"] = process.share(f"by {process.rank}")
+        result["ranks"] = process.all_gather(process.rank)
+        result["said"] = process.broadcast(f"by {process.rank}")
         (output / f"{process.rank}.json").write_text(json.dumps(result))
 """
 
@@ -123,12 +123,12 @@ def test_any_number_of_processes_and_passes_computes_what_one_pass_does(script, 
 def test_without_torchrun_a_process_is_alone(monkeypatch):
     for name in ("WORLD_SIZE", "RANK", "LOCAL_RANK"):
         monkeypatch.delenv(name, raising=False)
-    with process_group() as process:
+    with join_process_group() as process:
         assert (process.rank, process.num_processes, process.is_main) == (0, 1, True)
         value = torch.tensor([1.0, 2.0])
-        assert torch.equal(process.sum(value), torch.tensor([1.0, 2.0]))
-        assert process.share(value) is value
-        assert process.gather({"a": 1}) == [{"a": 1}]
+        assert torch.equal(process.all_reduce(value), torch.tensor([1.0, 2.0]))
+        assert process.broadcast(value) is value
+        assert process.all_gather({"a": 1}) == [{"a": 1}]
         assert not torch.distributed.is_initialized()
 
 
@@ -142,7 +142,7 @@ def test_threads_on_a_cpu_are_what_the_environment_says(threads, monkeypatch):
     monkeypatch.setenv("OMP_NUM_THREADS", threads)
     before = torch.get_num_threads()
     try:
-        with process_group() as process:
+        with join_process_group() as process:
             assert process.device.type == "cpu"
             assert torch.get_num_threads() == int(threads)
     finally:
