@@ -1,16 +1,12 @@
 """The residual backbone and its norms. B images, H W padded size, S output stride."""
 
 from collections.abc import Callable
-from typing import Any
 
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_weights
 from torchvision.ops import FrozenBatchNorm2d
-
-from detr.boxes import to_float32
 
 DEPTHS = {  # whether blocks are bottlenecks, and their number in each stage
     "resnet10": (False, (1, 1, 1, 1)),
@@ -28,46 +24,7 @@ class GroupNorm(nn.GroupNorm):
         super().__init__(num_channels // 8, num_channels)
 
 
-class _SumOverProcesses(torch.autograd.Function):
-    """The sum over all processes, which every process's loss depends on."""
-
-    @staticmethod
-    def forward(context: Any, value: Tensor) -> Tensor:
-        value = value.clone()
-        dist.all_reduce(value)
-        return value
-
-    @staticmethod
-    def backward(context: Any, gradient: Tensor) -> Tensor:  # type: ignore[override]
-        gradient = gradient.clone()
-        dist.all_reduce(gradient)
-        return gradient
-
-
-class BatchNorm(nn.BatchNorm2d):
-    """Trainable norm whose statistics are those of all processes' images; torch's own does that on GPUs only."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        if not self.training or not dist.is_initialized():
-            return super().forward(x)
-        return self._synchronized(x)
-
-    @torch.compiler.disable  # type: ignore[untyped-decorator]
-    def _synchronized(self, x: Tensor) -> Tensor:
-        values = to_float32(x)
-        count = _SumOverProcesses.apply(values.new_full((1,), x.numel() / x.shape[1]))
-        mean = _SumOverProcesses.apply(values.sum((0, 2, 3))) / count
-        centred = values - mean.view(-1, 1, 1)
-        variance = _SumOverProcesses.apply(centred.square().sum((0, 2, 3))) / count
-        with torch.no_grad():
-            self.running_mean.lerp_(mean, self.momentum)  # type: ignore[union-attr, arg-type]
-            self.running_var.lerp_(variance * count / (count - 1), self.momentum)  # type: ignore[union-attr, arg-type]
-            self.num_batches_tracked += 1  # type: ignore[operator, assignment]
-        scale = self.weight * (variance + self.eps).rsqrt()
-        return (centred * scale.view(-1, 1, 1) + self.bias.view(-1, 1, 1)).to(x.dtype)
-
-
-NORMS = {"frozen": FrozenBatchNorm2d, "batch": BatchNorm, "group": GroupNorm}
+NORMS = {"frozen": FrozenBatchNorm2d, "group": GroupNorm}
 
 
 class Conv(nn.Conv2d):
@@ -173,13 +130,13 @@ class ResNet(nn.Module):
 
 @torch.no_grad()
 def fold_norms(backbone: ResNet) -> None:
-    """Moves frozen and batch norms, as they stand in eval mode, into the weights before them; in place."""
+    """Moves frozen norms into the weights before them; in place."""
     for parent in backbone.modules():
         names = [name for name, module in parent.named_children() if isinstance(module, Conv)]
         for name in names:
             conv, place = parent.get_submodule(name), "1" if name == "0" else name.replace("conv", "bn")
             norm = parent.get_submodule(place)
-            if isinstance(norm, FrozenBatchNorm2d | nn.BatchNorm2d):
+            if isinstance(norm, FrozenBatchNorm2d):
                 statistics = (norm.running_mean, norm.running_var, norm.eps, norm.weight, norm.bias)
                 conv.weight, conv.bias = fuse_conv_bn_weights(conv.weight, None, *statistics)  # type: ignore[arg-type]
                 setattr(parent, place, nn.Identity())

@@ -20,7 +20,7 @@ class ModelConfig:
 
     backbone: str  # resnet10, resnet18, resnet34, resnet50, resnet101
     backbone_width: float  # times the published channels
-    backbone_norm: str  # frozen (pretrained), batch or group (from scratch)
+    backbone_norm: str  # frozen (pretrained) or group (from scratch)
     backbone_weights: str  # none, imagenet, or a local file
     stride: int  # 32, or 16 for the paper's DC5
     position: str  # sine, learned or none

@@ -118,7 +118,7 @@ def fit(
         torch.use_deterministic_algorithms(True)
     given = process.broadcast(state or {"model": model.state_dict(), "step": 0, "sums": {}, "since": 0, "skipped": 0})
     step, sums, since, skipped = given["step"], given["sums"], given["since"], given["skipped"]
-    sampler = build_sampler(dataset, model, config, process, step)
+    sampler = build_sampler(dataset, config, process, step)
     model.load_state_dict(given["model"])
     if not config.lr_backbone:
         model.backbone.requires_grad_(False)
@@ -175,7 +175,6 @@ def fit(
                 batches = list(islice(source, sampler.share))
                 waited += time.perf_counter() - started
             model.train()
-            model.backbone.train(config.lr_backbone > 0)  # a frozen one keeps its norms' statistics too
             factor = learning_rate_factor(step, steps_per_epoch, config)
             for group in optimizer.param_groups:
                 group["lr"] = group["base_lr"] * factor
@@ -227,22 +226,14 @@ def fit(
                 return
 
 
-def build_sampler(dataset: CocoDataset, model: DETR, config: TrainConfig, process: Process, step: int) -> TrainSampler:
+def build_sampler(dataset: CocoDataset, config: TrainConfig, process: Process, step: int) -> TrainSampler:
     view_sizes = None
     if config.group_window:
         view_sizes = partial(dataset.transform.view_sizes, dataset.annotations.sizes_hw)  # type: ignore[attr-defined]
-    sampler = TrainSampler(
+    return TrainSampler(
         len(dataset), config.batch_size, config.micro_batch, config.epochs, config.seed, process.rank,
         process.num_processes, step, config.group_window, view_sizes,
     )  # fmt: skip
-    uneven = sampler.micro_batches % process.num_processes
-    if model.config.backbone_norm == "batch" and config.lr_backbone and (uneven or config.max_skipped):
-        raise ValueError(
-            "model.backbone_norm is batch: its statistics need as many micro-batches on every process, and cannot be "
-            f"taken back; there are {sampler.micro_batches} for {process.num_processes} processes, and "
-            f"train.max_skipped is {config.max_skipped}; change these or take model.backbone_norm: group"
-        )
-    return sampler
 
 
 def build_average(model: DETR, decay: float) -> AveragedModel | None:

@@ -2,16 +2,13 @@
 
 import math
 from dataclasses import replace
-from functools import partial
 
 import pytest
 
-from detr.distributed import Process
-from detr.train import build_optimizer, build_sampler, fit, learning_rate_factor
+from detr.train import build_optimizer, fit, learning_rate_factor
 from tests.detr.trainings import (
     CONFIG,
     CPU,
-    TINY,
     dataset_of,
     new_model,
 )
@@ -103,11 +100,3 @@ def test_costs_and_weights_that_cannot_be_meant_are_refused(part, change, messag
 def test_a_batch_larger_than_the_data_is_refused(dataset, batch_size):
     with pytest.raises(ValueError, match=f"train.batch_size is {batch_size}, but there are only 24 training images"):
         next(fit(new_model(), dataset, replace(CONFIG, batch_size=batch_size), CPU))
-
-
-@pytest.mark.parametrize(("change", "processes"), [({"max_skipped": 1}, 1), ({"batch_size": 12}, 2)])
-def test_batch_norm_refuses_what_its_statistics_cannot_do(dataset, change, processes):
-    sampler = partial(build_sampler, dataset, new_model(config=replace(TINY, backbone_norm="batch")))
-    with pytest.raises(ValueError, match="model.backbone_norm is batch: its statistics need"):
-        sampler(replace(CONFIG, **change), Process(0, processes, CPU.device), 0)
-    sampler(replace(CONFIG, lr_backbone=0.0, **change), Process(0, processes, CPU.device), 0)  # frozen, it has none
