@@ -14,7 +14,8 @@ from detr.batch import Batch, normalize
 from detr.loss import count_totals, set_loss
 from detr.matcher import match_targets
 from detr.model import DETR
-from detr.train import build_optimizer, compile_model, flatten_gradients
+from detr.optimizer import build_optimizer, flatten_gradients
+from detr.train import compile_model
 from detr.train_config import TrainConfig
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -61,7 +62,7 @@ def our_step(model: DETR, config: TrainConfig, precision: str, compiling: bool) 
     """The step of detr.train.fit."""
     detr.loss.match_targets = CLOCK.apart(match_targets)
     model.to(DEVICE).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-    optimizer, gradient = build_optimizer(model, config), flatten_gradients(model)
+    optimizer, gradient = build_optimizer(model, config), flatten_gradients(model).values
     runner = compile_model(model) if compiling else model
     autocast = partial(torch.autocast, DEVICE.type, torch.bfloat16, enabled=precision == "bfloat16")
     pixels = torch.empty(0, device=DEVICE)

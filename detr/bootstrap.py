@@ -89,18 +89,7 @@ def _assign(
     One that is passed over is taken when no other is; a crowd by any number. Of equal overlaps the later object counts,
     as in pycocotools.
     """
-    first = np.searchsorted(holder, owner)
-    number = np.searchsorted(holder, owner, side="right") - first
-    detection = np.repeat(np.arange(len(boxes)), number)
-    target = np.repeat(first, number) + np.arange(len(detection)) - np.repeat(np.cumsum(number) - number, number)
-    a, b = boxes[detection], truth[target]
-    sides = np.minimum(a[:, :2] + a[:, 2:], b[:, :2] + b[:, 2:]) - np.maximum(a[:, :2], b[:, :2])
-    shared = sides.clip(min=0).prod(axis=1)
-    area = a[:, 2:].prod(axis=1)
-    whole = np.where(crowd[target], area, area + b[:, 2:].prod(axis=1) - shared)
-    iou = np.divide(shared, whole, out=np.zeros_like(shared), where=whole > 0)
-    near = iou >= IOU_THRESHOLDS[0]
-    detection, target, iou = detection[near], target[near], iou[near]
+    detection, target, iou = _find_overlaps(boxes, owner, truth, holder, crowd)
     hit = np.zeros((len(boxes), len(IOU_THRESHOLDS)), dtype=bool)
     ignored, taken = hit.copy(), np.zeros((len(truth), len(IOU_THRESHOLDS)), dtype=bool)
     order = np.lexsort([target, detection, rank[detection]])
@@ -123,6 +112,27 @@ def _assign(
         hit[d[firsts[which]], threshold] = ~passed[chosen]
         ignored[d[firsts[which]], threshold] = passed[chosen]
     return hit, ignored
+
+
+def _find_overlaps(
+    boxes: np.ndarray, owner: np.ndarray, truth: np.ndarray, holder: np.ndarray, crowd: np.ndarray
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Detection, object and IoU [P] of each pair of one key that overlaps enough for the lowest threshold.
+
+    Over a crowd the share of the detection inside it counts.
+    """
+    first = np.searchsorted(holder, owner)
+    number = np.searchsorted(holder, owner, side="right") - first
+    detection = np.repeat(np.arange(len(boxes)), number)
+    target = np.repeat(first, number) + np.arange(len(detection)) - np.repeat(np.cumsum(number) - number, number)
+    a, b = boxes[detection], truth[target]
+    sides = np.minimum(a[:, :2] + a[:, 2:], b[:, :2] + b[:, 2:]) - np.maximum(a[:, :2], b[:, :2])
+    shared = sides.clip(min=0).prod(axis=1)
+    area = a[:, 2:].prod(axis=1)
+    whole = np.where(crowd[target], area, area + b[:, 2:].prod(axis=1) - shared)
+    iou = np.divide(shared, whole, out=np.zeros_like(shared), where=whole > 0)
+    near = iou >= IOU_THRESHOLDS[0]
+    return detection[near], target[near], iou[near]
 
 
 def rank_images(matches: Matches) -> tuple[np.ndarray, np.ndarray]:

@@ -69,13 +69,12 @@ def load_annotations(path: Path) -> Annotations:
 
 
 def _flatten_truth(truth: "Truth") -> Annotations:
+    """The annotations that can be learnt from, grouped by image; crowds and boxes without area are left out."""
     kept = ~truth.crowd
     position = np.argsort(truth.image_ids, kind="stable")
     owner = position[np.searchsorted(truth.image_ids, truth.image_of[kept], sorter=position)]
     labels = np.searchsorted(truth.category_ids, truth.category_of[kept])
-    boxes = truth.boxes_xywh[kept].astype(np.float32)
-    boxes[:, 2:] += boxes[:, :2]
-    boxes = np.clip(boxes, 0, truth.sizes_hw[owner][:, [1, 0, 1, 0]].astype(np.float32))
+    boxes = clip_boxes(truth.boxes_xywh[kept], truth.sizes_hw[owner])
     solid = (boxes[:, 2:] > boxes[:, :2]).all(axis=1)
     order = np.flatnonzero(solid)[np.argsort(owner[solid], kind="stable")]
     return Annotations(
@@ -88,6 +87,13 @@ def _flatten_truth(truth: "Truth") -> Annotations:
         truth.category_ids,
         truth.category_names,
     )
+
+
+def clip_boxes(boxes_xywh: np.ndarray, sizes_hw: np.ndarray) -> np.ndarray:
+    """Corner boxes [M, 4] float32 of left, top, width, height [M, 4], cut to the size [M, 2] of each one's image."""
+    boxes = boxes_xywh.astype(np.float32)
+    boxes[:, 2:] += boxes[:, :2]
+    return np.clip(boxes, 0, sizes_hw[:, [1, 0, 1, 0]].astype(np.float32))
 
 
 def _store(annotations: Annotations, cache: Path, path: Path) -> None:

@@ -49,11 +49,12 @@ def match_targets(logits: Tensor, boxes_cxcywh: Tensor, targets: Targets, config
         )
     chunk = 1 if logits.device.type == "cpu" else len(logits)  # a layer at a time stays in a CPU's cache
     chunks = zip(to_float32(logits).split(chunk), to_float32(boxes_cxcywh).split(chunk), strict=True)
-    parts, finite = zip(*(_compute_costs(*layers, targets, config) for layers in chunks), strict=True)
-    costs = torch.cat(parts).double().cpu().numpy()  # scipy's own type
-    if not torch.stack(finite).all():
+    parts = torch.cat([_compute_costs(*layers, targets, config) for layers in chunks])  # [L, T * Q + 1]
+    found = parts.cpu().double().numpy()  # the one wait for the device; double is scipy's own type
+    if not found[:, -1].all():
         raise ValueError("predictions are not finite; lower train.lr")
-    matched = torch.full(costs.shape[:2], -1)
+    costs = found[:, :-1].reshape(len(found), -1, logits.shape[2])  # [L, T, Q]
+    matched = torch.full(costs.shape[:2], -1)  # [L, T]
     starts = [0, *accumulate(targets.counts)]
     for layer, row in zip(costs, matched.numpy(), strict=True):
         for start, end in pairwise(starts):
@@ -68,12 +69,11 @@ def match_targets(logits: Tensor, boxes_cxcywh: Tensor, targets: Targets, config
     return matched.to(logits.device)
 
 
-def _compute_costs(
-    logits: Tensor, boxes_cxcywh: Tensor, targets: Targets, config: MatcherConfig
-) -> tuple[Tensor, Tensor]:
-    """The matching cost [L, T, Q], NaN for targets that cannot be, and whether all predictions are finite [].
+def _compute_costs(logits: Tensor, boxes_cxcywh: Tensor, targets: Targets, config: MatcherConfig) -> Tensor:
+    """The matching cost of each target and query, and whether all predictions are finite, 1 or 0: [L, T * Q + 1].
 
-    Coordinates are laid out as planes [L, T, Q]: everything here is bound by memory.
+    The cost is NaN for targets that cannot be. Both are one tensor, so that they cross to the CPU together. Coordinates
+    are laid out as planes [L, T, Q]: everything here is bound by memory.
     """
     labels = targets.labels.clamp(0, logits.shape[3] - 2)
     probabilities = logits.softmax(dim=-1)
@@ -89,7 +89,8 @@ def _compute_costs(
     cost = distance.mul_(config.box_cost).sub_(probability, alpha=config.class_cost).sub_(giou, alpha=config.giou_cost)
     wrong = (targets.labels != labels) | ((target - 0.5).abs() > 0.51).any(dim=-1)
     finite = (probabilities[..., -1].sum() + boxes_cxcywh.sum()).isfinite()
-    return cost.masked_fill_(wrong[:, None], torch.nan), finite
+    cost.masked_fill_(wrong[:, None], torch.nan)
+    return torch.cat([cost.flatten(1), finite.to(cost.dtype).expand(len(cost), 1)], dim=1)
 
 
 def _explain_nan(logits: Tensor, targets: Targets) -> NoReturn:

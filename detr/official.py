@@ -71,6 +71,17 @@ def build_official(state: dict[str, Tensor], stride: int, source: str) -> DETR:
             raise ValueError(f"{source}: {key} is {tuple(state[key].shape)}, expected 92 rows, one per id of COCO's")
         state[key] = state[key][_ROWS]
 
+    config = read_architecture(state, stride)
+    model = DETR(config, len(COCO_CATEGORIES))
+    if difference := find_difference(model.state_dict(), state):
+        raise ValueError(f"{source} does not fit {config.backbone}: {difference}")
+    model.load_state_dict(state)
+    return model.eval()
+
+
+def read_architecture(state: dict[str, Tensor], stride: int) -> ModelConfig:
+    """The architecture that names and shapes of the authors' weights tell, the published one where they do not."""
+
     def size(key: str, published: tuple[int, ...]) -> tuple[int, ...]:
         return tuple(state[key].shape) if key in state and state[key].dim() == len(published) else published
 
@@ -78,7 +89,7 @@ def build_official(state: dict[str, Tensor], stride: int, source: str) -> DETR:
         return len({key.split(".")[3] for key in state if key.startswith(f"transformer.{part}.layers.")})
 
     num_queries, hidden_dim = size("query_embed.weight", (100, 256))
-    config = ModelConfig(
+    return ModelConfig(
         backbone="resnet101" if "backbone.layer3.6.conv1.weight" in state else "resnet50",
         backbone_width=1.0,
         backbone_norm="frozen",
@@ -96,11 +107,6 @@ def build_official(state: dict[str, Tensor], stride: int, source: str) -> DETR:
         attention_dropout=0.1,
         pre_norm="transformer.encoder.norm.weight" in state,
     )
-    model = DETR(config, len(COCO_CATEGORIES))
-    if difference := find_difference(model.state_dict(), state):
-        raise ValueError(f"{source} does not fit {config.backbone}: {difference}")
-    model.load_state_dict(state)
-    return model.eval()
 
 
 def fetch_weights(source: str) -> Path:

@@ -21,8 +21,8 @@ from benchmarks import authors
 from detr.batch import Targets
 from detr.loss import count_totals, set_loss
 from detr.matcher import match_targets
+from detr.optimizer import build_optimizer
 from detr.postprocess import postprocess
-from detr.train import build_optimizer
 from detr.train_config import TrainConfig
 from pipelines.params import from_document, merged
 

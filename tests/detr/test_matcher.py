@@ -3,6 +3,7 @@ from itertools import permutations
 import pytest
 import torch
 from scipy.optimize import linear_sum_assignment
+from torch.overrides import TorchFunctionMode
 from torchvision.ops import generalized_box_iou
 
 from detr.batch import Targets
@@ -158,3 +159,29 @@ def test_nan_is_an_error_for_images_without_targets_too():
     logits[0, 1] = torch.nan
     with pytest.raises(ValueError, match="predictions are not finite"):
         matching((logits, boxes), *targets(2, 0, 4))
+
+
+class Waits(TorchFunctionMode):
+    """Notes what the host waits for the device with, and the type of what crosses to the CPU."""
+
+    NAMES = ("cpu", "item", "tolist", "numpy", "nonzero", "__bool__", "__int__", "__float__", "__index__")
+
+    def __init__(self):
+        super().__init__()
+        self.seen = []
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        name = getattr(function, "__name__", "")
+        if name in self.NAMES:
+            self.seen.append((name, args[0].dtype))
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("counts", [(2, 0, 4), (0, 0, 0)])
+def test_matching_waits_for_the_device_once_for_float32(counts):
+    (logits, boxes), goal = predictions(), Targets.join(*targets(*counts))
+    with Waits() as waits:
+        match_targets(logits, boxes, goal, COSTS)
+    crossing, *later = waits.seen
+    assert crossing == ("cpu", torch.float32)
+    assert {name for name, _ in later} == {"numpy"}  # of what is on the CPU

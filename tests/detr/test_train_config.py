@@ -5,7 +5,8 @@ from dataclasses import replace
 
 import pytest
 
-from detr.train import build_optimizer, fit, learning_rate_factor
+from detr.optimizer import build_optimizer, learning_rate_factor
+from detr.train import fit
 from tests.detr.trainings import (
     CONFIG,
     CPU,

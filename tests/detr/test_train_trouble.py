@@ -17,7 +17,8 @@ import torch
 from detr.checkpoint import build_model
 from detr.coco import CocoDataset
 from detr.diagnosis import NotFiniteError, find_first_non_finite
-from detr.train import build_sampler, fit, learning_rate_factor
+from detr.optimizer import learning_rate_factor
+from detr.train import build_sampler, fit
 from detr.transforms import TrainTransform, TransformConfig
 from pipelines.stage import explain
 from tests.damage import png
@@ -152,7 +153,7 @@ def _no_garbage_collection():
 def test_a_loader_process_that_dies_is_named_with_its_image(dataset, monkeypatch, number):
     monkeypatch.setenv("DETR_WORKERS", "1")
     dataset = Deadly(dataset.annotations, dataset.archive, dataset.transform)
-    micro_batch = list(build_sampler(dataset, new_model(), CONFIG, CPU, 0))[number]
+    micro_batch = list(build_sampler(dataset, CONFIG, CPU, 0))[number]
     dataset.deadly = micro_batch[2][1]
     image_id = int(dataset.annotations.image_ids[dataset.deadly])
     with pytest.raises(
