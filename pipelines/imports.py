@@ -33,7 +33,7 @@ def list_imports(path: Path, root: Path = ROOT) -> set[Path]:
                 found.add(place.with_suffix(".py"))
             elif package.is_file() and _has_code(package):
                 found.add(package)
-            elif end > 1 and (home := _read_lazy_names(place.parent / "__init__.py").get(place.name)):
+            elif end > 1 and (home := read_lazy_names(place.parent / "__init__.py").get(place.name)):
                 found.add(root.joinpath(*home.split(".")).with_suffix(".py"))
     return found - {path}
 
@@ -72,7 +72,7 @@ def _has_code(package: Path) -> bool:
     return any(not isinstance(node, ast.Expr) for node in ast.parse(package.read_bytes()).body)
 
 
-def _read_lazy_names(package: Path) -> dict[str, str]:
+def read_lazy_names(package: Path) -> dict[str, str]:
     """The module of each name that a package imports where it is first used, by what it tells type checkers."""
     if not package.is_file():
         return {}

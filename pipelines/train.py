@@ -32,6 +32,7 @@ from detr.train_config import TrainConfig
 from detr.transforms import EvalTransform, TrainTransform
 from pipelines import params
 from pipelines.data.layout import DATA
+from pipelines.imports import trace_imports
 from pipelines.launch import PREEMPTED, die_with_parent, launch, record_failure
 from pipelines.locks import hold_lock
 from pipelines.registry.mirror import Mirror
@@ -45,13 +46,17 @@ SCRATCH = Path("scratch")
 
 
 def fingerprint(model: ModelConfig, config: TrainConfig, data_digest: str) -> str:
-    """A digest of parameters, data, local weights and library code: equal ones give equal bits on equal hardware."""
+    """A digest of parameters, data, local weights and code: equal ones give equal bits on equal hardware.
+
+    The code is this file, the log's, and what they import of the library.
+    """
     total = hashlib.sha256(json.dumps([asdict(model), asdict(config), data_digest], sort_keys=True).encode())
     for place in (Path(model.backbone_weights), Path(config.initial_weights)):
         file = place / "model.safetensors" if place.is_dir() else place
         total.update(sha256(file).encode() if file.is_file() else b"")
-    here = Path(__file__)
-    for path in [*sorted((here.parent.parent / "detr").glob("*.py")), here, here.with_name("training_log.py")]:
+    here, log = Path(__file__), Path(__file__).with_name("training_log.py")
+    library = here.parent.parent / "detr"
+    for path in sorted(path for path in trace_imports(here) if path.parent == library or path in (here, log)):
         total.update(path.read_bytes())
     return total.hexdigest()[:16]
 

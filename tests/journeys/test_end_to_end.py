@@ -102,6 +102,19 @@ def test_nothing_to_do_the_second_time(project):
     assert "these weights were registered before" in said
 
 
+def test_code_runs_again_what_imports_it_and_nothing_else(project):
+    for name, again in (
+        ("detr/export.py", set()),
+        ("detr/loss.py", {"train"}),
+        ("detr/model.py", {"train", "evaluate"}),
+    ):
+        before = (project / name).read_bytes()
+        (project / name).write_bytes(before + b"# a comment\n")
+        said = call(project, "dvc", "status", "download", "validate", "train", "evaluate")
+        (project / name).write_bytes(before)
+        assert {line[:-1] for line in said.splitlines() if line.endswith(":") and line[0].isalpha()} == again, said
+
+
 def test_force_leaves_the_lock_byte_for_byte(project):
     """Stages of one hash seed; of others: tests/slow/test_hash_seeds.py."""
     before = (project / "dvc.lock").read_bytes()
