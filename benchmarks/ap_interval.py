@@ -19,7 +19,7 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
-from detr.bootstrap import IOU_THRESHOLDS, Matches, bootstrap_ap, interval, weighted_ap
+from detr.bootstrap import IOU_THRESHOLDS, Matches, bootstrap_ap, compute_weighted_ap, find_interval
 
 NUM_IMAGES = 10_000
 CONFIDENCE = 0.95
@@ -81,7 +81,7 @@ def resample(pair: list[Matches], aps: np.ndarray, num_resamples: int, seed: int
     num_images = len(pair[0].objects)
     shares = np.full(num_images, 1 / num_images)
     drawn = np.random.default_rng(seed).multinomial(num_images, shares, num_resamples).T
-    plain = np.array([weighted_ap(matches, drawn) for matches in pair])
+    plain = np.array([compute_weighted_ap(matches, drawn) for matches in pair])
     above = plain.mean(axis=1, keepdims=True) - aps[:, None]
     return {
         "halves": bootstrap_ap(pair, num_resamples, seed),
@@ -97,7 +97,7 @@ def measure(kind: str, num_images: int, num_sets: int, num_resamples: int, seed:
     rng = np.random.default_rng(seed + 1)
 
     def ap_of(pair: Sequence[Matches]) -> np.ndarray:
-        return np.array([weighted_ap(matches, np.ones((len(matches.objects), 1)))[0] for matches in pair])
+        return np.array([compute_weighted_ap(matches, np.ones((len(matches.objects), 1)))[0] for matches in pair])
 
     true, bias = ap_of(everyone), 0.0
     counts: dict[str, np.ndarray] = {}
@@ -107,9 +107,9 @@ def measure(kind: str, num_images: int, num_sets: int, num_resamples: int, seed:
         aps = ap_of(pair)
         bias += (aps[0] - true[0]) / num_sets
         for method, found in resample(pair, aps, num_resamples, number).items():
-            low, high = interval(found[0], CONFIDENCE, num_images, lowest=0)
+            low, high = find_interval(found[0], CONFIDENCE, num_images, lowest=0)
             gains, gain = found[1] - found[0], true[1] - true[0]
-            least, most = interval(gains, CONFIDENCE, num_images)
+            least, most = find_interval(gains, CONFIDENCE, num_images)
             promoted = np.mean(gains > gain) >= CONFIDENCE
             row = (low <= true[0] <= high, least <= gain <= most, promoted, high - low)
             counts[method] = counts.get(method, 0) + np.array(row, dtype=float) / num_sets

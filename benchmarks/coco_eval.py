@@ -78,9 +78,9 @@ def evaluate(side: str, folder: Path) -> list[float]:
     """COCO's twelve numbers of the two files."""
     truth, found = folder / "truth.json", np.load(folder / "found.npy")
     if side == "ours":
-        from detr.judge import coco_metrics
+        from detr.metrics import compute_coco_metrics
 
-        return list(coco_metrics(truth, found).values())
+        return list(compute_coco_metrics(truth, found).values())
     if side == "pycocotools":
         from pycocotools.coco import COCO
         from pycocotools.cocoeval import COCOeval
@@ -98,12 +98,12 @@ def evaluate(side: str, folder: Path) -> list[float]:
 def measure(side: str, folder: Path) -> dict:
     """Processor seconds, peak memory and numbers of one side; imports are not counted, reading the files is."""
     if side == "bootstrap":
-        from detr.bootstrap import bootstrap_ap, interval, match
+        from detr.bootstrap import bootstrap_ap, find_interval, match_detections
 
         rows = np.load(folder / "found.npy")
         started = time.perf_counter()
-        matches = match(folder / "truth.json", rows)
-        numbers = list(interval(bootstrap_ap([matches], 1000, seed=0)[0], 0.95, len(matches.objects), lowest=0))
+        matches = match_detections(folder / "truth.json", rows)
+        numbers = list(find_interval(bootstrap_ap([matches], 1000, seed=0)[0], 0.95, len(matches.objects), lowest=0))
         seconds = time.perf_counter() - started
     else:
         find = {"ours": "hotcoco", **PEERS}[side]

@@ -28,10 +28,10 @@ from PIL import Image, ImageFilter
 from torch.utils.data import DataLoader
 
 from detr.batch import Sample, collate, normalize
-from detr.coco import CocoDataset, decode, load_annotations
+from detr.coco import CocoDataset, decode_image, load_annotations
 from detr.images import ImageArchive, open_images
 from detr.sampler import TrainSampler
-from detr.train import TrainConfig
+from detr.train_config import TrainConfig
 from detr.transforms import TrainTransform
 from pipelines.params import from_document, merged
 
@@ -95,7 +95,7 @@ def in_process(files: list[bytes], transform: TrainTransform, rounds: int) -> Ro
         for start in range(0, len(files), BATCH):
             samples = []
             for index, data in enumerate(files[start : start + BATCH], start):
-                image, kept, kinds = transform(decode(data, str(index)), boxes, labels, (epoch, index))
+                image, kept, kinds = transform(decode_image(data, str(index)), boxes, labels, (epoch, index))
                 samples.append(Sample(image, kept, kinds, index, SIZE[::-1]))
             batch = collate(samples)
             if normalized:

@@ -9,8 +9,8 @@ import torch
 from authors import build, install, interleaved, report
 
 from detr.batch import Targets
-from detr.loss import LossConfig, batch_totals, set_loss
-from detr.matcher import MatcherConfig, match
+from detr.loss import LossConfig, count_totals, set_loss
+from detr.matcher import MatcherConfig, match_targets
 
 MATCHER, LOSS = MatcherConfig(1.0, 5.0, 2.0), LossConfig(1.0, 5.0, 2.0, 0.1, auxiliary=True)
 NUM_LAYERS, NUM_QUERIES, NUM_CLASSES = 6, 100, 91
@@ -40,7 +40,7 @@ def main() -> None:
         return torch.stack([torch.cat([query[target.argsort()] for query, target in layer]) for layer in matched])
 
     def our_matcher() -> torch.Tensor:
-        return match(logits, boxes, targets, MATCHER)
+        return match_targets(logits, boxes, targets, MATCHER)
 
     def authors_loss() -> torch.Tensor:
         losses = criterion(layers[-1] | {"aux_outputs": layers[:-1]}, goals)
@@ -48,7 +48,7 @@ def main() -> None:
         return torch.autograd.grad(loss, logits)[0]
 
     def our_loss() -> torch.Tensor:
-        loss, _ = set_loss(logits, boxes, targets, batch_totals(targets, NUM_QUERIES), MATCHER, LOSS)
+        loss, _ = set_loss(logits, boxes, targets, count_totals(targets, NUM_QUERIES), MATCHER, LOSS)
         return torch.autograd.grad(loss, logits)[0]
 
     rows = []

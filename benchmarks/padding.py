@@ -17,7 +17,7 @@ from authors import ROOT
 
 from detr.coco import load_annotations
 from detr.sampler import TrainSampler
-from detr.train import TrainConfig
+from detr.train_config import TrainConfig
 from detr.transforms import TrainTransform
 from pipelines.params import from_document, merged
 

@@ -30,11 +30,13 @@ def train(data: Path, epochs: int, tracked: bool) -> dict[str, float]:
     import psutil
     import torch
 
+    from detr.checkpoint import build_model
     from detr.coco import CocoDataset, load_annotations
-    from detr.distributed import process_group
+    from detr.distributed import join_process_group
     from detr.images import open_images
-    from detr.model import ModelConfig, build_model
-    from detr.train import TrainConfig, fit
+    from detr.model import ModelConfig
+    from detr.train import fit
+    from detr.train_config import TrainConfig
     from detr.transforms import TrainTransform
     from pipelines.params import from_document, merged
     from pipelines.registry.mirror import Mirror
@@ -46,7 +48,7 @@ def train(data: Path, epochs: int, tracked: bool) -> dict[str, float]:
     dataset = CocoDataset(annotations, open_images(data / "train.zip"), TrainTransform(config.transform, config.seed))
     torch.manual_seed(config.seed)
     model = build_model(from_document(document, "model", ModelConfig), len(annotations.category_ids))
-    with process_group() as process:
+    with join_process_group() as process:
         wall, processor = time.perf_counter(), time.process_time()
         mirror = Mirror("slow", "slow", document) if tracked else None
         for report in fit(model, dataset, config, process):

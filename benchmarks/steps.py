@@ -11,10 +11,12 @@ from authors import build, nested
 
 import detr.loss
 from detr.batch import Batch, normalize
-from detr.loss import batch_totals, set_loss
-from detr.matcher import match
+from detr.loss import count_totals, set_loss
+from detr.matcher import match_targets
 from detr.model import DETR
-from detr.train import TrainConfig, build_optimizer, compiled, flat_gradient
+from detr.optimizer import build_optimizer, flatten_gradients
+from detr.train import compile_model
+from detr.train_config import TrainConfig
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 TheirBatch = tuple[torch.Tensor, torch.Tensor, list[dict[str, torch.Tensor]]]  # images, padding, targets
@@ -46,7 +48,7 @@ class Clock:
 
         def marked(*arguments: Any, **named: Any) -> Any:
             self.mark("loss")
-            result = match(*arguments, **named)
+            result = match_targets(*arguments, **named)
             self.mark("matcher")
             return result
 
@@ -58,10 +60,10 @@ CLOCK = Clock()
 
 def our_step(model: DETR, config: TrainConfig, precision: str, compiling: bool) -> Callable[[Batch], None]:
     """The step of detr.train.fit."""
-    detr.loss.match = CLOCK.apart(match)
+    detr.loss.match_targets = CLOCK.apart(match_targets)
     model.to(DEVICE).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-    optimizer, gradient = build_optimizer(model, config), flat_gradient(model)
-    runner = compiled(model) if compiling else model
+    optimizer, gradient = build_optimizer(model, config), flatten_gradients(model).values
+    runner = compile_model(model) if compiling else model
     autocast = partial(torch.autocast, DEVICE.type, torch.bfloat16, enabled=precision == "bfloat16")
     pixels = torch.empty(0, device=DEVICE)
 
@@ -70,7 +72,7 @@ def our_step(model: DETR, config: TrainConfig, precision: str, compiling: bool) 
         CLOCK.mark("data")
         gradient.zero_()
         CLOCK.mark("optimizer")
-        totals = batch_totals(batch.targets, model.config.num_queries).to(DEVICE, non_blocking=True)
+        totals = count_totals(batch.targets, model.config.num_queries).to(DEVICE, non_blocking=True)
         with autocast():
             logits, boxes = runner(normalize(batch.images, batch.padding, pixels), batch.padding)
         CLOCK.mark("forward")

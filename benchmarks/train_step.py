@@ -48,7 +48,7 @@ from detr.coco import CocoDataset, load_annotations
 from detr.images import open_images
 from detr.loader import Loader
 from detr.model import DETR, ModelConfig
-from detr.train import TrainConfig
+from detr.train_config import TrainConfig
 from detr.transforms import EvalTransform, TrainTransform
 from pipelines.data.shapes import ShapesParams, write_shapes
 from pipelines.params import from_document, merged

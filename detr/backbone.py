@@ -1,21 +1,12 @@
 """The residual backbone and its norms. B images, H W padded size, S output stride."""
 
-import re
-from collections.abc import Callable, Mapping
-from pathlib import Path
-from typing import Any, BinaryIO, TypeGuard
+from collections.abc import Callable
 
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_weights
-from torchvision.models import get_model
 from torchvision.ops import FrozenBatchNorm2d
-
-from detr.boxes import precise
 
 DEPTHS = {  # whether blocks are bottlenecks, and their number in each stage
     "resnet10": (False, (1, 1, 1, 1)),
@@ -33,46 +24,7 @@ class GroupNorm(nn.GroupNorm):
         super().__init__(num_channels // 8, num_channels)
 
 
-class _SumOverProcesses(torch.autograd.Function):
-    """The sum over all processes, which every process's loss depends on."""
-
-    @staticmethod
-    def forward(context: Any, value: Tensor) -> Tensor:
-        value = value.clone()
-        dist.all_reduce(value)
-        return value
-
-    @staticmethod
-    def backward(context: Any, gradient: Tensor) -> Tensor:  # type: ignore[override]
-        gradient = gradient.clone()
-        dist.all_reduce(gradient)
-        return gradient
-
-
-class BatchNorm(nn.BatchNorm2d):
-    """Trainable norm whose statistics are those of all processes' images; torch's own does that on GPUs only."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        if not self.training or not dist.is_initialized():
-            return super().forward(x)
-        return self._synchronized(x)
-
-    @torch.compiler.disable  # type: ignore[untyped-decorator]
-    def _synchronized(self, x: Tensor) -> Tensor:
-        values = precise(x)
-        count = _SumOverProcesses.apply(values.new_full((1,), x.numel() / x.shape[1]))
-        mean = _SumOverProcesses.apply(values.sum((0, 2, 3))) / count
-        centred = values - mean.view(-1, 1, 1)
-        variance = _SumOverProcesses.apply(centred.square().sum((0, 2, 3))) / count
-        with torch.no_grad():
-            self.running_mean.lerp_(mean, self.momentum)  # type: ignore[union-attr, arg-type]
-            self.running_var.lerp_(variance * count / (count - 1), self.momentum)  # type: ignore[union-attr, arg-type]
-            self.num_batches_tracked += 1  # type: ignore[operator, assignment]
-        scale = self.weight * (variance + self.eps).rsqrt()
-        return (centred * scale.view(-1, 1, 1) + self.bias.view(-1, 1, 1)).to(x.dtype)
-
-
-NORMS = {"frozen": FrozenBatchNorm2d, "batch": BatchNorm, "group": GroupNorm}
+NORMS = {"frozen": FrozenBatchNorm2d, "group": GroupNorm}
 
 
 class Conv(nn.Conv2d):
@@ -97,7 +49,7 @@ class Conv(nn.Conv2d):
         return F.conv2d(x, self.weight * scale.view(-1, 1, 1, 1), shift, self.stride, self.padding, self.dilation)
 
 
-def normed(conv: nn.Module, norm: nn.Module, x: Tensor) -> Tensor:
+def apply_norm(conv: nn.Module, norm: nn.Module, x: Tensor) -> Tensor:
     """The norm of the convolution of `x`."""
     result: Tensor = conv(x, norm) if isinstance(norm, FrozenBatchNorm2d) else norm(conv(x))
     return result
@@ -133,11 +85,11 @@ class Block(nn.Module):
         self.bottleneck = bottleneck
 
     def forward(self, x: Tensor) -> Tensor:
-        shortcut = x if self.downsample is None else normed(self.downsample[0], self.downsample[1], x)
-        x = F.relu(normed(self.conv1, self.bn1, x), inplace=True)
-        x = normed(self.conv2, self.bn2, x)
+        shortcut = x if self.downsample is None else apply_norm(self.downsample[0], self.downsample[1], x)
+        x = F.relu(apply_norm(self.conv1, self.bn1, x), inplace=True)
+        x = apply_norm(self.conv2, self.bn2, x)
         if self.bottleneck:
-            x = normed(self.conv3, self.bn3, F.relu(x, inplace=True))
+            x = apply_norm(self.conv3, self.bn3, F.relu(x, inplace=True))
         return F.relu(x.add_(shortcut), inplace=True)
 
 
@@ -172,19 +124,19 @@ class ResNet(nn.Module):
         self.num_channels = in_channels
 
     def forward(self, images: Tensor) -> Tensor:
-        features = self.maxpool(F.relu(normed(self.conv1, self.bn1, images), inplace=True))
+        features = self.maxpool(F.relu(apply_norm(self.conv1, self.bn1, images), inplace=True))
         return self.layer4(self.layer3(self.layer2(self.layer1(features))))
 
 
 @torch.no_grad()
 def fold_norms(backbone: ResNet) -> None:
-    """Moves frozen and batch norms, as they stand in eval mode, into the weights before them; in place."""
+    """Moves frozen norms into the weights before them; in place."""
     for parent in backbone.modules():
         names = [name for name, module in parent.named_children() if isinstance(module, Conv)]
         for name in names:
             conv, place = parent.get_submodule(name), "1" if name == "0" else name.replace("conv", "bn")
             norm = parent.get_submodule(place)
-            if isinstance(norm, FrozenBatchNorm2d | nn.BatchNorm2d):
+            if isinstance(norm, FrozenBatchNorm2d):
                 statistics = (norm.running_mean, norm.running_var, norm.eps, norm.weight, norm.bias)
                 conv.weight, conv.bias = fuse_conv_bn_weights(conv.weight, None, *statistics)  # type: ignore[arg-type]
                 setattr(parent, place, nn.Identity())
@@ -194,66 +146,3 @@ def freeze_stem(backbone: ResNet) -> None:
     """Stops training of the stem and the first stage, as the paper does with pretrained weights."""
     for module in (backbone.conv1, backbone.bn1, backbone.layer1):
         module.requires_grad_(False)
-
-
-def load_pretrained(backbone: ResNet, name: str, source: str) -> None:
-    """Fills the backbone with published weights, without their classifier.
-
-    `source` is `imagenet` (torchvision's weights API, downloaded once) or a local `.safetensors` or `.pth`
-    file under torchvision's names. Raises ValueError that names the first key that differs. Runs no code from
-    the file.
-    """
-    if source == "imagenet":
-        try:
-            state = get_model(name, weights="IMAGENET1K_V1").state_dict()
-        except (OSError, RuntimeError) as error:
-            raise ValueError(
-                f"torchvision's weights of {name} were not fetched ({error}); fetch them yourself, and give the file "
-                "as model.backbone_weights"
-            ) from error
-    elif not Path(source).is_file():
-        raise ValueError(f"model.backbone_weights is {source!r}: no such file; give none, imagenet or a file")
-    elif source.endswith(".safetensors"):
-        try:
-            state = load_file(source)
-        except SafetensorError as error:
-            raise ValueError(f"{source} is not a whole safetensors file ({error}); fetch it again") from error
-    else:
-        state = read_torch(source)
-    if not is_state(state):
-        raise ValueError(f"{source} is not a flat dictionary of tensors; save the backbone's state_dict() alone")
-    state = {key: value.float() for key, value in state.items() if not key.startswith("fc.")}
-    own = backbone.state_dict()
-    state = {key: value for key, value in state.items() if key in own or not key.endswith("num_batches_tracked")}
-    if difference := first_difference(own, state):
-        raise ValueError(f"{source} does not fit {name}: {difference}")
-    backbone.load_state_dict(state)
-
-
-def read_torch(file: str | Path | BinaryIO, name: str = "", allowed: tuple[type, ...] = ()) -> Any:
-    """What torch.save wrote: tensors, plain values and `allowed` classes. Runs no code from the file.
-
-    Raises ValueError that names a file that is damaged, that is something else, or that holds more; `name` is
-    that of an open one.
-    """
-    try:
-        with torch.serialization.safe_globals(list(allowed)):
-            return torch.load(file, map_location="cpu", weights_only=True)
-    except Exception as error:  # damaged bytes make the unpickler fail in any way, with advice to trust them
-        code = re.search(r"GLOBAL (\S+)", str(error))
-        reason = f"it asks for {code[1]}" if code else type(error).__name__
-        raise ValueError(f"{name or file} is not a whole file of weights and nothing else ({reason})") from error
-
-
-def is_state(value: Any) -> TypeGuard[dict[str, Tensor]]:
-    """Whether `value` is a flat dictionary of named tensors."""
-    return isinstance(value, dict) and all(isinstance(k, str) and isinstance(v, Tensor) for k, v in value.items())
-
-
-def first_difference(own: Mapping[str, Tensor], given: Mapping[str, Tensor]) -> str:
-    """The first key, by name, that has another shape in `given` or is only on one side; empty if there is none."""
-    for key in sorted(own.keys() | given.keys()):
-        shapes = [tuple(side[key].shape) if key in side else "absent" for side in (own, given)]
-        if shapes[0] != shapes[1]:
-            return f"{key} is {shapes[0]} in the model, {shapes[1]} in the file"
-    return ""

@@ -71,39 +71,39 @@ class Batch:
         return len(self.images)
 
     def to(self, device: torch.device) -> "Batch":
-        return _each_tensor(self, lambda tensor: tensor.to(device, non_blocking=True))
+        return _map_tensors(self, lambda tensor: tensor.to(device, non_blocking=True))
 
     def pin_memory(self) -> "Batch":
-        return _each_tensor(self, Tensor.pin_memory)
+        return _map_tensors(self, Tensor.pin_memory)
 
     def __reduce__(self) -> tuple[Callable[..., "Batch"], tuple]:
         """On the way from a worker the images alone are shared memory: small tensors travel faster by value."""
         sizes_hw = torch.stack([(~self.padding[:, :, 0]).sum(1), (~self.padding[:, 0]).sum(1)], dim=1)
         targets = self.targets
         rest = (sizes_hw, targets.boxes_cxcywh, targets.labels, targets.owners, self.image_ids, self.original_sizes_hw)
-        return _arrived, (self.images, targets.counts, [tensor.numpy() for tensor in rest])
+        return _rebuild_batch, (self.images, targets.counts, [tensor.numpy() for tensor in rest])
 
 
-def _arrived(images: Tensor, counts: tuple[int, ...], rest: list[np.ndarray]) -> Batch:
+def _rebuild_batch(images: Tensor, counts: tuple[int, ...], rest: list[np.ndarray]) -> Batch:
     sizes_hw, boxes_cxcywh, labels, owners, image_ids, original_sizes_hw = map(torch.from_numpy, rest)
     targets = Targets(boxes_cxcywh, labels, owners, counts)
-    return Batch(images, _outside(sizes_hw, *images.shape[2:]), targets, image_ids, original_sizes_hw)
+    return Batch(images, _build_padding(sizes_hw, *images.shape[2:]), targets, image_ids, original_sizes_hw)
 
 
-def _outside(sizes_hw: Tensor, height: int, width: int) -> Tensor:
+def _build_padding(sizes_hw: Tensor, height: int, width: int) -> Tensor:
     """The padding [B, height, width] of images of `sizes_hw` [B, 2]."""
     below, right = torch.arange(height) >= sizes_hw[:, :1], torch.arange(width) >= sizes_hw[:, 1:]
     return below[:, :, None] | right[:, None]
 
 
-def _each_tensor(record: Any, change: Callable[[Tensor], Tensor]) -> Any:
+def _map_tensors(record: Any, change: Callable[[Tensor], Tensor]) -> Any:
     changed = {}
     for field in fields(record):
         value = getattr(record, field.name)
         if isinstance(value, Tensor):
             changed[field.name] = change(value)
         elif is_dataclass(value):
-            changed[field.name] = _each_tensor(value, change)
+            changed[field.name] = _map_tensors(value, change)
     return replace(record, **changed)
 
 
@@ -124,7 +124,7 @@ def collate(samples: Sequence[Sample], size_multiple: int = 1) -> Batch:
         boxes.append(xyxy_to_cxcywh(sample.boxes_xyxy) / torch.tensor([w, h, w, h]))
     return Batch(
         images,
-        _outside(torch.tensor([sample.image.shape[1:] for sample in samples]), height, width),
+        _build_padding(torch.tensor([sample.image.shape[1:] for sample in samples]), height, width),
         Targets.join(boxes, [sample.labels for sample in samples]),
         torch.tensor([sample.image_id for sample in samples]),
         torch.tensor([sample.original_size_hw for sample in samples]),

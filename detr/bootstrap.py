@@ -13,7 +13,7 @@ import numpy as np
 from scipy.sparse import csr_array
 
 from detr.annotation_file import read_truth
-from detr.judge import from_results
+from detr.metrics import from_results
 
 IOU_THRESHOLDS = np.linspace(0.5, 0.95, 10)
 RECALL_THRESHOLDS = np.linspace(0, 1, 101)
@@ -39,7 +39,7 @@ class Matches:
     objects: np.ndarray
 
 
-def match(annotations: Path, detections: np.ndarray | list[dict]) -> Matches:
+def match_detections(annotations: Path, detections: np.ndarray | list[dict]) -> Matches:
     """The matches of detections [n, 7], or in the form of COCO's results, with a COCO JSON file."""
     rows = from_results(detections) if isinstance(detections, list) else detections
     held = read_truth(annotations)
@@ -54,7 +54,7 @@ def match(annotations: Path, detections: np.ndarray | list[dict]) -> Matches:
         """Category and image as one number."""
         return np.searchsorted(category_ids, table[:, 6]) * num_images + np.searchsorted(image_ids, table[:, 0])
 
-    passed = (truth[:, 5] != 0) | _outside(truth[:, 7])  # not to be found
+    passed = (truth[:, 5] != 0) | _is_outside(truth[:, 7])  # not to be found
     order = np.lexsort([passed, keys(truth)])  # within a key, these last
     truth, passed = truth[order], passed[order]
     row = np.lexsort([-rows[:, 5], keys(rows)])
@@ -63,7 +63,7 @@ def match(annotations: Path, detections: np.ndarray | list[dict]) -> Matches:
     row, owner, rank = (x[rank < MAX_DETECTIONS] for x in (row, owner, rank))
     rows = rows[row]
     hit, ignored = _assign(rows[:, 1:5], owner, rank, truth[:, 1:5], keys(truth), truth[:, 5] != 0, passed)
-    ignored |= ~hit & _outside(rows[:, 3] * rows[:, 4])[:, None]
+    ignored |= ~hit & _is_outside(rows[:, 3] * rows[:, 4])[:, None]
     category, image = np.divmod(owner, max(num_images, 1))
     order = np.lexsort([-rows[:, 5], category])  # stable: among equal scores by image, as pycocotools
     objects = np.bincount(keys(truth)[~passed], minlength=num_images * num_categories)
@@ -71,7 +71,7 @@ def match(annotations: Path, detections: np.ndarray | list[dict]) -> Matches:
     return Matches(row[order], category[order], image[order], hit[order], ignored[order], per_image)
 
 
-def _outside(area: np.ndarray) -> np.ndarray:
+def _is_outside(area: np.ndarray) -> np.ndarray:
     return (area < 0) | (area > MAX_AREA)
 
 
@@ -89,18 +89,7 @@ def _assign(
     One that is passed over is taken when no other is; a crowd by any number. Of equal overlaps the later object counts,
     as in pycocotools.
     """
-    first = np.searchsorted(holder, owner)
-    number = np.searchsorted(holder, owner, side="right") - first
-    detection = np.repeat(np.arange(len(boxes)), number)
-    target = np.repeat(first, number) + np.arange(len(detection)) - np.repeat(np.cumsum(number) - number, number)
-    a, b = boxes[detection], truth[target]
-    sides = np.minimum(a[:, :2] + a[:, 2:], b[:, :2] + b[:, 2:]) - np.maximum(a[:, :2], b[:, :2])
-    shared = sides.clip(min=0).prod(axis=1)
-    area = a[:, 2:].prod(axis=1)
-    whole = np.where(crowd[target], area, area + b[:, 2:].prod(axis=1) - shared)
-    iou = np.divide(shared, whole, out=np.zeros_like(shared), where=whole > 0)
-    near = iou >= IOU_THRESHOLDS[0]
-    detection, target, iou = detection[near], target[near], iou[near]
+    detection, target, iou = _find_overlaps(boxes, owner, truth, holder, crowd)
     hit = np.zeros((len(boxes), len(IOU_THRESHOLDS)), dtype=bool)
     ignored, taken = hit.copy(), np.zeros((len(truth), len(IOU_THRESHOLDS)), dtype=bool)
     order = np.lexsort([target, detection, rank[detection]])
@@ -125,6 +114,27 @@ def _assign(
     return hit, ignored
 
 
+def _find_overlaps(
+    boxes: np.ndarray, owner: np.ndarray, truth: np.ndarray, holder: np.ndarray, crowd: np.ndarray
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Detection, object and IoU [P] of each pair of one key that overlaps enough for the lowest threshold.
+
+    Over a crowd the share of the detection inside it counts.
+    """
+    first = np.searchsorted(holder, owner)
+    number = np.searchsorted(holder, owner, side="right") - first
+    detection = np.repeat(np.arange(len(boxes)), number)
+    target = np.repeat(first, number) + np.arange(len(detection)) - np.repeat(np.cumsum(number) - number, number)
+    a, b = boxes[detection], truth[target]
+    sides = np.minimum(a[:, :2] + a[:, 2:], b[:, :2] + b[:, 2:]) - np.maximum(a[:, :2], b[:, :2])
+    shared = sides.clip(min=0).prod(axis=1)
+    area = a[:, 2:].prod(axis=1)
+    whole = np.where(crowd[target], area, area + b[:, 2:].prod(axis=1) - shared)
+    iou = np.divide(shared, whole, out=np.zeros_like(shared), where=whole > 0)
+    near = iou >= IOU_THRESHOLDS[0]
+    return detection[near], target[near], iou[near]
+
+
 def rank_images(matches: Matches) -> tuple[np.ndarray, np.ndarray]:
     """Indices of the images where detections or misses are wrong, worst first, and of those with hits, best first.
 
@@ -139,7 +149,7 @@ def rank_images(matches: Matches) -> tuple[np.ndarray, np.ndarray]:
     return ranked[errors[ranked] > 0], ranked[::-1][hits[ranked[::-1]] > 0]
 
 
-def weighted_ap(matches: Matches, weights: np.ndarray) -> np.ndarray:
+def compute_weighted_ap(matches: Matches, weights: np.ndarray) -> np.ndarray:
     """AP (0..1) [R] when image i counts weights[i, r] times, -1 where nothing is to be found; weights are [N, R]."""
     weights = np.ascontiguousarray(weights, dtype=np.float64)
     total, present = np.zeros(weights.shape[1]), np.zeros(weights.shape[1])
@@ -149,13 +159,15 @@ def weighted_ap(matches: Matches, weights: np.ndarray) -> np.ndarray:
         mean = np.zeros(weights.shape[1])
         for t in range(len(IOU_THRESHOLDS)):
             seen = ~matches.ignored[start:stop, t]
-            mean += _area(matches.image[start:stop][seen], matches.hit[start:stop, t][seen], wanted, weights)
+            mean += _average_precision(
+                matches.image[start:stop][seen], matches.hit[start:stop, t][seen], wanted, weights
+            )
         total += np.where(wanted > 0, mean / len(IOU_THRESHOLDS), 0)
         present += wanted > 0
     return np.where(present > 0, total / np.maximum(present, 1), -1.0)
 
 
-def _area(image: np.ndarray, hit: np.ndarray, wanted: np.ndarray, weights: np.ndarray) -> np.ndarray:
+def _average_precision(image: np.ndarray, hit: np.ndarray, wanted: np.ndarray, weights: np.ndarray) -> np.ndarray:
     """Mean of the precision envelope over the recall thresholds [R], of detections [d] by falling score.
 
     Precision matters at hits alone: the envelope has its steps there, and what comes after the last hit has no recall.
@@ -195,8 +207,8 @@ def bootstrap_ap(matches: Sequence[Matches], num_resamples: int, seed: int) -> n
     chunks = [slice(start, start + CHUNK) for start in range(0, num_resamples, CHUNK)]
     rows = []
     for m in matches:
-        ap = weighted_ap(m, np.ones((len(drawn), 1)))[0]
-        found = np.concatenate([weighted_ap(m, drawn[:, chunk]) for chunk in chunks])
+        ap = compute_weighted_ap(m, np.ones((len(drawn), 1)))[0]
+        found = np.concatenate([compute_weighted_ap(m, drawn[:, chunk]) for chunk in chunks])
         found = np.where(found < 0, ap, found)  # of halves without an object
         rows.append(found - found.mean() + ap)
     return np.array(rows)
@@ -209,7 +221,7 @@ def draw_halves(num_images: int, num_resamples: int, seed: int) -> np.ndarray:
     return np.concatenate([half, ~half], axis=1)[:, :num_resamples]
 
 
-def interval(values: np.ndarray, confidence: float, num_images: int, lowest: float = -1.0) -> tuple[float, float]:
+def find_interval(values: np.ndarray, confidence: float, num_images: int, lowest: float = -1.0) -> tuple[float, float]:
     """The interval that holds the share `confidence` of the resampled APs or differences, in lowest..1.
 
     Where all are alike, as with one image or with an AP of 0, each side is as long as the share that images of another

@@ -46,6 +46,6 @@ def generalized_iou(boxes_xyxy: Tensor, others_xyxy: Tensor) -> Tensor:
     return overlap / union.clamp(min=tiny) - (hull - union) / hull.clamp(min=tiny)
 
 
-def precise(values: Tensor) -> Tensor:
+def to_float32(values: Tensor) -> Tensor:
     """The values in float32 at least: box arithmetic in half precision would be off by pixels."""
     return values if values.dtype == torch.float64 else values.float()

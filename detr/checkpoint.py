@@ -4,17 +4,20 @@ import hashlib
 import io
 import json
 import os
+import re
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, TypeGuard
 
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save
+from torch import Tensor
+from torchvision.models import get_model
 
-from detr.backbone import first_difference, read_torch
+from detr.backbone import ResNet, freeze_stem
 from detr.model import DETR, ModelConfig
 
 
@@ -52,6 +55,78 @@ def write_atomically(path: Path, write: Callable[[BinaryIO], Any]) -> None:
         partial.unlink(missing_ok=True)
 
 
+def build_model(config: ModelConfig, num_classes: int) -> DETR:
+    """A model ready to train: random weights, or a pretrained backbone whose stem and first stage are frozen."""
+    model = DETR(config, num_classes)
+    if config.backbone_weights != "none":
+        load_pretrained(model.backbone, config.backbone, config.backbone_weights)
+        freeze_stem(model.backbone)
+    return model
+
+
+def load_pretrained(backbone: ResNet, name: str, source: str) -> None:
+    """Fills the backbone with published weights, without their classifier.
+
+    `source` is `imagenet` (torchvision's weights API, downloaded once) or a local `.safetensors` or `.pth`
+    file under torchvision's names. Raises ValueError that names the first key that differs. Runs no code from
+    the file.
+    """
+    if source == "imagenet":
+        try:
+            state = get_model(name, weights="IMAGENET1K_V1").state_dict()
+        except (OSError, RuntimeError) as error:
+            raise ValueError(
+                f"torchvision's weights of {name} were not fetched ({error}); fetch them yourself, and give the file "
+                "as model.backbone_weights"
+            ) from error
+    elif not Path(source).is_file():
+        raise ValueError(f"model.backbone_weights is {source!r}: no such file; give none, imagenet or a file")
+    elif source.endswith(".safetensors"):
+        try:
+            state = load_file(source)
+        except SafetensorError as error:
+            raise ValueError(f"{source} is not a whole safetensors file ({error}); fetch it again") from error
+    else:
+        state = read_torch(source)
+    if not is_state(state):
+        raise ValueError(f"{source} is not a flat dictionary of tensors; save the backbone's state_dict() alone")
+    state = {key: value.float() for key, value in state.items() if not key.startswith("fc.")}
+    own = backbone.state_dict()
+    state = {key: value for key, value in state.items() if key in own or not key.endswith("num_batches_tracked")}
+    if difference := find_difference(own, state):
+        raise ValueError(f"{source} does not fit {name}: {difference}")
+    backbone.load_state_dict(state)
+
+
+def read_torch(file: str | Path | BinaryIO, name: str = "", allowed: tuple[type, ...] = ()) -> Any:
+    """What torch.save wrote: tensors, plain values and `allowed` classes. Runs no code from the file.
+
+    Raises ValueError that names a file that is damaged, that is something else, or that holds more; `name` is
+    that of an open one.
+    """
+    try:
+        with torch.serialization.safe_globals(list(allowed)):
+            return torch.load(file, map_location="cpu", weights_only=True)
+    except Exception as error:  # damaged bytes make the unpickler fail in any way, with advice to trust them
+        code = re.search(r"GLOBAL (\S+)", str(error))
+        reason = f"it asks for {code[1]}" if code else type(error).__name__
+        raise ValueError(f"{name or file} is not a whole file of weights and nothing else ({reason})") from error
+
+
+def is_state(value: Any) -> TypeGuard[dict[str, Tensor]]:
+    """Whether `value` is a flat dictionary of named tensors."""
+    return isinstance(value, dict) and all(isinstance(k, str) and isinstance(v, Tensor) for k, v in value.items())
+
+
+def find_difference(own: Mapping[str, Tensor], given: Mapping[str, Tensor]) -> str:
+    """The first key, by name, that has another shape in `given` or is only on one side; empty if there is none."""
+    for key in sorted(own.keys() | given.keys()):
+        shapes = [tuple(side[key].shape) if key in side else "absent" for side in (own, given)]
+        if shapes[0] != shapes[1]:
+            return f"{key} is {shapes[0]} in the model, {shapes[1]} in the file"
+    return ""
+
+
 def save_model(model: DETR, categories: list[Category], input_size: InputSize, fingerprint: str, folder: Path) -> None:
     """Writes `model.safetensors` and `config.json` into `folder`.
 
@@ -85,7 +160,7 @@ def load_model(folder: Path) -> tuple[DETR, list[Category], InputSize]:
             f"{folder} holds no whole model of this version ({reason}); train or fetch it again"
         ) from error
     model = DETR(model_config, len(categories))
-    if difference := first_difference(model.state_dict(), weights):
+    if difference := find_difference(model.state_dict(), weights):
         raise ValueError(f"{folder}: model.safetensors does not fit config.json: {difference}")
     model.load_state_dict(weights)
     return model.eval(), categories, input_size

@@ -62,20 +62,19 @@ def load_annotations(path: Path) -> Annotations:
             return kept
         file.seek(0)
         document = annotation_file.parse(file.read(), annotation_file.Document, str(path))
-    annotations = _flatten(annotation_file.take_truth(document, path))
+    annotations = _flatten_truth(annotation_file.take_truth(document, path))
     with contextlib.suppress(OSError):
         _store(annotations, cache, path)
     return annotations
 
 
-def _flatten(truth: "Truth") -> Annotations:
+def _flatten_truth(truth: "Truth") -> Annotations:
+    """The annotations that can be learnt from, grouped by image; crowds and boxes without area are left out."""
     kept = ~truth.crowd
     position = np.argsort(truth.image_ids, kind="stable")
     owner = position[np.searchsorted(truth.image_ids, truth.image_of[kept], sorter=position)]
     labels = np.searchsorted(truth.category_ids, truth.category_of[kept])
-    boxes = truth.boxes_xywh[kept].astype(np.float32)
-    boxes[:, 2:] += boxes[:, :2]
-    boxes = np.clip(boxes, 0, truth.sizes_hw[owner][:, [1, 0, 1, 0]].astype(np.float32))
+    boxes = clip_boxes(truth.boxes_xywh[kept], truth.sizes_hw[owner])
     solid = (boxes[:, 2:] > boxes[:, :2]).all(axis=1)
     order = np.flatnonzero(solid)[np.argsort(owner[solid], kind="stable")]
     return Annotations(
@@ -88,6 +87,13 @@ def _flatten(truth: "Truth") -> Annotations:
         truth.category_ids,
         truth.category_names,
     )
+
+
+def clip_boxes(boxes_xywh: np.ndarray, sizes_hw: np.ndarray) -> np.ndarray:
+    """Corner boxes [M, 4] float32 of left, top, width, height [M, 4], cut to the size [M, 2] of each one's image."""
+    boxes = boxes_xywh.astype(np.float32)
+    boxes[:, 2:] += boxes[:, :2]
+    return np.clip(boxes, 0, sizes_hw[:, [1, 0, 1, 0]].astype(np.float32))
 
 
 def _store(annotations: Annotations, cache: Path, path: Path) -> None:
@@ -146,7 +152,7 @@ class CocoDataset(Dataset[Sample]):
         record = self.annotations
         owned = slice(record.starts[index], record.starts[index + 1])
         image, boxes, labels = self.transform(
-            decode(self.archive.read(str(record.file_names[index])), str(record.file_names[index])),
+            decode_image(self.archive.read(str(record.file_names[index])), str(record.file_names[index])),
             torch.from_numpy(record.boxes_xyxy[owned]),
             torch.from_numpy(record.labels[owned]),
             key,
@@ -155,7 +161,7 @@ class CocoDataset(Dataset[Sample]):
         return Sample(image, boxes, labels, int(record.image_ids[index]), (height, width))
 
 
-def decode(data: bytes, name: str) -> Tensor:
+def decode_image(data: bytes, name: str) -> Tensor:
     """An RGB image [3, h, w] uint8 of JPEG or PNG bytes; ValueError names the picture that is none, and why."""
     try:
         return torch.from_numpy(decode_pixels(data)).permute(2, 0, 1)

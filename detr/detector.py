@@ -8,7 +8,7 @@ import torch
 
 from detr.batch import Sample, collate, normalize
 from detr.checkpoint import Category, InputSize, load_model
-from detr.coco import decode
+from detr.coco import decode_image
 from detr.model import DETR, for_inference
 from detr.postprocess import postprocess
 from detr.transforms import EvalTransform, fit_size
@@ -70,7 +70,7 @@ class Detector:
                 raise ValueError(f"it is {picture.dtype} of shape {picture.shape}, expected uint8 of (h, w, 3)")
             image = torch.from_numpy(np.array(picture)).permute(2, 0, 1)  # a copy: it may be read-only
         else:
-            image = decode(picture if isinstance(picture, bytes) else Path(picture).read_bytes(), name)
+            image = decode_image(picture if isinstance(picture, bytes) else Path(picture).read_bytes(), name)
         size_hw = (image.shape[1], image.shape[2])
         limit = 2 * self.size.max_size  # a side of one pixel bounds how small the other can become
         if max(fit_size(size_hw, self.size.short, self.size.max_size)) > limit:

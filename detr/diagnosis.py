@@ -22,7 +22,7 @@ class NotFiniteError(FloatingPointError):
 
 
 @contextmanager
-def memory_explained(batch: Batch, micro_batch: int) -> Iterator[None]:
+def explain_memory(batch: Batch, micro_batch: int) -> Iterator[None]:
     """Turns the many ways in which memory runs out into one error that says what to lower."""
     try:
         yield
@@ -38,7 +38,7 @@ def memory_explained(batch: Batch, micro_batch: int) -> Iterator[None]:
         ) from error
 
 
-def not_finite(
+def build_not_finite_error(
     model: DETR,
     batches: list[Batch],
     failure: str,
@@ -48,7 +48,7 @@ def not_finite(
     state: dict[str, Any],
 ) -> NotFiniteError:
     """The error of all processes about a step, whose batches and gradients are still there."""
-    said = process.gather((failure, [image_id for batch in batches for image_id in batch.image_ids.tolist()]))
+    said = process.all_gather((failure, [image_id for batch in batches for image_id in batch.image_ids.tolist()]))
     image_ids = sorted(image_id for _, ids in said for image_id in ids)
     reason = next((text for text, _ in said if text), "")
     if not reason:
@@ -62,7 +62,7 @@ def not_finite(
 
 
 @torch.no_grad()
-def first_non_finite(model: DETR, images: Tensor, padding: Tensor | None) -> str:
+def find_first_non_finite(model: DETR, images: Tensor, padding: Tensor | None) -> str:
     """The first module, in the order of computation, whose output has NaN or infinity; "input" if the images have."""
     found: list[str] = []
 

@@ -18,7 +18,7 @@ class PeerLostError(RuntimeError):
 
 
 @contextmanager
-def losses_named() -> Iterator[None]:
+def name_lost_peer() -> Iterator[None]:
     try:
         yield
     except RuntimeError as error:
@@ -40,33 +40,33 @@ class Process:
     def is_main(self) -> bool:
         return self.rank == 0
 
-    def sum(self, value: Tensor) -> Tensor:
+    def all_reduce(self, value: Tensor) -> Tensor:
         """The sum of `value` over all processes, in place; every process must call it."""
         if self.num_processes > 1:
-            with losses_named():
+            with name_lost_peer():
                 dist.all_reduce(value)
         return value
 
-    def share(self, value: Any) -> Any:
+    def broadcast(self, value: Any) -> Any:
         """The main process's picklable `value`, in every process."""
         if self.num_processes == 1:
             return value
         values = [value]
-        with losses_named():
+        with name_lost_peer():
             dist.broadcast_object_list(values, device=self.device)
         return values[0]
 
-    def gather(self, value: Any) -> list[Any]:
+    def all_gather(self, value: Any) -> list[Any]:
         """Every process's picklable `value`, in the order of ranks."""
         if self.num_processes == 1:
             return [value]
         values: list[Any] = [None] * self.num_processes
-        with losses_named():
+        with name_lost_peer():
             dist.all_gather_object(values, value)
         return values
 
 
-def num_threads() -> int:
+def read_num_threads() -> int:
     """OMP_NUM_THREADS, of which a list is legal: for each level of nesting one; 1 where it is not set."""
     text = os.environ.get("OMP_NUM_THREADS") or "1"
     first = text.partition(",")[0].strip()
@@ -76,7 +76,7 @@ def num_threads() -> int:
 
 
 @contextmanager
-def process_group() -> Iterator[Process]:
+def join_process_group() -> Iterator[Process]:
     """Joins the process group that torchrun's environment names, NCCL on GPUs and gloo on CPUs, and leaves it.
 
     Without torchrun it is a group of one. On a CPU each process computes with OMP_NUM_THREADS threads,
@@ -88,7 +88,7 @@ def process_group() -> Iterator[Process]:
         torch.cuda.set_device(device)
     else:
         device = torch.device("cpu")
-        torch.set_num_threads(num_threads())
+        torch.set_num_threads(read_num_threads())
     if num_processes > 1:
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timedelta(minutes=10))
     try:

@@ -23,12 +23,12 @@ class Members(Mapping[str, tuple[int, int]]):
     """
 
     def __init__(self, places: Mapping[str, tuple[int, int]]) -> None:
-        paths = sorted(places, key=_key)
-        self.paths = np.array([_key(path) for path in paths], dtype=np.bytes_)
+        paths = sorted(places, key=_sort_key)
+        self.paths = np.array([_sort_key(path) for path in paths], dtype=np.bytes_)
         self.places = np.array([places[path] for path in paths], dtype=np.int64).reshape(-1, 2)
 
     def __getitem__(self, name: str) -> tuple[int, int]:
-        key = _key(name)
+        key = _sort_key(name)
         index = bisect_left(self.paths, key)  # type: ignore[type-var]
         found = self.paths[index] if index < len(self.paths) else b""
         if found != key and ("/" in name or not found.startswith(key)):
@@ -45,7 +45,7 @@ class Members(Mapping[str, tuple[int, int]]):
         return len(self.paths)
 
 
-def _key(path: str) -> bytes:
+def _sort_key(path: str) -> bytes:
     """`name/folder/` of `folder/name`: in order, a bare name stands right before its paths."""
     cut = path.rfind("/") + 1
     return f"{path[cut:]}/{path[:cut]}".encode()

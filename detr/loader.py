@@ -77,7 +77,7 @@ class Loader:
             raise
 
     @contextmanager
-    def deaths_explained(self) -> Iterator[None]:
+    def explain_deaths(self) -> Iterator[None]:
         """Names the image at which a worker died: torch raises RuntimeError for that wherever its parent just is.
 
         Where a batch was on its way, the connection that ends is an error of its own before that.

@@ -10,7 +10,7 @@ from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
 from detr.batch import Targets
-from detr.boxes import cxcywh_to_xyxy, generalized_iou, precise
+from detr.boxes import cxcywh_to_xyxy, generalized_iou, to_float32
 from detr.config import Key, check_keys
 
 
@@ -29,7 +29,7 @@ class MatcherConfig:
 
 
 @torch.no_grad()
-def match(logits: Tensor, boxes_cxcywh: Tensor, targets: Targets, config: MatcherConfig) -> Tensor:
+def match_targets(logits: Tensor, boxes_cxcywh: Tensor, targets: Targets, config: MatcherConfig) -> Tensor:
     """The query [L, T] matched to each target, -1 where there is none.
 
     logits [L, B, Q, C+1]; boxes_cxcywh [L, B, Q, 4]. Every query is used at most once per layer and image; with more
@@ -46,19 +46,20 @@ def match(logits: Tensor, boxes_cxcywh: Tensor, targets: Targets, config: Matche
             stacklevel=2,
         )
     chunk = 1 if logits.device.type == "cpu" else len(logits)  # a layer at a time stays in a CPU's cache
-    chunks = zip(precise(logits).split(chunk), precise(boxes_cxcywh).split(chunk), strict=True)
-    parts, finite = zip(*(_costs(*layers, targets, config) for layers in chunks), strict=True)
-    costs = torch.cat(parts).double().cpu().numpy()  # scipy's own type
-    if not torch.stack(finite).all():
+    chunks = zip(to_float32(logits).split(chunk), to_float32(boxes_cxcywh).split(chunk), strict=True)
+    parts = torch.cat([_compute_costs(*layers, targets, config) for layers in chunks])  # [L, T * Q + 1]
+    found = parts.cpu().double().numpy()  # the one wait for the device; double is scipy's own type
+    if not found[:, -1].all():
         raise ValueError("predictions are not finite; lower train.lr")
-    matched = torch.full(costs.shape[:2], -1)
+    costs = found[:, :-1].reshape(len(found), -1, logits.shape[2])  # [L, T, Q]
+    matched = torch.full(costs.shape[:2], -1)  # [L, T]
     starts = [0, *accumulate(targets.counts)]
     for layer, row in zip(costs, matched.numpy(), strict=True):
         for start, end in pairwise(starts):
             try:
                 assigned, queries = linear_sum_assignment(layer[start:end])
             except ValueError:  # there is NaN in the costs
-                _explain(logits, targets)
+                _explain_nan(logits, targets)
             if len(queries) == end - start:
                 row[start:end] = queries
             else:
@@ -66,10 +67,11 @@ def match(logits: Tensor, boxes_cxcywh: Tensor, targets: Targets, config: Matche
     return matched.to(logits.device)
 
 
-def _costs(logits: Tensor, boxes_cxcywh: Tensor, targets: Targets, config: MatcherConfig) -> tuple[Tensor, Tensor]:
-    """The matching cost [L, T, Q], NaN for targets that cannot be, and whether all predictions are finite [].
+def _compute_costs(logits: Tensor, boxes_cxcywh: Tensor, targets: Targets, config: MatcherConfig) -> Tensor:
+    """The matching cost of each target and query, and whether all predictions are finite, 1 or 0: [L, T * Q + 1].
 
-    Coordinates are laid out as planes [L, T, Q]: everything here is bound by memory.
+    The cost is NaN for targets that cannot be. Both are one tensor, so that they cross to the CPU together. Coordinates
+    are laid out as planes [L, T, Q]: everything here is bound by memory.
     """
     labels = targets.labels.clamp(0, logits.shape[3] - 2)
     probabilities = logits.softmax(dim=-1)
@@ -85,10 +87,11 @@ def _costs(logits: Tensor, boxes_cxcywh: Tensor, targets: Targets, config: Match
     cost = distance.mul_(config.box_cost).sub_(probability, alpha=config.class_cost).sub_(giou, alpha=config.giou_cost)
     wrong = (targets.labels != labels) | ((target - 0.5).abs() > 0.51).any(dim=-1)
     finite = (probabilities[..., -1].sum() + boxes_cxcywh.sum()).isfinite()
-    return cost.masked_fill_(wrong[:, None], torch.nan), finite
+    cost.masked_fill_(wrong[:, None], torch.nan)
+    return torch.cat([cost.flatten(1), finite.to(cost.dtype).expand(len(cost), 1)], dim=1)
 
 
-def _explain(logits: Tensor, targets: Targets) -> NoReturn:
+def _explain_nan(logits: Tensor, targets: Targets) -> NoReturn:
     """Raises ValueError that says why a cost is not a number."""
     num_classes = logits.shape[3] - 1
     columns = (targets.labels, targets.boxes_cxcywh, targets.owners)

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from detr.backbone import DEPTHS, NORMS, ResNet, fold_norms, freeze_stem, load_pretrained
+from detr.backbone import DEPTHS, NORMS, ResNet, fold_norms
 from detr.config import Key, check_keys
 from detr.position import LearnedPosition, NoPosition, SinePosition
 from detr.transformer import LayerShape, Transformer
@@ -25,7 +25,7 @@ class ModelConfig:
     backbone_norm: Annotated[
         str,
         Key(
-            "norm layers of the backbone: frozen for pretrained weights, group or batch for random ones",
+            "norm layers of the backbone: frozen for pretrained weights, group for random ones",
             choices=tuple(NORMS),
         ),
     ]
@@ -68,7 +68,7 @@ class DETR(nn.Module):
     `padding` [B, H, W] is True outside each image; None stands for images of one size. The last logit is "no
     object". The last entry along L is the prediction; the others feed the auxiliary losses. Invariants: an image's
     result does not depend on its batch mates nor on pixels in the padding. The amount of padding counts, as in the
-    authors' code: the backbone's convolutions (and group norm) reach into it; `detect` therefore batches images of
+    authors' code: the backbone's convolutions (and group norm) reach into it; `detect_each` therefore batches images of
     one size. Source: paper, section 3.2.
     """
 
@@ -152,15 +152,6 @@ class MLP(nn.Module):
         for layer in self.layers[:-1]:
             x = F.relu(layer(x))
         return self.layers[-1](x)
-
-
-def build_model(config: ModelConfig, num_classes: int) -> DETR:
-    """A model ready to train: random weights, or a pretrained backbone whose stem and first stage are frozen."""
-    model = DETR(config, num_classes)
-    if config.backbone_weights != "none":
-        load_pretrained(model.backbone, config.backbone, config.backbone_weights)
-        freeze_stem(model.backbone)
-    return model
 
 
 def for_inference(model: DETR) -> DETR:

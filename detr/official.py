@@ -11,8 +11,8 @@ from urllib.parse import urlparse
 import torch
 from torch import Tensor
 
-from detr.backbone import first_difference, freeze_stem, is_state, read_torch
-from detr.checkpoint import Category, InputSize, load_model
+from detr.backbone import freeze_stem
+from detr.checkpoint import Category, InputSize, find_difference, is_state, load_model, read_torch
 from detr.model import DETR, ModelConfig
 
 _SITE = "https://dl.fbaipublicfiles.com/detr"
@@ -43,25 +43,25 @@ _ROWS = [*(category.id for category in COCO_CATEGORIES), 91]  # of class_embed: 
 def load_official(source: str | Path, stride: int | None = None) -> tuple[DETR, list[Category], InputSize]:
     """The authors' model in eval mode, COCO's 80 categories, and the authors' evaluation size, as of `load_model`.
 
-    `source` is a name in URLS, a URL (see `fetch`) or a `.pth` file with the weights under "model". The
+    `source` is a name in URLS, a URL (see `fetch_weights`) or a `.pth` file with the weights under "model". The
     architecture follows from names and shapes; the stride leaves no trace there: 16 where "dc5" is in the file's
     name, else 32, unless `stride` is given. Labels are the data's own: of class_embed's 92 rows the 80 of COCO's
     ids and "no object" are kept, and the 11 of ids that COCO does not use (0, 12, 26 ...) are dropped; they were
     never trained on an object, and a score grows by their share of the softmax. Raises ValueError that names the
     file, and the first key that is missing, left over or of another shape. Runs no code from the file.
     """
-    path = fetch(str(source))
+    path = fetch_weights(str(source))
     if not path.is_file():
         raise ValueError(f"{source} is neither a file, a URL nor one of {', '.join(URLS)}")
     document = read_torch(path, allowed=(argparse.Namespace,))  # the type of `args` in their training checkpoints
     state = document.get("model") if isinstance(document, dict) else None
     if not is_state(state):
         raise ValueError(f'{path} holds no tensors under "model", expected a checkpoint of the authors\' code')
-    model = from_state(state, stride or (16 if "dc5" in path.name else 32), str(path))
+    model = build_official(state, stride or (16 if "dc5" in path.name else 32), str(path))
     return model, list(COCO_CATEGORIES), InputSize(800, 1333, 1)
 
 
-def from_state(state: dict[str, Tensor], stride: int, source: str) -> DETR:
+def build_official(state: dict[str, Tensor], stride: int, source: str) -> DETR:
     """The model of the authors' state dict; `source` is its name in errors."""
     if any(key.startswith(("detr.", "mask_head.", "bbox_attention.")) for key in state):
         raise ValueError(f"{source} is a segmentation model, which is not supported; give one that only detects")
@@ -71,6 +71,17 @@ def from_state(state: dict[str, Tensor], stride: int, source: str) -> DETR:
             raise ValueError(f"{source}: {key} is {tuple(state[key].shape)}, expected 92 rows, one per id of COCO's")
         state[key] = state[key][_ROWS]
 
+    config = read_architecture(state, stride)
+    model = DETR(config, len(COCO_CATEGORIES))
+    if difference := find_difference(model.state_dict(), state):
+        raise ValueError(f"{source} does not fit {config.backbone}: {difference}")
+    model.load_state_dict(state)
+    return model.eval()
+
+
+def read_architecture(state: dict[str, Tensor], stride: int) -> ModelConfig:
+    """The architecture that names and shapes of the authors' weights tell, the published one where they do not."""
+
     def size(key: str, published: tuple[int, ...]) -> tuple[int, ...]:
         return tuple(state[key].shape) if key in state and state[key].dim() == len(published) else published
 
@@ -78,7 +89,7 @@ def from_state(state: dict[str, Tensor], stride: int, source: str) -> DETR:
         return len({key.split(".")[3] for key in state if key.startswith(f"transformer.{part}.layers.")})
 
     num_queries, hidden_dim = size("query_embed.weight", (100, 256))
-    config = ModelConfig(
+    return ModelConfig(
         backbone="resnet101" if "backbone.layer3.6.conv1.weight" in state else "resnet50",
         backbone_width=1.0,
         backbone_norm="frozen",
@@ -96,14 +107,9 @@ def from_state(state: dict[str, Tensor], stride: int, source: str) -> DETR:
         attention_dropout=0.1,
         pre_norm="transformer.encoder.norm.weight" in state,
     )
-    model = DETR(config, len(COCO_CATEGORIES))
-    if difference := first_difference(model.state_dict(), state):
-        raise ValueError(f"{source} does not fit {config.backbone}: {difference}")
-    model.load_state_dict(state)
-    return model.eval()
 
 
-def fetch(source: str) -> Path:
+def fetch_weights(source: str) -> Path:
     """The file of a path, of a name in URLS or of a URL, downloaded once to torch.hub's folder (see TORCH_HOME).
 
     A URL's file name must end as `-DIGITS.pth`, 8 or more hex digits of its SHA-256, which guard against damage.
@@ -126,7 +132,7 @@ def fetch(source: str) -> Path:
     return path
 
 
-def initialize(model: DETR, source: str) -> None:
+def initialize_model(model: DETR, source: str) -> None:
     """Starts `model` from trained weights, all but its class head, which stays as it is.
 
     `source` is a folder of `save_model` or what `load_official` takes. With frozen norms the stem and first stage
@@ -142,7 +148,7 @@ def initialize(model: DETR, source: str) -> None:
         for side in (model, trained)
     )
     if unlike:
-        difference = first_difference(own_state, state) or "every shape is the same, but what is computed is not"
+        difference = find_difference(own_state, state) or "every shape is the same, but what is computed is not"
         raise ValueError(
             f"train.initial_weights {source} does not fit the model: {difference}; set {', '.join(unlike)} as in the "
             "weights, anything else throws trained ones away"

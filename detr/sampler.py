@@ -84,7 +84,7 @@ class TrainSampler(Sampler[list[tuple[int, int]]]):
         sizes_hw = self.view_sizes(epoch)
         grouped = []
         for window in np.split(order, range(self.window_size, len(order), self.window_size)):
-            parts = np.stack(alike(window, sizes_hw, self.micro_batch)).reshape(
+            parts = np.stack(group_alike(window, sizes_hw, self.micro_batch)).reshape(
                 self.micro_batches, -1, self.micro_batch
             )
             turns = torch.rand(parts.shape[:2], generator=generator).argsort(1).numpy()  # [micro_batches, steps]
@@ -96,7 +96,7 @@ class TrainSampler(Sampler[list[tuple[int, int]]]):
         return np.take_along_axis(steps, places[:, :, None], axis=1).reshape(-1, self.micro_batch)
 
 
-def alike(images: np.ndarray, sizes_hw: np.ndarray, micro_batch: int) -> list[np.ndarray]:
+def group_alike(images: np.ndarray, sizes_hw: np.ndarray, micro_batch: int) -> list[np.ndarray]:
     """The `images` [n] in parts of `micro_batch`: halved across the side in which they differ most, and so on."""
     if len(images) <= micro_batch:
         return [images]
@@ -104,4 +104,4 @@ def alike(images: np.ndarray, sizes_hw: np.ndarray, micro_batch: int) -> list[np
     side = np.argmax(sizes.max(0) / sizes.min(0))
     images = images[np.argsort(sizes[:, side], kind="stable")]
     half = len(images) // micro_batch // 2 * micro_batch
-    return [*alike(images[:half], sizes_hw, micro_batch), *alike(images[half:], sizes_hw, micro_batch)]
+    return [*group_alike(images[:half], sizes_hw, micro_batch), *group_alike(images[half:], sizes_hw, micro_batch)]

@@ -1,111 +1,24 @@
-"""The training loop. B images of a micro-batch, L decoder layers.
+"""The training loop; detr/step.py has what a step is."""
 
-A step is one global batch of `train.batch_size` images, in micro-batches of `train.micro_batch`: images that are padded
-and pass through the model together. They are dealt out to the processes, and their gradients, already divided by the
-totals of the global batch, are added. So the number of processes changes who computes what, and nothing else.
-"""
-
-import math
 import os
-import time
 from collections.abc import Callable, Iterator
-from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
-from itertools import islice
-from typing import Annotated, Any
+from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
-from detr.batch import Batch, normalize
 from detr.coco import CocoDataset
-from detr.config import Key, check_keys
-from detr.diagnosis import first_non_finite, join_ids, memory_explained, not_finite
 from detr.distributed import Process
 from detr.loader import Loader
-from detr.loss import LossConfig, batch_totals, set_loss
-from detr.matcher import MatcherConfig
+from detr.meter import Meter, name_measures
 from detr.model import DETR
+from detr.optimizer import build_optimizer, flatten_gradients, learning_rate_factor
 from detr.sampler import TrainSampler
-from detr.transforms import TransformConfig
-
-MOST_SEEDS = 2**40  # so that a seed's epochs fit into 64 bits
-PER_LAYER = ("loss_class", "loss_box", "loss_giou", "cardinality_error")
-
-
-@dataclass(frozen=True)
-class TrainConfig:
-    """The training: the `train` section of params.yaml."""
-
-    seed: Annotated[int, Key("random seed of weights, order of images, crops and dropout", ge=0, lt=MOST_SEEDS)]
-    initial_weights: Annotated[
-        str,
-        Key(
-            "where the whole model starts: none; detr-r50, detr-dc5-r50, detr-r101, detr-dc5-r101, a .pth file of the "
-            "authors' code or its URL; or a folder that training wrote. Wins over model.backbone_weights"
-        ),
-    ]
-    epochs: Annotated[int, Key("passes over the training images", ge=1)]
-    batch_size: Annotated[int, Key("images of a step, of all processes together; a multiple of micro_batch", ge=1)]
-    micro_batch: Annotated[int, Key("images that pass the model together; the lower, the less memory", ge=1)]
-    group_window: Annotated[
-        int, Key("images of the shuffled order among which those of like shapes go together; 0 for none", ge=0)
-    ]
-    lr: Annotated[float, Key("highest learning rate of the transformer and the heads", ge=0)]
-    lr_backbone: Annotated[float, Key("highest learning rate of the backbone; 0 freezes it", ge=0)]
-    weight_decay: Annotated[float, Key("weight decay of AdamW", ge=0)]
-    schedule: Annotated[
-        str, Key("course of the learning rates: cosine to 0, or one step down to a tenth", choices=("cosine", "step"))
-    ]
-    lr_drop_epoch: Annotated[int, Key("epoch at which the step schedule drops the rates; cosine ignores it")]
-    warmup_steps: Annotated[int, Key("steps at the start over which the rates rise from 0; 0 for none", ge=0)]
-    clip_norm: Annotated[float, Key("norm to which a longer gradient is scaled down; 0 for no clipping", ge=0)]
-    ema_decay: Annotated[
-        float,
-        Key("decay per step of an average of the weights, which is then evaluated and kept; 0 for none", ge=0, lt=1),
-    ]
-    precision: Annotated[str, Key("number format that the model computes in", choices=("float32", "bfloat16"))]
-    compile: Annotated[bool, Key("compile the model by torch.compile: a slow start, then faster steps")]
-    deterministic: Annotated[
-        bool, Key("same bits in every run on one kind of GPU, at a cost in speed; on CPUs they are the same anyway")
-    ]
-    size_multiple: Annotated[int, Key("padded sizes are rounded up to a multiple of it, in pixels", ge=1)]
-    log_steps: Annotated[int, Key("steps between rows of history.jsonl", ge=1)]
-    evaluate_epochs: Annotated[int, Key("epochs between evaluations on the validation images; 0 for none", ge=0)]
-    patience: Annotated[int, Key("evaluations without a higher AP after which training ends early; 0 for never", ge=0)]
-    keep: Annotated[
-        str, Key("weights that training ends with: the last, or the best by AP on validation", choices=("last", "best"))
-    ]
-    max_skipped: Annotated[
-        int, Key("steps that may be left out because loss or gradient is not finite; 0 stops at the first", ge=0)
-    ]
-    checkpoint_minutes: Annotated[
-        float, Key("minutes between saved states, from which a killed training goes on", ge=0)
-    ]
-    matcher: MatcherConfig
-    loss: LossConfig
-    transform: TransformConfig
-
-    def __post_init__(self) -> None:
-        check_keys(self, "train")
-        if self.batch_size % self.micro_batch:
-            raise ValueError(
-                f"train.batch_size is {self.batch_size}, expected a multiple of train.micro_batch, {self.micro_batch}; "
-                "lower train.micro_batch, or raise train.batch_size"
-            )
-        if self.schedule == "step" and self.lr_drop_epoch < 1:
-            raise ValueError(
-                f"train.lr_drop_epoch is {self.lr_drop_epoch} with train.schedule step, which would train at a tenth "
-                f"of the rate from the start; expected the epoch of the drop, or {self.epochs} for none"
-            )
-        for key, value in (("patience", self.patience), ("keep", self.keep == "best")):
-            if value and not 0 < self.evaluate_epochs <= self.epochs:
-                raise ValueError(
-                    f"train.{key} is {getattr(self, key)!r}, which needs evaluations, and train.evaluate_epochs is "
-                    f"{self.evaluate_epochs}; expected 1 to {self.epochs}, train.epochs"
-                )
+from detr.step import Training, compute_gradients, take_step
+from detr.train_config import TrainConfig
 
 
 @dataclass(frozen=True)
@@ -130,48 +43,6 @@ class Report:
     state: Callable[[], dict[str, Any]]
 
 
-def learning_rate_factor(step: int, steps_per_epoch: int, config: TrainConfig) -> float:
-    """What multiplies the learning rates at `step`: linear warmup, then cosine to 0 or one drop to a tenth."""
-    if step < config.warmup_steps:
-        return (step + 1) / config.warmup_steps
-    if config.schedule == "step":
-        return 1.0 if step < config.lr_drop_epoch * steps_per_epoch else 0.1
-    done = (step - config.warmup_steps) / max(1, config.epochs * steps_per_epoch - config.warmup_steps)
-    return 0.5 * (1 + math.cos(math.pi * done))
-
-
-def build_optimizer(model: DETR, config: TrainConfig) -> torch.optim.AdamW:
-    """AdamW with a learning rate of its own for the backbone."""
-    trained = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
-    groups = [
-        {"params": [p for name, p in trained if not name.startswith("backbone.")], "base_lr": config.lr},
-        {"params": [p for name, p in trained if name.startswith("backbone.")], "base_lr": config.lr_backbone},
-    ]
-    return torch.optim.AdamW(groups, lr=config.lr, weight_decay=config.weight_decay, fused=True)
-
-
-def flat_gradient(model: nn.Module) -> Tensor:
-    """One tensor that all gradients of the model lie in, each in the memory layout of its parameter.
-
-    So a step clears, adds up over processes, measures and clips them in one operation each, in the same order after a
-    resume as before it.
-    """
-    trained = [p for p in model.parameters() if p.requires_grad]
-    starts = [0]
-    for parameter in trained:
-        starts.append(starts[-1] + -(-parameter.numel() // 32) * 32)  # vector loads want aligned addresses
-    flat = torch.zeros(starts.pop(), device=trained[0].device)
-    for parameter, start in zip(trained, starts, strict=True):
-        parameter.grad = flat.as_strided(parameter.shape, parameter.stride(), start)
-    return flat
-
-
-def compiled(model: DETR) -> Callable[..., tuple[Tensor, Tensor]]:
-    """The model compiled, once for batches of all padded sizes."""
-    torch.fx.experimental._config.use_duck_shape = False  # sizes that are equal at first need not stay so
-    return torch.compile(model, dynamic=True)
-
-
 def fit(
     model: DETR,
     dataset: CocoDataset,
@@ -189,201 +60,111 @@ def fit(
     not finite more than `max_skipped` times; ValueError, naming step and images, when targets do not fit the model;
     RuntimeError with what to lower when memory runs out.
     """
+    training = start_training(model, dataset, config, process, state)
+    del state  # as large as the model and the optimizer
+    sampler, meter = build_sampler(dataset, config, process, training.step), training.meter
+    yield build_report(training)
+    loader = Loader(dataset, sampler, config.size_multiple, process.device)
+    source = iter(loader)
+    with loader.explain_deaths():
+        meter.start_clock()
+        batches = meter.take(source, sampler.share)
+        while batches:
+            numbers, failure = compute_gradients(training, batches, stop())
+            upcoming = meter.take(source, sampler.share)  # while a GPU computes
+            stopping = take_step(training, batches, numbers, failure)
+            batches = upcoming
+            meter.stop_clock()
+            report = build_report(training, stopping)
+            if report.row:
+                meter.reset()
+            yield report
+            if stopping:
+                return
+            meter.start_clock()
+
+
+def start_training(
+    model: DETR, dataset: CocoDataset, config: TrainConfig, process: Process, state: dict[str, Any] | None
+) -> Training:
+    """The training as it stands at its start, or in the main process's `state`: on the device, in every process."""
     if config.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True)
-    given = process.share(state or {"model": model.state_dict(), "step": 0, "sums": {}, "since": 0, "skipped": 0})
-    step, sums, since, skipped = given["step"], given["sums"], given["since"], given["skipped"]
-    sampler = _sampler(dataset, model, config, process, step)
+    new = {"model": model.state_dict(), "optimizer": None, "step": 0, "sums": {}, "since": 0, "skipped": 0}
+    given = process.broadcast(state or new)
     model.load_state_dict(given["model"])
     if not config.lr_backbone:
         model.backbone.requires_grad_(False)
     model.to(process.device).to(memory_format=torch.channels_last)
     optimizer = build_optimizer(model, config)
-    average = _average(model, config.ema_decay)
-    if "optimizer" in given:
+    average = None
+    if config.ema_decay:
+        average = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(config.ema_decay), use_buffers=True)
+    if given["optimizer"]:
         optimizer.load_state_dict(given["optimizer"])
         if average:
             average.load_state_dict(given["average"])
-    del given, state
-    gradient = flat_gradient(model)
-    runner = compiled(model) if config.compile else model
-    pixels = torch.empty(0, device=process.device)
-    steps_per_epoch = sampler.steps_per_epoch
-    total_steps = config.epochs * steps_per_epoch
-    busy = waited = 0.0
-    timed = 0
-
-    def snapshot() -> dict[str, Any]:
-        return {
-            "model": model.state_dict(),
-            "optimizer": optimizer.state_dict(),
-            "average": average.state_dict() if average else None,
-            "step": step,
-            "sums": sums,
-            "since": since,
-            "skipped": skipped,
-            "num_processes": process.num_processes,
-        }
-
-    def report(row: dict[str, float] | None, stopping: bool) -> Report:
-        return Report(
-            epoch=max(0, step - 1) // steps_per_epoch,
-            step=step,
-            total_steps=total_steps,
-            epoch_done=step > 0 and step % steps_per_epoch == 0,
-            stopping=stopping,
-            row=row,
-            images_per_second=timed * config.batch_size / max(busy, 1e-9),
-            data_wait=waited / max(busy, 1e-9),
-            model=average.module if average else model,  # type: ignore[arg-type]
-            state=snapshot,
-        )
-
-    yield report(None, False)
-    loader = Loader(dataset, sampler, config.size_multiple, process.device)
-    source = iter(loader)
-    batches: list[Batch] = []
-    with loader.deaths_explained():
-        while step < total_steps:
-            started = time.perf_counter()
-            if not batches:
-                batches = list(islice(source, sampler.share))
-                waited += time.perf_counter() - started
-            model.train()
-            model.backbone.train(config.lr_backbone > 0)  # a frozen one keeps its norms' statistics too
-            factor = learning_rate_factor(step, steps_per_epoch, config)
-            for group in optimizer.param_groups:
-                group["lr"] = group["base_lr"] * factor
-            gradient.zero_()
-            numbers, failure = _accumulate(model, runner, batches, step, config, process, pixels)
-            process.sum(gradient)
-            numbers = process.sum(torch.cat([numbers, numbers.new_tensor([stop(), bool(failure)])]))
-            norm = torch.linalg.vector_norm(gradient)
-
-            asked = time.perf_counter()
-            last = step + 1 == total_steps
-            upcoming = [] if last else list(islice(source, sampler.share))  # while the device computes
-            waited += time.perf_counter() - asked
-
-            *values, stopping, failures, grad_norm = torch.cat([numbers, norm[None]]).tolist()
-            measured = dict(zip(_names(model, config), values, strict=True)) | {"grad_norm": grad_norm}
-            if failures or not math.isfinite(grad_norm) or not math.isfinite(measured["loss"]):
-                if skipped >= config.max_skipped:
-                    where = f"at step {step + 1} of epoch {step // steps_per_epoch}"
-                    raise not_finite(model, batches, failure, measured, where, process, snapshot())
-                skipped += 1
-            else:
-                if config.clip_norm and grad_norm > config.clip_norm:
-                    gradient.mul_(config.clip_norm / grad_norm)
-                optimizer.step()
-                if average:
-                    average.update_parameters(model)
-                sums = _add(sums, measured)
-                since += 1
-            step += 1
-            timed += 1
-            batches = upcoming
-            busy += time.perf_counter() - started
-            if step % config.log_steps and step % steps_per_epoch:
-                yield report(None, bool(stopping))
-            else:
-                rates = {"lr": config.lr * factor, "lr_backbone": config.lr_backbone * factor}
-                row = {
-                    "epoch": (step - 1) // steps_per_epoch,
-                    "step": step,
-                    **rates,
-                    **_means(sums or dict.fromkeys((*measured, "judged"), math.nan), max(since, 1)),
-                    "skipped": skipped,
-                }
-                sums, since = {}, 0
-                yield report(row, bool(stopping))
-                busy, waited, timed = 0.0, 0.0, 0
-            if stopping:
-                return
+    return Training(
+        model=model,
+        runner=compile_model(model) if config.compile else model,
+        optimizer=optimizer,
+        gradient=flatten_gradients(model),
+        average=average,
+        config=config,
+        process=process,
+        meter=Meter(name_measures(model, config), given["sums"], given["since"]),
+        pixels=torch.empty(0, device=process.device),
+        steps_per_epoch=len(dataset) // config.batch_size,
+        step=given["step"],
+        skipped=given["skipped"],
+    )
 
 
-def _sampler(dataset: CocoDataset, model: DETR, config: TrainConfig, process: Process, step: int) -> TrainSampler:
+def build_sampler(dataset: CocoDataset, config: TrainConfig, process: Process, first_step: int) -> TrainSampler:
     view_sizes = None
     if config.group_window:
         view_sizes = partial(dataset.transform.view_sizes, dataset.annotations.sizes_hw)  # type: ignore[attr-defined]
-    sampler = TrainSampler(
+    return TrainSampler(
         len(dataset), config.batch_size, config.micro_batch, config.epochs, config.seed, process.rank,
-        process.num_processes, step, config.group_window, view_sizes,
+        process.num_processes, first_step, config.group_window, view_sizes,
     )  # fmt: skip
-    uneven = sampler.micro_batches % process.num_processes
-    if model.config.backbone_norm == "batch" and config.lr_backbone and (uneven or config.max_skipped):
-        raise ValueError(
-            "model.backbone_norm is batch: its statistics need as many micro-batches on every process, and cannot be "
-            f"taken back; there are {sampler.micro_batches} for {process.num_processes} processes, and "
-            f"train.max_skipped is {config.max_skipped}; change these or take model.backbone_norm: group"
-        )
-    return sampler
 
 
-def _average(model: DETR, decay: float) -> AveragedModel | None:
-    return AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(decay), use_buffers=True) if decay else None
+def compile_model(model: DETR) -> Callable[..., tuple[Tensor, Tensor]]:
+    """Returns the model compiled, once for batches of all padded sizes."""
+    torch.fx.experimental._config.use_duck_shape = False  # sizes that are equal at first need not stay so
+    return torch.compile(model, dynamic=True)
 
 
-def _names(model: DETR, config: TrainConfig) -> list[str]:
-    """Of what a step measures, in order; parts of the last decoder layer are named plainly, others by layer."""
-    layers = model.config.num_decoder_layers if config.loss.auxiliary else 1
-    suffixes = [*(f"_layer{layer}" for layer in range(layers - 1)), ""]
-    return ["pixels", "padded_pixels", "loss", *(part + s for part in PER_LAYER for s in suffixes), "class_error"]
+def build_report(training: Training, stopping: bool = False) -> Report:
+    """The report of the steps taken, with a row where one is due; without one at the start."""
+    config, meter, step = training.config, training.meter, training.step
+    per_epoch = training.steps_per_epoch
+    is_due = meter.timed_steps and (step % config.log_steps == 0 or step % per_epoch == 0)
+    return Report(
+        epoch=max(0, step - 1) // per_epoch,
+        step=step,
+        total_steps=config.epochs * per_epoch,
+        epoch_done=step > 0 and step % per_epoch == 0,
+        stopping=stopping,
+        row=build_row(training) if is_due else None,
+        images_per_second=meter.timed_steps * config.batch_size / max(meter.busy_seconds, 1e-9),
+        data_wait=meter.waited_seconds / max(meter.busy_seconds, 1e-9),
+        model=training.average.module if training.average else training.model,  # type: ignore[arg-type]
+        state=training.state,
+    )
 
 
-def _accumulate(
-    model: DETR,
-    runner: Callable[..., tuple[Tensor, Tensor]],
-    batches: list[Batch],
-    step: int,
-    config: TrainConfig,
-    process: Process,
-    pixels: Tensor,
-) -> tuple[Tensor, str]:
-    """This process's share of what `_names` says, and what is wrong with predictions, if anything.
-
-    Adds the gradients of its micro-batches to those of the parameters.
-    """
-    precision = torch.autocast(process.device.type, torch.bfloat16) if config.precision == "bfloat16" else nullcontext()
-    queries = model.config.num_queries
-    counts = torch.stack([batch_totals(batch.targets, queries) for batch in batches]).sum(0)
-    totals = process.sum(counts.to(process.device, non_blocking=True))
-    numbers = torch.zeros(len(_names(model, config)), dtype=torch.float64, device=process.device)
-    for turn, batch in enumerate(batches):
-        key = (config.seed * 1_000_003 + step) * 4096 + turn * process.num_processes + process.rank
-        torch.manual_seed(key)
-        with memory_explained(batch, config.micro_batch), precision:
-            images = normalize(batch.images, batch.padding, pixels)
-            logits, boxes = runner(images, batch.padding)
-        try:
-            loss, parts = set_loss(logits, boxes, batch.targets, totals, config.matcher, config.loss)
-        except ValueError as error:
-            where = f"at step {step + 1}, images {join_ids(batch.image_ids.tolist())}"
-            bad = ~(logits.isfinite().all(-1) & boxes.isfinite().all(-1)).all(2).all(0)  # [B]
-            if not bad.any():
-                raise ValueError(f"{error}; {where}") from error
-            torch.manual_seed(key)
-            with precision:
-                layer = first_non_finite(model, images, batch.padding)
-            return numbers, f"{error}; images {join_ids(batch.image_ids[bad].tolist())}, first in {layer}"
-        with memory_explained(batch, config.micro_batch):
-            loss.backward()
-        inside = batch.padding.logical_not().sum()
-        found = [inside, inside.new_tensor(batch.padding.numel()), loss.detach(), *(parts[name] for name in PER_LAYER)]
-        numbers += torch.cat([value.double().reshape(-1) for value in (*found, parts["class_error"])])
-    return numbers, ""
-
-
-def _add(sums: dict[str, float], measured: dict[str, float]) -> dict[str, float]:
-    """The sums with one more step; a batch without targets has no class error, and is not counted in its mean."""
-    judged = not math.isnan(measured["class_error"])
-    step = measured | {"judged": float(judged)} | ({} if judged else {"class_error": 0.0})
-    return {name: sums.get(name, 0.0) + value for name, value in step.items()}
-
-
-def _means(sums: dict[str, float], count: int) -> dict[str, float]:
-    """Of an interval of `count` steps."""
-    means = {name: value / count for name, value in sums.items() if name not in ("pixels", "padded_pixels", "judged")}
-    means["class_error"] = sums["class_error"] / sums["judged"] if sums["judged"] else math.nan
-    return means | {"padding_ratio": sums["padded_pixels"] / sums["pixels"]}
+def build_row(training: Training) -> dict[str, float]:
+    """What is logged of the steps since the last row, in the order of its columns."""
+    last = training.step - 1
+    factor = learning_rate_factor(last, training.steps_per_epoch, training.config)
+    return {
+        "epoch": last // training.steps_per_epoch,
+        "step": training.step,
+        "lr": training.config.lr * factor,
+        "lr_backbone": training.config.lr_backbone * factor,
+        **training.meter.average(),
+        "skipped": training.skipped,
+    }

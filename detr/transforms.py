@@ -65,7 +65,7 @@ def fit_size(size_hw: tuple[int, int], short: int, max_size: int) -> tuple[int, 
     return (short, int(short * width / height)) if height <= width else (int(short * height / width), short)
 
 
-def whole(size_hw: tuple[int, int], short: int, max_size: int, flip: bool = False) -> View:
+def view_whole(size_hw: tuple[int, int], short: int, max_size: int, flip: bool = False) -> View:
     """The view of the whole image with its short side at `short`."""
     return View(flip, size_hw, (0, 0, *size_hw), fit_size(size_hw, short, max_size))
 
@@ -77,7 +77,7 @@ def draw_view(rng: random.Random, size_hw: tuple[int, int], config: TransformCon
     """
     flip = rng.random() < config.flip
     if rng.random() < 1 - config.crop:
-        return whole(size_hw, rng.choice(config.scales), config.max_size, flip)
+        return view_whole(size_hw, rng.choice(config.scales), config.max_size, flip)
     resized_h, resized_w = fit_size(size_hw, rng.choice(config.crop_scales), max_size=10**9)
     low, high = config.crop_range
     width, height = rng.randint(low, min(resized_w, high)), rng.randint(low, min(resized_h, high))
@@ -149,5 +149,5 @@ class EvalTransform:
     def __call__(
         self, image: Tensor, boxes: Tensor, labels: Tensor, key: tuple[int, int] = (0, 0)
     ) -> tuple[Tensor, Tensor, Tensor]:
-        view = whole((image.shape[1], image.shape[2]), self.short, self.max_size)
+        view = view_whole((image.shape[1], image.shape[2]), self.short, self.max_size)
         return apply_view(image, boxes, labels, view)

@@ -13,7 +13,7 @@ from torch import Tensor
 from torchvision.transforms.v2 import functional as TF
 from torchvision.utils import draw_bounding_boxes
 
-from detr.coco import CocoDataset, decode
+from detr.coco import CocoDataset, decode_image
 from detr.model import DETR
 from detr.transformer import Attention
 
@@ -61,13 +61,13 @@ def beside_truth(
 ) -> Tensor:
     """Image `index` twice beside each other: with its true boxes, and with its detections of a score from `threshold`.
 
-    Detections [n, 7] are as in `detr.evaluate`, of any images. Images smaller than 288 pixels are enlarged. Categories
+    Detections [n, 7] are as in `detr.detect`, of any images. Images smaller than 288 pixels are enlarged. Categories
     are called by `names`, in order, where these are given, in `font`, as in `draw`. ValueError names an image that does
     not decode.
     """
     record = dataset.annotations
     name = str(record.file_names[index])
-    image = decode(dataset.archive.read(name), name)
+    image = decode_image(dataset.archive.read(name), name)
     scale = max(1, 288 // max(image.shape[1:]))
     owned = slice(record.starts[index], record.starts[index + 1])
     boxes = torch.from_numpy(record.boxes_xyxy[owned])

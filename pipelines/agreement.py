@@ -8,7 +8,7 @@ from typing import Any
 from detr.model import ModelConfig
 from detr.official import URLS
 from detr.position import LearnedPosition
-from detr.train import TrainConfig
+from detr.train_config import TrainConfig
 from pipelines.data.shapes import CATEGORIES
 from pipelines.download import DownloadParams
 from pipelines.figures import EvaluateParams
@@ -118,7 +118,7 @@ def _misfit_weights(root: Path, model: ModelConfig, train: TrainConfig) -> Itera
         return
     unlike = ["model.backbone to resnet18, 34, 50 or 101"] * (model.backbone == "resnet10")
     unlike += ["model.backbone_width to 1.0"] * (model.backbone_width != 1)
-    unlike += ["model.backbone_norm to frozen or batch"] * (model.backbone_norm == "group")
+    unlike += ["model.backbone_norm to frozen"] * (model.backbone_norm == "group")
     if unlike:
         yield f"model.backbone_weights is 'imagenet', of another backbone; set {', '.join(unlike)}, or it to none"
 
@@ -131,7 +131,7 @@ def find_oddities(document: Any) -> list[str]:
     if train.schedule == "step" and train.lr_drop_epoch >= train.epochs:
         found.append(f"train.lr_drop_epoch is {train.lr_drop_epoch} of {train.epochs} epochs: the rate never drops")
     if model.backbone_norm == "frozen" and {model.backbone_weights, train.initial_weights} == {"none"}:
-        found.append("model.backbone_norm is frozen without any weights: from random ones group or batch learn better")
+        found.append("model.backbone_norm is frozen without any weights: from random ones group learns better")
     download = from_document(document, "download", DownloadParams)
     images = download.shapes.num_train if download.source == "shapes" else download.max_images
     steps = images // train.batch_size * train.epochs

@@ -11,24 +11,24 @@ import numpy as np
 import torch
 from torchvision.io import write_png
 
-from detr.bootstrap import IOU_THRESHOLDS, bootstrap_ap, interval, match, rank_images
+from detr.bootstrap import IOU_THRESHOLDS, bootstrap_ap, find_interval, match_detections, rank_images
 from detr.checkpoint import Category, load_model, write_atomically
 from detr.coco import Annotations, CocoDataset, load_annotations
-from detr.distributed import process_group
-from detr.evaluate import detect_all
+from detr.cost import count_gflops, count_parameters
+from detr.detect import detect_all
+from detr.distributed import join_process_group
 from detr.images import open_images
-from detr.judge import (
+from detr.metrics import (
     METRICS,
     PER_CLASS,
-    ap_per_class,
-    coco_eval,
-    confusion,
-    limits,
-    metrics_of,
-    precision_of,
+    average_per_class,
+    count_confusions,
+    evaluate_detections,
+    measure_errors,
+    read_metrics,
+    read_precision,
     to_results,
 )
-from detr.speed import count_parameters, gflops
 from detr.transforms import EvalTransform, fit_size
 from detr.visualize import beside_truth, draw_slots
 from pipelines import figures, params
@@ -55,31 +55,32 @@ def evaluate(config: EvaluateParams, data: Path, model_folder: Path, output: Pat
     annotations = load_annotations(truth)
     require_same(categories, annotations, model_folder, truth)
     dataset = CocoDataset(annotations, open_images(data / "val.zip"), EvalTransform(size.short, size.max_size))
-    with process_group() as process, Progress(None, "evaluate", len(dataset), "image") as bar:
+    with join_process_group() as process, Progress(None, "evaluate", len(dataset), "image") as bar:
         layers = detect_all(model, dataset, size.size_multiple, process, bar.update, every_layer=True)
     if not process.is_main:
         return
-    judges = [coco_eval(truth, detections) for detections in layers]
-    metrics = metrics_of(judges[-1])
-    resampled = bootstrap_ap([match(truth, layers[-1])], config.num_resamples, config.seed)[0]
-    metrics["AP_low"], metrics["AP_high"] = interval(resampled, config.confidence, len(dataset), lowest=0)
+    judges = [evaluate_detections(truth, detections) for detections in layers]
+    metrics = read_metrics(judges[-1])
+    resampled = bootstrap_ap([match_detections(truth, layers[-1])], config.num_resamples, config.seed)[0]
+    metrics["AP_low"], metrics["AP_high"] = find_interval(resampled, config.confidence, len(dataset), lowest=0)
     metrics["parameters_millions"] = count_parameters(model) / 1e6
     if len(dataset):
         first = annotations.sizes_hw[:NUM_SIZES].tolist()
-        metrics["gflops"] = gflops(model, [fit_size((h, w), size.short, size.max_size) for h, w in first])
+        metrics["gflops"] = count_gflops(model, [fit_size((h, w), size.short, size.max_size) for h, w in first])
     output.mkdir(parents=True, exist_ok=True)
     write_json(output / "detections.json", to_results(layers[-1]))
     write_json(output / "metrics.json", {name: round(value, 6) for name, value in metrics.items()})
     shown = layers[-1][layers[-1][:, 5] >= config.picture_threshold]
-    matches = match(truth, shown)
+    matches = match_detections(truth, shown)
     on_crowds = matches.row[matches.ignored[:, 0]]
-    errors, confusions = limits(judges[-1]), confusion(coco_eval(truth, np.delete(shown, on_crowds, axis=0)))
+    errors = measure_errors(judges[-1])
+    confusions = count_confusions(evaluate_detections(truth, np.delete(shown, on_crowds, axis=0)))
     write_tables(judges, annotations, errors, confusions, output)
     plots = output / "plots"
     shutil.rmtree(plots, ignore_errors=True)
     plots.mkdir()
     names = list(annotations.category_names)
-    figures.precision_recall(precision_of(judges[-1]), names, plots / "precision_recall.png")
+    figures.precision_recall(read_precision(judges[-1]), names, plots / "precision_recall.png")
     figures.limits(errors, plots / "errors.png")
     figures.confusion(confusions, names, plots / "confusion.png")
     draw_images(rank_images(matches), dataset, layers[-1], config, plots)
@@ -106,9 +107,9 @@ def write_tables(
     output: Path,
 ) -> None:
     """Writes what `dvc plots` draws, of the judgements of every decoder layer; the last one is the model's."""
-    precision, names = precision_of(judges[-1]), list(annotations.category_names)
+    precision, names = read_precision(judges[-1]), list(annotations.category_names)
     counts = np.bincount(annotations.labels, minlength=len(names)).tolist()
-    per_class = zip(annotations.category_ids.tolist(), names, counts, ap_per_class(precision), strict=True)
+    per_class = zip(annotations.category_ids.tolist(), names, counts, average_per_class(precision), strict=True)
     write_table(
         output / "per_class.csv",
         ["category_id", "name", "num_objects", *PER_CLASS],
@@ -117,7 +118,7 @@ def write_tables(
     write_table(
         output / "per_layer.csv",
         ["layer", *METRICS],
-        ([number, *metrics_of(judge).values()] for number, judge in enumerate(judges, start=1)),
+        ([number, *read_metrics(judge).values()] for number, judge in enumerate(judges, start=1)),
     )
     present = precision[0, 0, :, 0, 2] > -1
     curves: Any = precision[:, :, present, 0, 2].mean(axis=2) if present.any() else np.zeros(precision.shape[:2])

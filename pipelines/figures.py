@@ -63,7 +63,7 @@ def precision_recall(precision: np.ndarray, names: list[str], path: Path) -> Non
 
 
 def limits(found: dict[str, tuple[float, int]], path: Path) -> None:
-    """What each kind of error costs, as `detr.judge.limits` gives it."""
+    """What each kind of error costs, as `detr.metrics.measure_errors` gives it."""
 
     def paint(figure: Any, axes: Any) -> None:
         bars = axes.barh(list(found), [100 * gain for gain, _ in found.values()], color="#4363d8")
@@ -76,7 +76,7 @@ def limits(found: dict[str, tuple[float, int]], path: Path) -> None:
 
 
 def confusion(counts: np.ndarray, names: list[str], path: Path) -> None:
-    """Shares of each row of `detr.judge.confusion`, with numbers where they can be read."""
+    """Shares of each row of `detr.metrics.count_confusions`, with numbers where they can be read."""
 
     def paint(figure: Any, axes: Any) -> None:
         shares = counts / np.maximum(counts.sum(axis=1, keepdims=True), 1)

@@ -165,13 +165,13 @@ def speed() -> float:
 
     from detr.checkpoint import load_model
     from detr.coco import load_annotations
-    from detr.speed import images_per_second
+    from detr.cost import measure_images_per_second
     from detr.transforms import fit_size
 
     model, _, size = load_model(TRAINED)
     height, width = load_annotations(DATA / "instances_val.json").sizes_hw[0].tolist()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    return images_per_second(model, fit_size((height, width), size.short, size.max_size), device)
+    return measure_images_per_second(model, fit_size((height, width), size.short, size.max_size), device)
 
 
 def example_image() -> str:

@@ -19,18 +19,20 @@ from typing import Any
 import torch
 from torch.distributed.elastic.multiprocessing.errors import record
 
-from detr.checkpoint import Category, InputSize, load_state, save_model, write_atomically
+from detr.checkpoint import Category, InputSize, build_model, load_state, save_model, write_atomically
 from detr.coco import Annotations, CocoDataset, load_annotations
+from detr.detect import detect_all
 from detr.diagnosis import NotFiniteError
-from detr.distributed import Process, process_group
-from detr.evaluate import detect_all
+from detr.distributed import Process, join_process_group
 from detr.images import open_images
-from detr.model import DETR, ModelConfig, build_model
-from detr.official import fetch, initialize
-from detr.train import Report, TrainConfig, fit
+from detr.model import DETR, ModelConfig
+from detr.official import fetch_weights, initialize_model
+from detr.train import Report, fit
+from detr.train_config import TrainConfig
 from detr.transforms import EvalTransform, TrainTransform
 from pipelines import params
 from pipelines.data.layout import DATA
+from pipelines.imports import trace_imports
 from pipelines.launch import PREEMPTED, die_with_parent, launch, record_failure
 from pipelines.locks import hold_lock
 from pipelines.registry.mirror import Mirror
@@ -44,13 +46,17 @@ SCRATCH = Path("scratch")
 
 
 def fingerprint(model: ModelConfig, config: TrainConfig, data_digest: str) -> str:
-    """A digest of parameters, data, local weights and library code: equal ones give equal bits on equal hardware."""
+    """A digest of parameters, data, local weights and code: equal ones give equal bits on equal hardware.
+
+    The code is this file, the log's, and what they import of the library.
+    """
     total = hashlib.sha256(json.dumps([asdict(model), asdict(config), data_digest], sort_keys=True).encode())
     for place in (Path(model.backbone_weights), Path(config.initial_weights)):
         file = place / "model.safetensors" if place.is_dir() else place
         total.update(sha256(file).encode() if file.is_file() else b"")
-    here = Path(__file__)
-    for path in [*sorted((here.parent.parent / "detr").glob("*.py")), here, here.with_name("training_log.py")]:
+    here, log = Path(__file__), Path(__file__).with_name("training_log.py")
+    library = here.parent.parent / "detr"
+    for path in sorted(path for path in trace_imports(here) if path.parent == library or path in (here, log)):
         total.update(path.read_bytes())
     return total.hexdigest()[:16]
 
@@ -94,7 +100,7 @@ def train(
             evidence, place = error.evidence, folder / "not_finite.torch"
             if process.is_main:
                 write_atomically(place, lambda file: torch.save(evidence, file))
-            process.share(None)  # nobody ends, and has the others ended, before it is written
+            process.broadcast(None)  # nobody ends, and has the others ended, before it is written
             raise FloatingPointError(f"{error}; state and gradient norms are in {place}") from error
         if report and log:
             log.save(report)
@@ -119,7 +125,7 @@ def build(model_config: ModelConfig, config: TrainConfig, num_classes: int) -> D
     if config.initial_weights == "none":
         return build_model(model_config, num_classes)
     model = build_model(replace(model_config, backbone_weights="none"), num_classes)
-    initialize(model, config.initial_weights)
+    initialize_model(model, config.initial_weights)
     return model
 
 
@@ -142,11 +148,11 @@ def follow(
             return None
         if report.epoch_done and config.evaluate_epochs and (report.epoch + 1) % config.evaluate_epochs == 0:
             request.at_once = True  # the state is safe
-            if process.share(log and not log.is_judged()):
+            if process.broadcast(log and not log.is_judged()):
                 detections = detect_all(report.model, held_out, config.size_multiple, process)[-1]
                 if log:
                     log.judge(report, detections)
-            if process.share(log and log.has_stalled()):
+            if process.broadcast(log and log.has_stalled()):
                 break
     return report
 
@@ -213,7 +219,7 @@ def work() -> None:
     die_with_parent()
     request = StopRequest()
     request.listen()
-    with process_group() as process:
+    with join_process_group() as process:
         try:
             done = train(*sections(), DATA, PASSED, OUTPUT, SCRATCH, request, process)
         except Exception as error:
@@ -231,7 +237,7 @@ def main() -> None:
     """Downloads and parses what is needed once on this node, before its processes start, and trains."""
     StopRequest().listen()  # until torchrun listens itself
     config = sections()[1]
-    fetch(config.initial_weights)
+    fetch_weights(config.initial_weights)
     for path in DATA.glob("instances_*.json"):
         load_annotations(path)
     launch("pipelines.train", config.batch_size // config.micro_batch)

@@ -16,8 +16,9 @@ from torchvision.io import write_png
 
 from detr.checkpoint import save_state
 from detr.coco import CocoDataset
-from detr.judge import coco_metrics
-from detr.train import Report, TrainConfig
+from detr.metrics import compute_coco_metrics
+from detr.train import Report
+from detr.train_config import TrainConfig
 from detr.visualize import beside_truth
 from pipelines.progress import Progress
 from pipelines.registry.mirror import Mirror
@@ -111,7 +112,7 @@ class Log:
         """Adds COCO's numbers to the last row of the history, and keeps pictures and the best weights."""
         highest = max((row["AP"] for row in self.history if "AP" in row), default=-math.inf)
         row = self.history[-1]
-        row.update(coco_metrics(self.truth, detections))
+        row.update(compute_coco_metrics(self.truth, detections))
         if self.config.keep == "best" and row["AP"] > highest:
             self.best = {name: value.detach().cpu().clone() for name, value in report.model.state_dict().items()}
         for index in range(min(NUM_PICTURES, len(self.held_out))):

@@ -19,10 +19,11 @@ from torch import nn
 
 from benchmarks import authors
 from detr.batch import Targets
-from detr.loss import batch_totals, set_loss
-from detr.matcher import match
+from detr.loss import count_totals, set_loss
+from detr.matcher import match_targets
+from detr.optimizer import build_optimizer
 from detr.postprocess import postprocess
-from detr.train import TrainConfig, build_optimizer
+from detr.train_config import TrainConfig
 from pipelines.params import from_document, merged
 
 ROOT = Path(__file__).parent.parent
@@ -136,7 +137,7 @@ def ours(variant: str, dtype: torch.dtype) -> dict[str, torch.Tensor]:
             value.copy_(filled(official_name(name), tuple(value.shape)))
     images, padding, boxes, labels = inputs(dtype)
     targets = Targets.join(boxes, labels)
-    totals = batch_totals(targets, model.config.num_queries)
+    totals = count_totals(targets, model.config.num_queries)
     optimizer = build_optimizer(model, train)
     for group in optimizer.param_groups:
         group["lr"] = group["base_lr"]
@@ -149,7 +150,7 @@ def ours(variant: str, dtype: torch.dtype) -> dict[str, torch.Tensor]:
         if step == 0:
             result |= {
                 "logits": logits, "boxes": predicted, "loss": total, "class_error": parts["class_error"],
-                "matched": match(logits, predicted, targets, train.matcher),
+                "matched": match_targets(logits, predicted, targets, train.matcher),
                 "loss_ce": parts["loss_class"], "loss_bbox": parts["loss_box"], "loss_giou": parts["loss_giou"],
                 "cardinality_error": parts["cardinality_error"],
             }  # fmt: skip

@@ -14,11 +14,11 @@ import numpy as np
 import torch
 
 from detr.checkpoint import Category, InputSize, save_model
-from detr.judge import coco_metrics, from_results
 from detr.loss import LossConfig
 from detr.matcher import MatcherConfig
+from detr.metrics import compute_coco_metrics, from_results
 from detr.model import DETR, ModelConfig
-from detr.train import TrainConfig
+from detr.train_config import TrainConfig
 from detr.transforms import TransformConfig
 from pipelines.data.rules import ValidateParams
 from pipelines.data.shapes import ShapesParams
@@ -229,7 +229,7 @@ def trained_project(folder: Path, data: Path, mark: str, detections: list[dict],
     shutil.copytree(data, folder / "data/coco")
     report = [{"outcome": outcome} for outcome in ("holds", "holds", "warning")]
     categories = json.loads((data / "instances_val.json").read_text(encoding="utf-8"))["categories"]
-    metrics = coco_metrics(data / "instances_val.json", from_results(detections))
+    metrics = compute_coco_metrics(data / "instances_val.json", from_results(detections))
     rows = {
         "validate/passed.json": {"data": "0123"},
         "validate/report.json": report,

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from detr.bootstrap import Matches, bootstrap_ap, can_be_certain, interval, match
+from detr.bootstrap import Matches, bootstrap_ap, can_be_certain, find_interval, match_detections
 from pipelines import params
 from pipelines.data.layout import DATA
 from pipelines.figures import EvaluateParams, save_figure
@@ -107,7 +107,9 @@ def resample(
         if version.detections is None:
             notes.append(f"not paired: MLflow has no evaluate/detections.json of version {version.number}")
         else:
-            matches[version.number] = match(truth, json.loads(version.detections.read_text(encoding="utf-8")))
+            matches[version.number] = match_detections(
+                truth, json.loads(version.detections.read_text(encoding="utf-8"))
+            )
     if not matches:
         return notes, {}, 0
     rows = bootstrap_ap(list(matches.values()), config.num_resamples, config.seed)
@@ -126,7 +128,7 @@ def limits(
     """The interval of a version's AP: that of its evaluation, else that of the resamples."""
     if {"AP_low", "AP_high"} <= version.metrics.keys():
         return version.metrics["AP_low"], version.metrics["AP_high"]
-    return None if resampled is None else interval(resampled, confidence, num_images, lowest=0)
+    return None if resampled is None else find_interval(resampled, confidence, num_images, lowest=0)
 
 
 def difference(
@@ -143,7 +145,7 @@ def difference(
     if first.number not in resampled or other.number not in resampled:
         return gain
     gains = resampled[other.number] - resampled[first.number]
-    low, high = interval(gains, confidence, num_images)
+    low, high = find_interval(gains, confidence, num_images)
     rarer = min(int((gains <= 0).sum()), int((gains >= 0).sum()))
     p = min(1.0, 2 * (rarer + 1) / (len(gains) + 1))
     significant = not low <= 0 <= high and can_be_certain(num_images, confidence)

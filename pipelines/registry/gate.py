@@ -9,7 +9,7 @@ from typing import Annotated, Any
 import numpy as np
 
 from detr.annotation_file import read_truth
-from detr.bootstrap import Matches, bootstrap_ap, can_be_certain, interval, match, weighted_ap
+from detr.bootstrap import Matches, bootstrap_ap, can_be_certain, compute_weighted_ap, find_interval, match_detections
 from detr.config import Key, check_keys
 from pipelines.params import nearest
 from pipelines.registry import aliases
@@ -103,7 +103,7 @@ def decide(
     if champion is None or gains is None:
         return Decision("champion", note or "there was no champion", candidate, None, None, None, None, None, [])
     gain = candidate.ap - champion.ap
-    low, high = interval(gains, config.confidence, candidate.num_images)
+    low, high = find_interval(gains, config.confidence, candidate.num_images)
     share = float((gains > ROUNDING).mean())
     losses = []
     for name, allowed in config.protected.items():
@@ -166,15 +166,15 @@ def ap_of_classes(matches: Matches, names: list[str]) -> dict[str, float]:
                 ignored=matches.ignored[own],
                 objects=matches.objects * column,
             )
-            found[name] = float(weighted_ap(part, once)[0])
+            found[name] = float(compute_weighted_ap(part, once)[0])
     return found
 
 
 def judged(version: str, matches: Matches, resamples: np.ndarray, names: list[str], confidence: float) -> Judged:
     """The numbers of a version whose detections are matched; `resamples` [R] are its APs."""
     num_images = len(matches.objects)
-    ap = float(weighted_ap(matches, np.ones((num_images, 1)))[0])
-    low, high = interval(resamples, confidence, num_images, lowest=0)
+    ap = float(compute_weighted_ap(matches, np.ones((num_images, 1)))[0])
+    low, high = find_interval(resamples, confidence, num_images, lowest=0)
     return Judged(version, ap, low, high, ap_of_classes(matches, names), "its detections", num_images)
 
 
@@ -186,7 +186,7 @@ def judge(client: Any, version: Any, detections: list[dict], data: Path, config:
     Where its files are gone, so that it cannot serve either, its place is free.
     """
     annotations = data / "instances_val.json"
-    names, own = names_of(annotations), match(annotations, detections)
+    names, own = names_of(annotations), match_detections(annotations, detections)
     best = aliases.champion(client)
 
     def alone() -> tuple[np.ndarray, Judged]:
@@ -235,13 +235,15 @@ def champions_matches(
                 raise ValueError("they are not those that it was registered with")
             if expected is None and best.run_id == version.run_id:
                 raise ValueError("its run holds those of other weights now")
-            return match(annotations, json.loads(content)), STORED
+            return match_detections(annotations, json.loads(content)), STORED
         except Exception as error:
             reason = f"the detections of its run cannot be used: {brief(error)}"
     try:
         from pipelines.registry.packaging import detections_of
 
-        return match(annotations, detections_of(str(best.version), data)), f"evaluated again by its code: {reason}"
+        return match_detections(
+            annotations, detections_of(str(best.version), data)
+        ), f"evaluated again by its code: {reason}"
     except Exception as error:
         return None, f"{reason}; it cannot be evaluated again: {brief(error)}"
 

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 from pipelines.data import pictures
 from pipelines.files import write_json
+from pipelines.imports import ROOT, trace_imports
 from pipelines.progress import Progress
 from pipelines.registry import tracking
 from pipelines.registry.tracking import MODEL
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
     from mlflow.entities.model_registry import ModelVersion
     from mlflow.pyfunc import PyFuncModel
 
+SERVED = Path(__file__).parents[1] / "serving/served_model.py"
 REQUIREMENTS = ("mlflow", "torch", "torchvision", "numpy", "pandas", "pillow", "safetensors")  # what serving imports
 
 
@@ -52,22 +54,33 @@ def log_version(run_id: str, model_folder: Path, example: str, tags: dict[str, s
         ),
         params=ParamSchema([ParamSpec("threshold", DataType.double, 0.5)]),
     )
-    with mlflow.start_run(run_id=run_id), tempfile.TemporaryDirectory() as folder:
+    temporary = tempfile.TemporaryDirectory
+    with mlflow.start_run(run_id=run_id), temporary() as folder, temporary() as packed:
         copied = shutil.copytree(model_folder, folder, dirs_exist_ok=True)  # MLflow follows no link out of a folder
         info = mlflow.pyfunc.log_model(
             name="model",
-            python_model=str(Path(__file__).parents[1] / "serving/served_model.py"),
+            python_model=str(SERVED),
             artifacts={
                 "weights": f"{copied}/model.safetensors",
                 "config": f"{copied}/config.json",
             },
-            code_paths=[str(Path(__file__).parents[2] / "detr")],
+            code_paths=[str(pack_code(Path(packed)))],
             signature=signature,
             input_example=pd.DataFrame({"image": [example]}),
             # without the label of a build, as in 2.14.1+cpu: an index of packages may lack that one
             pip_requirements=[f"{name}=={installed(name).partition('+')[0]}" for name in REQUIREMENTS],
         )
     return mlflow.register_model(info.model_uri, MODEL, tags=tags)
+
+
+def pack_code(folder: Path) -> Path:
+    """Copies what the served model imports of the library into `folder`, and returns the copy."""
+    for path in trace_imports(SERVED):
+        if path != SERVED:
+            place = folder / path.relative_to(ROOT)
+            place.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(path, place)
+    return folder / "detr"
 
 
 def load(model: str) -> "PyFuncModel":

@@ -15,14 +15,15 @@ import torch
 import torchvision
 from torch import nn
 
+from detr.checkpoint import build_model
 from detr.coco import CocoDataset, load_annotations
-from detr.distributed import process_group
-from detr.evaluate import detect_all
+from detr.cost import count_gflops, count_multiply_adds, count_parameters, measure_seconds
+from detr.detect import detect_all
+from detr.distributed import join_process_group
 from detr.images import open_images
-from detr.judge import coco_metrics
-from detr.model import ModelConfig, build_model, for_inference
+from detr.metrics import compute_coco_metrics
+from detr.model import ModelConfig, for_inference
 from detr.official import COCO_CATEGORIES, URLS, load_official
-from detr.speed import count_parameters, gflops, multiply_adds, seconds
 from detr.transforms import EvalTransform
 from pipelines import params
 from pipelines.data.layout import DATA
@@ -121,18 +122,18 @@ def measure(
         (rival,) = PAPER.keys() - OFFICIAL
         other = faster_rcnn(size_hw).to(device)
         runs: dict[str, Callable[[], object]] = {rival: lambda: other([image])}
-        found = {rival: Figures(count_parameters(other) / 1e6, multiply_adds(runs[rival]) / 1e9, 0.0, None)}
+        found = {rival: Figures(count_parameters(other) / 1e6, count_multiply_adds(runs[rival]) / 1e9, 0.0, None)}
         for name, official in OFFICIAL.items():
             config = params.from_document(preset(root, official), "model", ModelConfig)
             model = build_model(replace(config, backbone_weights="none"), len(COCO_CATEGORIES))
             ready = for_inference(model).to(device)
             runs[name] = lambda ready=ready: ready(image[None])  # type: ignore[misc]
-            found[name] = Figures(count_parameters(model) / 1e6, gflops(model, [size_hw]), 0.0, None)
+            found[name] = Figures(count_parameters(model) / 1e6, count_gflops(model, [size_hw]), 0.0, None)
 
         def turn() -> dict[str, float]:
             times = {}
             for name, run in runs.items():
-                times[name] = seconds(run, device)
+                times[name] = measure_seconds(run, device)
                 bar.update(1)
             return times
 
@@ -231,9 +232,9 @@ def official_ap(weights: Path, data: Path) -> float:
     model, _, size = load_official(weights)
     annotations = load_annotations(data / "instances_val.json")
     dataset = CocoDataset(annotations, open_images(data / "val.zip"), EvalTransform(size.short, size.max_size))
-    with process_group() as process, Progress(None, weights.stem, len(dataset), "image") as bar:
+    with join_process_group() as process, Progress(None, weights.stem, len(dataset), "image") as bar:
         detections = detect_all(model, dataset, size.size_multiple, process, bar.update)
-    return coco_metrics(data / "instances_val.json", detections[-1])["AP"]
+    return compute_coco_metrics(data / "instances_val.json", detections[-1])["AP"]
 
 
 def device_name(device: torch.device) -> str:

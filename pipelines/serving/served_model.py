@@ -1,6 +1,6 @@
 """The registered model: an MLflow pyfunc that answers images with detections.
 
-MLflow packs this file and `detr/` into the model version and needs nothing else of the project.
+MLflow packs this file and what it imports of `detr/` into the model version, and needs nothing else of the project.
 """
 
 import base64

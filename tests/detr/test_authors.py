@@ -10,7 +10,7 @@ from scipy.stats import ks_2samp
 from benchmarks import authors
 from detr.batch import IMAGENET_STD, normalize
 from detr.boxes import xyxy_to_cxcywh
-from detr.train import TrainConfig
+from detr.train_config import TrainConfig
 from detr.transforms import EvalTransform, apply_view, draw_view
 from pipelines.params import from_document, merged
 from tests import golden

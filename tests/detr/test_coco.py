@@ -19,7 +19,7 @@ from torch.utils.data import DataLoader
 
 import detr.coco
 from detr.batch import collate
-from detr.coco import Annotations, CocoDataset, decode, load_annotations
+from detr.coco import Annotations, CocoDataset, decode_image, load_annotations
 from detr.images import open_images
 from tests.detr.test_images import write_zip
 
@@ -340,7 +340,7 @@ def test_pictures_of_every_kind_decode_to_rgb(mode, kind):
         mode = "CMYK"
     file = io.BytesIO()
     Image.fromarray(pixels(20)).convert(mode).save(file, kind)
-    image = decode(file.getvalue(), "1")
+    image = decode_image(file.getvalue(), "1")
     assert image.shape == (3, 32, 32)
     assert image.dtype == torch.uint8
 
@@ -354,13 +354,13 @@ def test_pictures_of_every_kind_decode_to_rgb(mode, kind):
 )
 def test_a_picture_that_does_not_decode_is_named(data, problem):
     with pytest.raises(ValueError, match=f"^000000000009.jpg {problem}$"):
-        decode(data, "000000000009.jpg")
+        decode_image(data, "000000000009.jpg")
 
 
 def test_a_png_of_sixteen_bits_is_read_by_its_upper_eight():
     values = np.arange(0, 65536, 257, dtype=np.uint16).reshape(16, 16)
     buffer = io.BytesIO()
     Image.fromarray(values).save(buffer, "PNG")
-    image = decode(buffer.getvalue(), "deep.png")
+    image = decode_image(buffer.getvalue(), "deep.png")
     assert (image.dtype, image.shape) == (torch.uint8, (3, 16, 16))
     assert np.array_equal(image[0], values >> 8)

@@ -6,7 +6,7 @@ from functools import partial
 import pytest
 import torch
 
-from detr.train import compiled, fit
+from detr.train import compile_model, fit
 from tests.detr.trainings import CONFIG, CPU, dataset_of, new_model, rows_of
 from tests.projects import TINY_MODEL
 
@@ -33,7 +33,7 @@ def counters(backend, monkeypatch):
 
 
 def test_one_compiled_graph_serves_all_shapes_though_the_first_is_square(counters):
-    runner = compiled(new_model(config=SMALL))
+    runner = compile_model(new_model(config=SMALL))
     for batch, height, width in ((3, 96, 96), (4, 64, 96), (2, 96, 64), (3, 96, 96)):
         runner(torch.rand(batch, 3, height, width), torch.zeros(batch, height, width, dtype=torch.bool))
     assert counters["stats"]["unique_graphs"] == 1

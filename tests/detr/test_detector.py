@@ -11,8 +11,8 @@ from PIL import Image
 from detr import Detector
 from detr.checkpoint import load_model
 from detr.coco import CocoDataset, load_annotations
+from detr.detect import detect_each
 from detr.detector import Detections
-from detr.evaluate import detect
 from detr.images import open_images
 from detr.pixels import decode_pixels
 from detr.transforms import EvalTransform
@@ -36,7 +36,7 @@ def evaluated(folder, drawn, size_multiple=None):
     model, _, size = load_model(folder)
     record = load_annotations(drawn / "instances_val.json")
     dataset = CocoDataset(record, open_images(drawn / "val.zip"), EvalTransform(size.short, size.max_size))
-    return [rows[0] for rows in detect(model, dataset, range(12), size_multiple or size.size_multiple, CPU)]
+    return [rows[0] for rows in detect_each(model, dataset, range(12), size_multiple or size.size_multiple, CPU)]
 
 
 def as_rows(found: Detections):

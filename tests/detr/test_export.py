@@ -13,8 +13,9 @@ import torch.nn.functional as F
 from onnxruntime.capi.onnxruntime_pybind11_state import Fail
 
 from detr.batch import Sample, collate, normalize
+from detr.checkpoint import build_model
 from detr.export import export_onnx, export_program
-from detr.model import build_model, shrink_padding
+from detr.model import shrink_padding
 from tests.projects import TINY_MODEL
 from tests.running import ROOT
 

@@ -7,12 +7,13 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from detr.checkpoint import Category, InputSize, save_model
+from detr.checkpoint import Category, InputSize, build_model, save_model
 from detr.coco import CocoDataset, ImageArchive, load_annotations
 from detr.distributed import Process
-from detr.model import ModelConfig, build_model
-from detr.official import URLS, initialize, load_official
-from detr.train import TrainConfig, fit
+from detr.model import ModelConfig
+from detr.official import URLS, initialize_model, load_official
+from detr.train import fit
+from detr.train_config import TrainConfig
 from detr.transforms import TrainTransform
 from pipelines.params import from_document, merged
 from tests.detr.published import SMALL, saved, state_of
@@ -40,7 +41,7 @@ def test_training_starts_from_all_but_the_class_head_and_goes_on(norm, drawn, tm
     weights = load_file(tmp_path / "trained/model.safetensors")
     model = new_model(8, backbone_norm=norm, dropout=0.1, attention_dropout=0.1)
     head = [p.clone() for p in model.class_embed.parameters()]
-    initialize(model, source)
+    initialize_model(model, source)
     assert all(torch.equal(a, b) for a, b in zip(head, model.class_embed.parameters(), strict=True))
     for key, value in model.state_dict().items():
         assert key.startswith("class_embed.") or torch.equal(value, weights[key])
@@ -60,7 +61,7 @@ def test_the_authors_weights_start_a_model_of_other_classes(tmp_path):
     path = saved(tmp_path / "a.pth", state)
     config = replace(load_official(path)[0].config, backbone_weights="imagenet", dropout=0.0)
     model = build_model(replace(config, backbone_weights="none"), 3)
-    initialize(model, str(path))
+    initialize_model(model, str(path))
     own = {k.replace("backbone.", "backbone.0.body.", 1): v for k, v in model.state_dict().items()}
     assert [k for k in own if not k.startswith("class_embed.") and not torch.equal(own[k], state[k])] == []
     assert model.class_embed.weight.shape == (4, 32)
@@ -71,7 +72,7 @@ def test_the_preset_fits_the_published_weights(tmp_path):
     config = from_document(merged(ROOT, "finetune", []), "model", ModelConfig)
     path = saved(tmp_path / Path(URLS["detr-r50"]).name, state_of())
     model = build_model(config, 3)
-    initialize(model, str(path))
+    initialize_model(model, str(path))
     assert torch.equal(model.query_embed.weight, load_official(path)[0].query_embed.weight)
     document, plain = merged(ROOT, "finetune", []), merged(ROOT, None, [])
     assert document["train"]["initial_weights"] == "detr-r50"
@@ -110,5 +111,5 @@ def test_weights_of_another_architecture_name_the_difference_and_what_to_set(cha
     model = new_model(8, **change)
     before = {key: value.clone() for key, value in model.state_dict().items()}
     with pytest.raises(ValueError, match=f"train.initial_weights {source} does not fit the model: .*{message}"):
-        initialize(model, source)
+        initialize_model(model, source)
     assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())

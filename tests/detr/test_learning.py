@@ -3,10 +3,12 @@
 import pytest
 import torch
 
+from detr.checkpoint import build_model
 from detr.coco import CocoDataset, ImageArchive, load_annotations
 from detr.distributed import Process
-from detr.model import ModelConfig, build_model
-from detr.train import TrainConfig, fit
+from detr.model import ModelConfig
+from detr.train import fit
+from detr.train_config import TrainConfig
 from detr.transforms import TrainTransform
 from pipelines.params import from_document, merged
 from tests.running import ROOT

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from detr.batch import Targets
-from detr.loss import LossConfig, batch_totals, set_loss
+from detr.loss import LossConfig, count_totals, set_loss
 from detr.matcher import MatcherConfig
 
 MATCHER = MatcherConfig(class_cost=1.0, box_cost=5.0, giou_cost=2.0)
@@ -29,7 +29,7 @@ def targets_of(*counts, seed=1):
 
 
 def loss_of(logits, boxes, targets, config=LOSS):
-    return set_loss(logits, boxes, targets, batch_totals(targets, logits.shape[2]), MATCHER, config)
+    return set_loss(logits, boxes, targets, count_totals(targets, logits.shape[2]), MATCHER, config)
 
 
 def giou(a, b):
@@ -165,7 +165,7 @@ def test_the_parts_of_a_batch_add_up_to_the_whole(counts):
     """However it is cut into micro-batches; with more targets than queries too."""
     logits, boxes = (value.detach().double().requires_grad_() for value in predictions(num_images=4))
     whole = targets_of(*counts)
-    totals = batch_totals(whole, logits.shape[2])
+    totals = count_totals(whole, logits.shape[2])
     assert totals.tolist() == [4, sum(counts), sum(min(count, 4) for count in counts)]
     expected, expected_parts = set_loss(logits, boxes, whole, totals, MATCHER, LOSS)
     expected_gradients = torch.autograd.grad(expected, (logits, boxes))

@@ -3,11 +3,12 @@ from itertools import permutations
 import pytest
 import torch
 from scipy.optimize import linear_sum_assignment
+from torch.overrides import TorchFunctionMode
 from torchvision.ops import generalized_box_iou
 
 from detr.batch import Targets
 from detr.boxes import cxcywh_to_xyxy
-from detr.matcher import MatcherConfig, match
+from detr.matcher import MatcherConfig, match_targets
 
 COSTS = MatcherConfig(class_cost=1.0, box_cost=5.0, giou_cost=2.0)
 
@@ -28,7 +29,7 @@ def targets(*counts, num_classes=4, seed=1):
 def matching(outputs, boxes, labels):
     """The matched queries of each layer and image, as lists."""
     goal = Targets.join(boxes, labels)
-    return [[part.tolist() for part in row.split(goal.counts)] for row in match(*outputs, goal, COSTS)]
+    return [[part.tolist() for part in row.split(goal.counts)] for row in match_targets(*outputs, goal, COSTS)]
 
 
 def cost_matrix(logits, boxes, labels, target_boxes):
@@ -158,3 +159,29 @@ def test_nan_is_an_error_for_images_without_targets_too():
     logits[0, 1] = torch.nan
     with pytest.raises(ValueError, match="predictions are not finite"):
         matching((logits, boxes), *targets(2, 0, 4))
+
+
+class Waits(TorchFunctionMode):
+    """Notes what the host waits for the device with, and the type of what crosses to the CPU."""
+
+    NAMES = ("cpu", "item", "tolist", "numpy", "nonzero", "__bool__", "__int__", "__float__", "__index__")
+
+    def __init__(self):
+        super().__init__()
+        self.seen = []
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        name = getattr(function, "__name__", "")
+        if name in self.NAMES:
+            self.seen.append((name, args[0].dtype))
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("counts", [(2, 0, 4), (0, 0, 0)])
+def test_matching_waits_for_the_device_once_for_float32(counts):
+    (logits, boxes), goal = predictions(), Targets.join(*targets(*counts))
+    with Waits() as waits:
+        match_targets(logits, boxes, goal, COSTS)
+    crossing, *later = waits.seen
+    assert crossing == ("cpu", torch.float32)
+    assert {name for name, _ in later} == {"numpy"}  # of what is on the CPU

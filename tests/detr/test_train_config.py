@@ -2,16 +2,14 @@
 
 import math
 from dataclasses import replace
-from functools import partial
 
 import pytest
 
-from detr.distributed import Process
-from detr.train import _sampler, build_optimizer, fit, learning_rate_factor
+from detr.optimizer import build_optimizer, learning_rate_factor
+from detr.train import fit
 from tests.detr.trainings import (
     CONFIG,
     CPU,
-    TINY,
     dataset_of,
     new_model,
 )
@@ -107,11 +105,3 @@ def test_costs_and_weights_that_cannot_be_meant_are_refused(part, change, messag
 def test_a_batch_larger_than_the_data_is_refused(dataset, batch_size):
     with pytest.raises(ValueError, match=f"train.batch_size is {batch_size}, but there are only 24 training images"):
         next(fit(new_model(), dataset, replace(CONFIG, batch_size=batch_size), CPU))
-
-
-@pytest.mark.parametrize(("change", "processes"), [({"max_skipped": 1}, 1), ({"batch_size": 12}, 2)])
-def test_batch_norm_refuses_what_its_statistics_cannot_do(dataset, change, processes):
-    sampler = partial(_sampler, dataset, new_model(config=replace(TINY, backbone_norm="batch")))
-    with pytest.raises(ValueError, match="model.backbone_norm is batch: its statistics need"):
-        sampler(replace(CONFIG, **change), Process(0, processes, CPU.device), 0)
-    sampler(replace(CONFIG, lr_backbone=0.0, **change), Process(0, processes, CPU.device), 0)  # frozen, it has none

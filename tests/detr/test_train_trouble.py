@@ -14,10 +14,11 @@ from pathlib import Path
 import pytest
 import torch
 
+from detr.checkpoint import build_model
 from detr.coco import CocoDataset
-from detr.diagnosis import NotFiniteError, first_non_finite
-from detr.model import build_model
-from detr.train import _sampler, fit, learning_rate_factor
+from detr.diagnosis import NotFiniteError, find_first_non_finite
+from detr.optimizer import learning_rate_factor
+from detr.train import build_sampler, fit
 from detr.transforms import TrainTransform, TransformConfig
 from pipelines.stage import explain
 from tests.damage import png
@@ -54,7 +55,7 @@ def test_predictions_that_are_not_finite_name_step_images_and_layer(dataset, obj
 
 def test_images_that_are_not_finite_are_told_from_layers():
     images = torch.full((1, 3, 64, 64), torch.nan)
-    assert first_non_finite(new_model(), images, None) == "input"
+    assert find_first_non_finite(new_model(), images, None) == "input"
 
 
 def test_labels_that_the_model_lacks_name_step_and_images(dataset):
@@ -152,7 +153,7 @@ def _no_garbage_collection():
 def test_a_loader_process_that_dies_is_named_with_its_image(dataset, monkeypatch, number):
     monkeypatch.setenv("DETR_WORKERS", "1")
     dataset = Deadly(dataset.annotations, dataset.archive, dataset.transform)
-    micro_batch = list(_sampler(dataset, new_model(), CONFIG, CPU, 0))[number]
+    micro_batch = list(build_sampler(dataset, CONFIG, CPU, 0))[number]
     dataset.deadly = micro_batch[2][1]
     image_id = int(dataset.annotations.image_ids[dataset.deadly])
     with pytest.raises(

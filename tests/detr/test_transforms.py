@@ -7,7 +7,16 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from detr.transforms import EvalTransform, TrainTransform, TransformConfig, View, apply_view, draw_view, fit_size, whole
+from detr.transforms import (
+    EvalTransform,
+    TrainTransform,
+    TransformConfig,
+    View,
+    apply_view,
+    draw_view,
+    fit_size,
+    view_whole,
+)
 
 PAPER = TransformConfig(
     scales=tuple(range(480, 801, 32)),
@@ -104,7 +113,7 @@ def test_an_image_without_objects(flip):
 def test_a_view_of_everything_changes_no_bit_and_flips_undo_themselves():
     image = torch.randint(256, (3, 40, 60), dtype=torch.uint8)
     boxes, labels = torch.tensor([[3.0, 4.0, 30.0, 21.0], [50.0, 0.0, 60.0, 40.0]]), torch.tensor([1, 2])
-    view = whole((40, 60), 40, 100)
+    view = view_whole((40, 60), 40, 100)
     for views in ([view], [replace(view, flip=True)] * 2):
         result = image, boxes, labels
         for view in views:

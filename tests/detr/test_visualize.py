@@ -7,10 +7,10 @@ import torch.nn.functional as F
 from torch import nn
 
 from detr.batch import Sample, collate, normalize
+from detr.checkpoint import build_model
 from detr.coco import CocoDataset, load_annotations
 from detr.images import open_images
-from detr.judge import from_results
-from detr.model import build_model
+from detr.metrics import from_results
 from detr.visualize import (
     COLOURS,
     HEAT,

@@ -6,9 +6,9 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from detr.checkpoint import build_model
 from detr.coco import CocoDataset, ImageArchive, load_annotations
 from detr.distributed import Process
-from detr.model import build_model
 from detr.train import fit
 from detr.transforms import TrainTransform, TransformConfig
 from tests.projects import TINY_MODEL, TINY_TRAIN

@@ -9,7 +9,7 @@ import zipfile
 
 import pytest
 
-from detr.judge import METRICS
+from detr.metrics import METRICS
 from tests.projects import commit, reference
 from tests.running import call, environment, mlflow_server
 
@@ -100,6 +100,19 @@ def test_nothing_to_do_the_second_time(project):
     for stage in ("download", "validate", "train", "evaluate"):
         assert f"Stage '{stage}' didn't change, skipping" in said
     assert "these weights were registered before" in said
+
+
+def test_code_runs_again_what_imports_it_and_nothing_else(project):
+    for name, again in (
+        ("detr/export.py", set()),
+        ("detr/loss.py", {"train"}),
+        ("detr/model.py", {"train", "evaluate"}),
+    ):
+        before = (project / name).read_bytes()
+        (project / name).write_bytes(before + b"# a comment\n")
+        said = call(project, "dvc", "status", "download", "validate", "train", "evaluate")
+        (project / name).write_bytes(before)
+        assert {line[:-1] for line in said.splitlines() if line.endswith(":") and line[0].isalpha()} == again, said
 
 
 def test_force_leaves_the_lock_byte_for_byte(project):

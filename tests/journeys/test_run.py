@@ -10,7 +10,7 @@ from contextlib import closing
 
 import pytest
 
-from detr.judge import METRICS
+from detr.metrics import METRICS
 from pipelines.workspace.git import is_dirty
 from pipelines.workspace.worktree import only_one
 from tests.projects import commit, reference, small_project

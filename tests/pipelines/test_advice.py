@@ -5,7 +5,7 @@ import errno
 import pytest
 from torch.distributed.elastic.multiprocessing.errors import ProcessFailure
 
-from detr.diagnosis import memory_explained
+from detr.diagnosis import explain_memory
 from pipelines.launch import explain_end
 from pipelines.registry.tracking import connect_to_models
 from pipelines.retraining.advice import AGAIN, STAGES, advise
@@ -14,7 +14,7 @@ from pipelines.stage import explain
 
 def out_of_memory():
     batch = type("Batch", (), {"images": type("Images", (), {"shape": (2, 3, 64, 64)}), "__len__": lambda self: 2})()
-    with pytest.raises(RuntimeError) as caught, memory_explained(batch, 2):
+    with pytest.raises(RuntimeError) as caught, explain_memory(batch, 2):
         raise MemoryError
     return str(caught.value)
 

@@ -10,9 +10,9 @@ from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
 from detr.annotation_file import complain, read_truth
-from detr.bootstrap import bootstrap_ap, match
+from detr.bootstrap import bootstrap_ap, match_detections
 from detr.coco import load_annotations
-from detr.judge import coco_metrics, from_results, to_results
+from detr.metrics import compute_coco_metrics, from_results, to_results
 from pipelines.data.tables import tabulate
 from pipelines.registry.gate import RegisterParams, check_protected, names_of
 from tests.downloads import fetch
@@ -57,8 +57,8 @@ def seen_by_all(folder):
     return {
         "gate": {name: table.drop(columns="digest", errors="ignore").to_json() for name, table in tables.items()},
         "training": {name: str(value) for name, value in vars(load_annotations(path)).items()},
-        "judge": coco_metrics(path, from_results(found)),
-        "registration": (names_of(path), bootstrap_ap([match(path, found)], 10, 0).tolist()),
+        "judge": compute_coco_metrics(path, from_results(found)),
+        "registration": (names_of(path), bootstrap_ap([match_detections(path, found)], 10, 0).tolist()),
     }
 
 
@@ -101,7 +101,7 @@ def test_every_unicode_is_read(source, tmp_path, encoding):
     path.write_bytes(json.dumps(json.loads(path.read_bytes()), ensure_ascii=False).encode(encoding))
     assert read_truth(path).file_names
     found = detections_like_in(path)
-    assert coco_metrics(path, found) == expected["judge"]
+    assert compute_coco_metrics(path, found) == expected["judge"]
     fetch(str(source), tmp_path / "coco", max_images=3)
     assert len(read_truth(tmp_path / "coco/instances_val.json").image_ids) == 3
 
@@ -150,7 +150,7 @@ def test_what_detection_uses_is_refused_with_key_and_value_by_all_alike(source, 
         path.write_bytes(original)
         written(source, lambda d, value=value: d[kind][1].update({key: value}))
         expected = complain(kind, 1, key, value)
-        for read in (load_annotations, names_of, lambda path: coco_metrics(path, np.zeros((0, 7)))):
+        for read in (load_annotations, names_of, lambda path: compute_coco_metrics(path, np.zeros((0, 7)))):
             with pytest.raises(ValueError, match=f"^{re.escape(f'{path}: {expected}')}$"):
                 read(path)
         table = tabulate(source, 1.0, 0.0)[f"val_{kind}"]
@@ -175,10 +175,10 @@ def test_numbers_are_taken_as_pycocotools_and_the_authors_take_them(source):
     found = from_results(detections_like(source / "instances_val.json", 3.0))
     path = written(source, loosely)
     written(source, lambda d: [a.pop("iscrowd") for a in d["annotations"] if not a["iscrowd"]])
-    assert coco_metrics(path, found) == expected["judge"]
+    assert compute_coco_metrics(path, found) == expected["judge"]
     assert {name: str(value) for name, value in vars(load_annotations(path)).items()} == expected["training"]
     assert (
-        match(path, found).objects.sum()
+        match_detections(path, found).objects.sum()
         == len(json.loads(path.read_bytes())["annotations"]) - read_truth(path).crowd.sum()
     )
 
@@ -187,11 +187,11 @@ def test_ids_of_annotations_change_no_number(source):
     """pycocotools takes an object of id 0 for none, which costs a hit."""
     path = source / "instances_val.json"
     found = from_results(detections_like(path, 3.0))
-    expected = coco_metrics(path, found)
+    expected = compute_coco_metrics(path, found)
     assert expected == dict(zip(expected, by_pycocotools(path, found), strict=True))
     for change in (lambda k: k, lambda k: -k - 1, lambda k: 0, lambda k: 10**15 - k):
         written(source, lambda d, change=change: [a.update(id=change(k)) for k, a in enumerate(d["annotations"])])
-        assert coco_metrics(path, found) == expected
+        assert compute_coco_metrics(path, found) == expected
 
 
 def by_pycocotools(path, found):
@@ -205,7 +205,7 @@ def by_pycocotools(path, found):
 
 def test_ids_of_images_and_categories_start_where_a_tool_starts_them(source):
     path = source / "instances_val.json"
-    expected = coco_metrics(path, from_results(detections_like(path, 3.0)))
+    expected = compute_coco_metrics(path, from_results(detections_like(path, 3.0)))
 
     def from_zero(document):
         for kind, key in (("images", "image_id"), ("categories", "category_id")):
@@ -216,5 +216,7 @@ def test_ids_of_images_and_categories_start_where_a_tool_starts_them(source):
                 a[key] = places[a[key]]
 
     written(source, from_zero)
-    assert coco_metrics(path, from_results(detections_like(path, 3.0)))["AP"] == pytest.approx(expected["AP"], abs=0.05)
+    assert compute_coco_metrics(path, from_results(detections_like(path, 3.0)))["AP"] == pytest.approx(
+        expected["AP"], abs=0.05
+    )
     assert load_annotations(path).category_ids[0] == load_annotations(path).image_ids[0] == 0

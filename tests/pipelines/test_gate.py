@@ -6,8 +6,8 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from detr.bootstrap import match
-from detr.judge import ap_per_class, coco_eval, from_results, precision_of
+from detr.bootstrap import match_detections
+from detr.metrics import average_per_class, evaluate_detections, from_results, read_precision
 from pipelines.registry.gate import (
     Judged,
     RegisterParams,
@@ -129,8 +129,8 @@ def test_an_unknown_protected_category_is_an_error(drawn, tmp_path):
 def test_the_ap_of_classes_is_cocos(drawn):
     path = drawn / "instances_val.json"
     found = detections_like(path, 4.0)
-    expected = [ap for _, ap, *_ in ap_per_class(precision_of(coco_eval(path, from_results(found))))]
-    ours = ap_of_classes(match(path, found), names_of(path))
+    expected = [ap for _, ap, *_ in average_per_class(read_precision(evaluate_detections(path, from_results(found))))]
+    ours = ap_of_classes(match_detections(path, found), names_of(path))
     assert list(ours.values()) == pytest.approx([ap for ap in expected if ap >= 0], abs=1e-12)
     assert list(ours) == [name for name, ap in zip(names_of(path), expected, strict=True) if ap >= 0]
 

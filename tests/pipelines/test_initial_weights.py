@@ -9,11 +9,11 @@ from safetensors.torch import load_file, save_file
 
 import pipelines.train
 from detr.backbone import ResNet
-from detr.checkpoint import Category, InputSize, load_model, save_model
+from detr.checkpoint import Category, InputSize, build_model, load_model, save_model
 from detr.coco import CocoDataset, ImageArchive, load_annotations
 from detr.distributed import Process
-from detr.model import build_model
-from detr.train import TrainConfig, fit
+from detr.train import fit
+from detr.train_config import TrainConfig
 from detr.transforms import TrainTransform
 from pipelines.params import from_document, merged, to_yaml
 from pipelines.train import StopRequest

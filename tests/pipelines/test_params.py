@@ -221,6 +221,6 @@ def test_what_is_seldom_meant_is_said(capsys):
     check(merged(ROOT, None, []))
     assert capsys.readouterr().err.splitlines() == [
         "warning: train.lr_drop_epoch is 400 of 3 epochs: the rate never drops",
-        "warning: model.backbone_norm is frozen without any weights: from random ones group or batch learn better",
+        "warning: model.backbone_norm is frozen without any weights: from random ones group learns better",
         "warning: train.warmup_steps is 1000 of 513 steps: train.lr is never reached",
     ]

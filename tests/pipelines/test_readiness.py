@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from detr.distributed import num_threads, process_group
+from detr.distributed import join_process_group, read_num_threads
 from detr.loader import Loader
 from pipelines import surroundings
 from pipelines.registry.tracking import connect, find_run, tracking_uri
@@ -161,20 +161,20 @@ def test_what_a_launcher_has_left_in_a_shell_starts_no_wait_for_peers(monkeypatc
     surroundings.settle()
     assert ("WORLD_SIZE" in os.environ) is launched
     if not launched:
-        with process_group() as process:
+        with join_process_group() as process:
             assert (process.rank, process.num_processes) == (0, 1)
 
 
 @pytest.mark.parametrize(("text", "number"), [("4,2", 4), ("1", 1), (" 3 , 2", 3), ("", 1)])
 def test_a_list_of_threads_is_legal(monkeypatch, text, number):
     monkeypatch.setenv("OMP_NUM_THREADS", text)
-    assert num_threads() == number
+    assert read_num_threads() == number
 
 
 def test_numbers_that_are_none_are_named(monkeypatch):
     monkeypatch.setenv("OMP_NUM_THREADS", "all")
     with pytest.raises(ValueError, match="OMP_NUM_THREADS is 'all', expected a number of threads, 1 or more"):
-        num_threads()
+        read_num_threads()
     monkeypatch.setenv("DETR_WORKERS", "-1")
     with pytest.raises(ValueError, match="DETR_WORKERS is '-1', expected a number of loader processes, 0 or more"):
         Loader(None, None, 32, torch.device("cpu"))

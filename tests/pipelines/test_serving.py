@@ -25,9 +25,9 @@ from safetensors.torch import load_file
 
 from detr.checkpoint import load_model
 from detr.coco import CocoDataset, load_annotations
-from detr.evaluate import detect_all
+from detr.detect import detect_all
 from detr.images import open_images
-from detr.judge import to_results
+from detr.metrics import to_results
 from detr.transforms import EvalTransform
 from tests import registered
 from tests.running import environment

@@ -13,8 +13,7 @@ import pytest
 import torch
 from torchvision.io import write_png
 
-from detr.checkpoint import Category, InputSize, save_model
-from detr.model import build_model
+from detr.checkpoint import Category, InputSize, build_model, save_model
 from pipelines.params import merged, to_yaml
 from pipelines.registry.mirror import Mirror
 from pipelines.registry.tracking import (

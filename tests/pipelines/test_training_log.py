@@ -8,14 +8,13 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from detr.checkpoint import load_state
+from detr.checkpoint import build_model, load_state
 from detr.coco import CocoDataset, ImageArchive, load_annotations
 from detr.distributed import Process
-from detr.judge import from_results
-from detr.model import build_model
+from detr.metrics import from_results
 from detr.train import fit
 from detr.transforms import EvalTransform, TrainTransform
-from pipelines.train import begins
+from pipelines.train import describe_start
 from pipelines.training_log import Log
 from tests.projects import TINY_MODEL, TINY_TRAIN, detections_like
 
@@ -92,8 +91,8 @@ def test_a_full_disk_is_a_warning_and_the_last_good_state_stays(trained, tmp_pat
 
 def test_other_hardware_is_said():
     two = replace(CPU, num_processes=2)
-    assert begins(None, two) == "starting with 2 processes on cpu"
-    assert begins({"step": 4, "num_processes": 2}, two) == "resuming at step 4 with 2 processes on cpu"
-    assert begins({"step": 4, "num_processes": 2}, CPU) == (
+    assert describe_start(None, two) == "starting with 2 processes on cpu"
+    assert describe_start({"step": 4, "num_processes": 2}, two) == "resuming at step 4 with 2 processes on cpu"
+    assert describe_start({"step": 4, "num_processes": 2}, CPU) == (
         "resuming at step 4 with 1 processes on cpu, not 2 as before: the same order of samples, other rounding"
     )

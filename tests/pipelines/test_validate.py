@@ -15,7 +15,7 @@ from PIL import Image
 
 from detr.coco import CocoDataset, load_annotations
 from detr.images import open_images
-from detr.judge import coco_metrics
+from detr.metrics import compute_coco_metrics
 from detr.transforms import EvalTransform
 from pipelines.data.rules import KINDS, ValidateParams, describe, rules
 from pipelines.data.tables import pictures_of, tabulate
@@ -170,7 +170,7 @@ def test_what_is_tolerated_of_errors_is_read_by_training_and_judged(source, tmp_
         dataset = CocoDataset(annotations, open_images(source / f"{split}.zip"), EvalTransform(64, 96))
         for index in range(len(dataset)):
             assert dataset[0, index].boxes_xyxy.isfinite().all()
-    metrics = coco_metrics(source / "instances_val.json", np.zeros((0, 7)))
+    metrics = compute_coco_metrics(source / "instances_val.json", np.zeros((0, 7)))
     assert metrics["AP"] == 0
 
 

@@ -3,11 +3,13 @@
 import ast
 import subprocess
 import sys
+from graphlib import TopologicalSorter
 from pathlib import Path
 
 import pytest
 
 import detr
+from pipelines.imports import list_imports, read_lazy_names, trace_imports
 from pipelines.params import SECTIONS, read_yaml
 from pipelines.workspace.dvc import stages
 from tests.running import ROOT, environment
@@ -53,13 +55,7 @@ def module_file(name):
 
 def reach(path):
     """The project's own files that a file imports, directly or not, with itself."""
-    seen, todo = set(), [path]
-    while todo:
-        path = todo.pop()
-        if path not in seen:
-            seen.add(path)
-            todo += [file for name in imports(path) if (file := module_file(name))]
-    return {file.relative_to(ROOT).as_posix() for file in seen}
+    return {file.relative_to(ROOT).as_posix() for file in trace_imports(path)}
 
 
 def top_level(path):
@@ -123,14 +119,17 @@ def test_versions_of_the_data_are_compared_without_torch():
 
 
 @pytest.mark.parametrize("stage", STAGES)
-def test_every_module_that_a_stage_imports_is_in_its_deps(stage):
-    deps = set(GRAPH[stage]["deps"])
-    packed = {"pipelines/serving/served_model.py"} if stage == "register" else set()
+def test_the_deps_of_a_stage_are_the_modules_that_it_imports(stage):
+    packed = reach(ROOT / "pipelines/serving/served_model.py") if stage == "register" else set()
     needed = reach(ROOT / f"pipelines/{stage}.py") | packed
-    if any(file.startswith("detr/") for file in needed):
-        needed.add("detr/__init__.py")
-    files = {file for file in needed if "detr" not in deps or not file.startswith("detr/")}
-    assert {dep for dep in deps if dep.endswith(".py")} == files
+    deps = GRAPH[stage]["deps"]
+    assert sorted(dep for dep in deps if dep.endswith(".py")) == sorted(needed)
+    assert not [dep for dep in deps if dep.startswith(("detr", "pipelines")) and not dep.endswith(".py")]
+
+
+def test_no_modules_import_each_other_in_a_circle():
+    files = [*modules(), *(ROOT / "detr").glob("*.py")]
+    TopologicalSorter({path: list_imports(path) for path in files}).prepare()
 
 
 def test_every_section_is_some_stages_and_every_stages_section_exists():
@@ -169,8 +168,11 @@ def test_nothing_happens_on_import(tmp_path):
     assert not list((tmp_path / "empty").iterdir())
 
 
-def test_every_exported_name_exists():
-    for name in detr.__all__:
+def test_every_exported_name_exists_and_has_its_type():
+    typed = read_lazy_names(ROOT / "detr/__init__.py")
+    assert set(detr.__all__) == set(typed) <= set(dir(detr))
+    for name, home in typed.items():
+        assert getattr(detr, name).__module__ == home
         assert getattr(detr, name).__name__ == name
     with pytest.raises(AttributeError, match="module 'detr' has no attribute 'nothing'"):
         _ = detr.nothing

@@ -6,7 +6,7 @@ import runpy
 import pytest
 import torch
 
-from detr.distributed import Process, process_group
+from detr.distributed import Process, join_process_group
 from tests.running import ROOT, call
 
 # The padded size is one for all images, because how much padding an image has counts, and a micro-batch has its own.
@@ -18,11 +18,10 @@ from pathlib import Path
 
 import torch
 
-from detr.backbone import BatchNorm
+from detr.checkpoint import build_model
 from detr.coco import CocoDataset, ImageArchive, load_annotations
-from detr.distributed import process_group
-from detr.evaluate import detect_all
-from detr.model import build_model
+from detr.detect import detect_all
+from detr.distributed import join_process_group
 from detr.train import fit
 from detr.transforms import TrainTransform
 from tests.projects import TINY_MODEL, TINY_TRAIN
@@ -34,12 +33,12 @@ def cut(image, boxes, labels, key):
     return image[:, : 64 + 7 * (key[1] % 5), : 96 - 9 * (key[1] % 3)], boxes, labels
 
 
-def measure(drawn, process, micro_batch, norm="frozen"):
+def measure(drawn, process, micro_batch):
     held_out = CocoDataset(load_annotations(drawn / "instances_val.json"), ImageArchive(drawn / "val.zip"), cut)
     annotations = load_annotations(drawn / "instances_train.json")
     dataset = CocoDataset(annotations, ImageArchive(drawn / "train.zip"), TrainTransform(CONFIG.transform, 0))
     torch.manual_seed(process.rank)  # the main process's weights are everybody's
-    model = build_model(replace(TINY_MODEL, backbone_norm=norm), len(annotations.category_ids))
+    model = build_model(replace(TINY_MODEL, backbone_norm="frozen"), len(annotations.category_ids))
     rows, detections = [], []
     for report in fit(model, dataset, replace(CONFIG, micro_batch=micro_batch), process):
         rows += [report.row] if report.row else []
@@ -48,37 +47,23 @@ def measure(drawn, process, micro_batch, norm="frozen"):
     return {"rows": rows, "weights": weights, "detections": detections}
 
 
-def normalized(process):
-    # Batch norm of this process's half or all of 8 images: result, gradients and statistics of all of them.
-    generator = torch.Generator().manual_seed(0)
-    x, slope = (3 + torch.randn(8, 4, 5, 6, generator=generator, dtype=torch.float64) for _ in range(2))
-    part = x.tensor_split(process.num_processes)[process.rank].requires_grad_()
-    norm = BatchNorm(4).double()
-    y = norm(part)
-    (y * slope.tensor_split(process.num_processes)[process.rank]).square().sum().backward()
-    by_image = [torch.cat(process.gather(value.detach())) for value in (y, part.grad)]
-    of_all = [process.sum(value.grad) for value in (norm.weight, norm.bias)]
-    return [value.flatten().tolist() for value in (*by_image, *of_all, norm.running_mean, norm.running_var)]
-
-
 if __name__ == "__main__":
     drawn, output, micro_batch = Path(sys.argv[1]), Path(sys.argv[2]), int(sys.argv[3])
-    with process_group() as process:
-        result = {norm: measure(drawn, process, micro_batch, norm) for norm in sys.argv[4:]}
-        result["norm"] = normalized(process)
-        result["ranks"] = process.gather(process.rank)
-        result["said"] = process.share(f"by {process.rank}")
+    with join_process_group() as process:
+        result = measure(drawn, process, micro_batch)
+        result["ranks"] = process.all_gather(process.rank)
+        result["said"] = process.broadcast(f"by {process.rank}")
         (output / f"{process.rank}.json").write_text(json.dumps(result))
 """
 
 
-def torchrun(script, drawn, output, processes, micro_batch, *norms):
+def torchrun(script, drawn, output, processes, micro_batch):
     """What every process of the script has computed."""
     run = "from torch.distributed.run import main; main()"
     call(
         output,
         *("python", "-c", run, "--standalone", "--nproc-per-node", str(processes), "--no-python"),
-        *("python", str(script), str(drawn), str(output), str(micro_batch), *norms),
+        *("python", str(script), str(drawn), str(output), str(micro_batch)),
         PYTHONPATH=str(ROOT),
         CUDA_VISIBLE_DEVICES="",
     )
@@ -92,43 +77,37 @@ def script(tmp_path_factory):
     return path
 
 
-def assert_close(result, expected, norm_rel=1e-5):
+def assert_close(result, expected):
     assert len(result["rows"]) == len(expected["rows"]) == 12
     for row, other in zip(result["rows"], expected["rows"], strict=True):
-        row_norm, other_norm = row.pop("grad_norm"), other["grad_norm"]
-        assert row == pytest.approx({name: other[name] for name in row}, rel=1e-5, abs=1e-12), other["step"]
-        assert row_norm == pytest.approx(other_norm, rel=norm_rel), other["step"]
+        assert row == pytest.approx(other, rel=1e-5, abs=1e-12), other["step"]
     assert result["weights"] == pytest.approx(expected["weights"], rel=1e-5)
 
 
 def test_any_number_of_processes_and_passes_computes_what_one_pass_does(script, drawn, tmp_path):
     torch.set_num_threads(1)
-    functions, alone = runpy.run_path(str(script)), Process(0, 1, torch.device("cpu"))
-    measure, normalized = functions["measure"], functions["normalized"]
+    measure, alone = runpy.run_path(str(script))["measure"], Process(0, 1, torch.device("cpu"))
     whole = measure(drawn, alone, 8)
     for micro_batch in (4, 1):
         assert_close(measure(drawn, alone, micro_batch), whole)
-    results = torchrun(script, drawn, tmp_path, 2, 4, "frozen", "batch")
+    results = torchrun(script, drawn, tmp_path, 2, 4)
     assert results[0] == results[1]
     assert (results[0]["ranks"], results[0]["said"]) == ([0, 1], "by 0")
-    assert_close(results[0]["frozen"], whole)
-    assert results[0]["frozen"]["detections"] == whole["detections"]
-    assert_close(results[0]["batch"], measure(drawn, alone, 8, "batch"), norm_rel=1e-3)
-    for share, expected in zip(results[0]["norm"], normalized(alone), strict=True):
-        assert share == pytest.approx(expected, rel=1e-12, abs=1e-12)
-    uneven = torchrun(script, drawn, tmp_path, 3, 1, "frozen")
-    assert_close(uneven[2]["frozen"], whole)
+    assert_close(results[0], whole)
+    assert results[0]["detections"] == whole["detections"]
+    uneven = torchrun(script, drawn, tmp_path, 3, 1)
+    assert_close(uneven[2], whole)
 
 
 def test_without_torchrun_a_process_is_alone(monkeypatch):
     for name in ("WORLD_SIZE", "RANK", "LOCAL_RANK"):
         monkeypatch.delenv(name, raising=False)
-    with process_group() as process:
+    with join_process_group() as process:
         assert (process.rank, process.num_processes, process.is_main) == (0, 1, True)
         value = torch.tensor([1.0, 2.0])
-        assert torch.equal(process.sum(value), torch.tensor([1.0, 2.0]))
-        assert process.share(value) is value
-        assert process.gather({"a": 1}) == [{"a": 1}]
+        assert torch.equal(process.all_reduce(value), torch.tensor([1.0, 2.0]))
+        assert process.broadcast(value) is value
+        assert process.all_gather({"a": 1}) == [{"a": 1}]
         assert not torch.distributed.is_initialized()
 
 
@@ -142,7 +121,7 @@ def test_threads_on_a_cpu_are_what_the_environment_says(threads, monkeypatch):
     monkeypatch.setenv("OMP_NUM_THREADS", threads)
     before = torch.get_num_threads()
     try:
-        with process_group() as process:
+        with join_process_group() as process:
             assert process.device.type == "cpu"
             assert torch.get_num_threads() == int(threads)
     finally:

@@ -26,7 +26,7 @@ def count_parameters(model: nn.Module) -> int:
     return sum(p.numel() for name, p in model.named_parameters() if not (fixed and name.startswith(fixed)))
 
 
-def multiply_adds(run: Callable[[], object]) -> int:
+def count_multiply_adds(run: Callable[[], object]) -> int:
     """Multiply-adds of convolutions and matrix products, those of attention too, in what `run` computes with PyTorch.
 
     Each counts once, as in detectron2's counter and the paper; PyTorch's own counts two floating-point operations.
@@ -37,8 +37,8 @@ def multiply_adds(run: Callable[[], object]) -> int:
     return int(counter.get_total_flops()) // 2
 
 
-def gflops(model: nn.Module, sizes_hw: Sequence[tuple[int, int]]) -> float:
-    """10^9 `multiply_adds` of one image, the mean over the input sizes in pixels; without computing anything.
+def count_gflops(model: nn.Module, sizes_hw: Sequence[tuple[int, int]]) -> float:
+    """10^9 `count_multiply_adds` of one image, the mean over the input sizes in pixels; without computing anything.
 
     A function of the architecture and the sizes alone. Raises ValueError without a size.
     """
@@ -48,13 +48,13 @@ def gflops(model: nn.Module, sizes_hw: Sequence[tuple[int, int]]) -> float:
 
     def of(size_hw: tuple[int, int]) -> int:
         image = torch.empty(1, 3, *size_hw, device="meta")
-        return multiply_adds(lambda: model(image))
+        return count_multiply_adds(lambda: model(image))
 
     total = sum(number * of(size_hw) for size_hw, number in Counter(sizes_hw).items())
     return total / len(sizes_hw) / 1e9
 
 
-def seconds(run: Callable[[], object], device: torch.device) -> float:
+def measure_seconds(run: Callable[[], object], device: torch.device) -> float:
     """Time that `run` takes on `device`, what it queues on a GPU included; without gradients."""
 
     def settle() -> None:
@@ -69,7 +69,9 @@ def seconds(run: Callable[[], object], device: torch.device) -> float:
     return time.perf_counter() - start
 
 
-def images_per_second(model: DETR, size_hw: tuple[int, int], device: torch.device, num_images: int = 20) -> float:
+def measure_images_per_second(
+    model: DETR, size_hw: tuple[int, int], device: torch.device, num_images: int = 20
+) -> float:
     """Images of one input size that the model answers per second, one at a time: by the median of `num_images`.
 
     Of the copy that `for_inference` makes, after two images of warm-up, from a normalised image on the device to
@@ -77,5 +79,5 @@ def images_per_second(model: DETR, size_hw: tuple[int, int], device: torch.devic
     """
     ready = for_inference(model).to(device)
     image = torch.zeros(1, 3, *size_hw, device=device)
-    times = [seconds(lambda: ready(image), device) for _ in range(2 + num_images)]
+    times = [measure_seconds(lambda: ready(image), device) for _ in range(2 + num_images)]
     return 1 / median(times[2:])

@@ -8,16 +8,16 @@ from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 from safetensors.numpy import load_file
 
-from detr.bootstrap import match
-from detr.judge import (
+from detr.bootstrap import match_detections
+from detr.metrics import (
     METRICS,
-    ap_per_class,
-    coco_eval,
-    coco_metrics,
-    confusion,
+    average_per_class,
+    compute_coco_metrics,
+    count_confusions,
+    evaluate_detections,
     from_results,
-    limits,
-    precision_of,
+    measure_errors,
+    read_precision,
     to_results,
 )
 from tests.running import ROOT
@@ -102,49 +102,56 @@ def by_hand(path, detections, category_ids=None):
 
 
 def test_the_published_result_is_reached(tmp_path):
-    metrics = coco_metrics(*published(tmp_path))
+    metrics = compute_coco_metrics(*published(tmp_path))
     assert tuple(metrics) == METRICS
     assert tuple(round(value, 6) for value in metrics.values()) == PUBLISHED
 
 
 def test_without_detections_everything_is_missed(truth):
-    judge = coco_eval(truth, np.zeros((0, 7)))
+    judge = evaluate_detections(truth, np.zeros((0, 7)))
     assert set(judge.stats) == {0.0}
     zeros, absent = (0.0, 0.0, 0.0, 0.0, 0.0), (-1.0, -1.0, -1.0, -1.0, -1.0)
-    assert [per[:2] for per in ap_per_class(precision_of(judge))] == [zeros[:2], absent[:2], zeros[:2], zeros[:2]]
+    assert [per[:2] for per in average_per_class(read_precision(judge))] == [
+        zeros[:2],
+        absent[:2],
+        zeros[:2],
+        zeros[:2],
+    ]
 
 
 def test_perfect_detections_have_an_ap_of_one(truth):
-    metrics = coco_metrics(truth, perfect(truth))
+    metrics = compute_coco_metrics(truth, perfect(truth))
     assert {name for name, value in metrics.items() if value != pytest.approx(1.0)} <= {"AR_1"}
 
 
 @pytest.mark.parametrize("seed", range(5))
 def test_every_figure_is_that_of_pycocotools(truth, capsys, seed):
     detections = noisy(truth, seed)
-    judge = coco_eval(truth, detections)
+    judge = evaluate_detections(truth, detections)
     assert capsys.readouterr().out == ""
     expected = by_hand(truth, detections)
     assert judge.stats.tolist() == expected.stats.tolist()
     assert 0.1 < judge.stats[0] < 0.9
-    assert np.array_equal(precision_of(judge), expected.eval["precision"])
-    for category_id, per_class in zip((3, 17, 44, 90), ap_per_class(precision_of(judge)), strict=True):
+    assert np.array_equal(read_precision(judge), expected.eval["precision"])
+    for category_id, per_class in zip((3, 17, 44, 90), average_per_class(read_precision(judge)), strict=True):
         stats = by_hand(truth, detections, [category_id]).stats
         assert per_class == pytest.approx((stats[1], stats[0], *stats[3:6]))
 
 
 def test_the_precision_of_the_published_detections_is_that_of_pycocotools(tmp_path):
     truth, detections = published(tmp_path)
-    assert np.array_equal(precision_of(coco_eval(truth, detections)), by_hand(truth, detections).eval["precision"])
+    assert np.array_equal(
+        read_precision(evaluate_detections(truth, detections)), by_hand(truth, detections).eval["precision"]
+    )
 
 
 def test_the_order_of_detections_changes_nothing(truth):
-    assert coco_metrics(truth, noisy(truth)[::-1]) == coco_metrics(truth, noisy(truth))
+    assert compute_coco_metrics(truth, noisy(truth)[::-1]) == compute_coco_metrics(truth, noisy(truth))
 
 
 def test_detections_in_images_that_do_not_exist_are_refused(truth):
     with pytest.raises(ValueError, match=r"detections are of image ids \[12345\], not in .*truth.json"):
-        coco_metrics(truth, np.array([[12345, 0, 0, 1, 1, 0.5, 3]]))
+        compute_coco_metrics(truth, np.array([[12345, 0, 0, 1, 1, 0.5, 3]]))
 
 
 OBJECTS = [(k, 100 * k, 50, 80, 80, 6400, 0, 3 if k < 3 else 44) for k in range(6)]  # one in each of six images
@@ -195,8 +202,8 @@ def invented(rows):
 )
 def test_an_error_is_found_under_its_name(tmp_path, change, kind):
     truth = write_truth(tmp_path / "truth.json", range(6), (3, 44), OBJECTS)
-    judge = coco_eval(truth, seen(change))
-    found = limits(judge)
+    judge = evaluate_detections(truth, seen(change))
+    found = measure_errors(judge)
     assert {name for name, (_, count) in found.items() if count} - {"missed"} <= {kind}
     gain, count = found[kind]
     assert count == 1
@@ -206,9 +213,17 @@ def test_an_error_is_found_under_its_name(tmp_path, change, kind):
 
 def test_confusions_are_counted_from_true_to_detected(tmp_path):
     truth = write_truth(tmp_path / "truth.json", range(6), (3, 44), OBJECTS)
-    assert confusion(coco_eval(truth, seen(other_category))).tolist() == [[2, 1, 0], [0, 3, 0], [0, 0, 0]]
-    assert confusion(coco_eval(truth, seen(without_first))).tolist() == [[2, 0, 1], [0, 3, 0], [0, 0, 0]]
-    assert confusion(coco_eval(truth, seen(invented))).tolist() == [[3, 0, 0], [0, 3, 0], [1, 0, 0]]
+    assert count_confusions(evaluate_detections(truth, seen(other_category))).tolist() == [
+        [2, 1, 0],
+        [0, 3, 0],
+        [0, 0, 0],
+    ]
+    assert count_confusions(evaluate_detections(truth, seen(without_first))).tolist() == [
+        [2, 0, 1],
+        [0, 3, 0],
+        [0, 0, 0],
+    ]
+    assert count_confusions(evaluate_detections(truth, seen(invented))).tolist() == [[3, 0, 0], [0, 3, 0], [1, 0, 0]]
 
 
 def confusion_by_hand(rows, found, num_categories):
@@ -243,11 +258,11 @@ def test_confusions_and_kinds_of_errors_are_those_of_a_naive_count(tmp_path, see
                 near = np.array(box) + rng.normal(0, 4, 4)
                 found.append([image_id, *near, rng.random(), rng.integers(1, 4)])
     truth, found = write_truth(tmp_path / "truth.json", (1, 2, 3), (1, 2, 3), rows), np.array(found)
-    matches = match(truth, found)
+    matches = match_detections(truth, found)
     on_crowds = matches.row[matches.ignored[:, 0]]
     judged = np.delete(found, on_crowds, axis=0)
-    assert confusion(coco_eval(truth, judged)).tolist() == confusion_by_hand(rows, judged, 3)
-    kinds = limits(coco_eval(truth, found))
+    assert count_confusions(evaluate_detections(truth, judged)).tolist() == confusion_by_hand(rows, judged, 3)
+    kinds = measure_errors(evaluate_detections(truth, found))
     wrong = int((~matches.hit & ~matches.ignored)[:, 0].sum())
     assert sum(count for kind, (_, count) in kinds.items() if kind != "missed") == wrong
     assert kinds["missed"][1] <= matches.objects.sum() - matches.hit[:, 0].sum()

@@ -1,4 +1,4 @@
-"""Detections of a model over a dataset, as rows of `detr.judge`. Q queries, L decoder layers, n detections."""
+"""Detections of a model over a dataset, as rows of `detr.metrics`. Q queries, L decoder layers, n detections."""
 
 from collections.abc import Callable, Iterator, Sequence
 
@@ -8,8 +8,8 @@ import torch
 from detr.batch import normalize
 from detr.coco import CocoDataset
 from detr.distributed import Process
-from detr.judge import COLUMNS
 from detr.loader import Loader
+from detr.metrics import COLUMNS
 from detr.model import DETR, for_inference
 from detr.postprocess import postprocess
 
@@ -17,7 +17,7 @@ PIXEL_DECIMALS, SCORE_DECIMALS = 4, 7
 
 
 @torch.no_grad()
-def detect(
+def detect_each(
     model: DETR,
     dataset: CocoDataset,
     indices: Sequence[int],
@@ -60,16 +60,16 @@ def detect_all(
     progress: Callable[[int], object] = lambda num_images: None,
     every_layer: bool = False,
 ) -> np.ndarray:
-    """`detect` for the whole dataset in its order [1 or L, n, 7], each process doing its share; every process gets all.
+    """The detections of the whole dataset in its order [1 or L, n, 7]: each process does its share, and gets all.
 
     `progress` is called with the number of images after each image of this process.
     """
     mine = range(process.rank, len(dataset), process.num_processes)
     found: list[np.ndarray] = []
-    for rows in detect(model, dataset, mine, size_multiple, process.device, every_layer):
+    for rows in detect_each(model, dataset, mine, size_multiple, process.device, every_layer):
         found.append(rows)
         progress(1)
-    parts = process.gather(found)
+    parts = process.all_gather(found)
     ordered = [parts[index % len(parts)][index // len(parts)] for index in range(len(dataset))]
     num_layers = model.config.num_decoder_layers if every_layer else 1
     return np.concatenate(ordered, axis=1) if ordered else np.zeros((num_layers, 0, COLUMNS))

@@ -7,9 +7,10 @@ import pytest
 import torch
 from torch import nn
 
-from detr.model import ModelConfig, build_model, for_inference
+from detr.checkpoint import build_model
+from detr.cost import count_gflops, count_multiply_adds, count_parameters, measure_images_per_second, measure_seconds
+from detr.model import ModelConfig, for_inference
 from detr.official import COCO_CATEGORIES
-from detr.speed import count_parameters, gflops, images_per_second, multiply_adds, seconds
 from detr.transformer import Attention
 from pipelines.params import from_document, merged
 from tests.projects import TINY_MODEL
@@ -30,7 +31,7 @@ def paper(name):
 def test_the_paper_counts_the_same(name, millions, expected):
     model = paper(name)
     assert round(count_parameters(model) / 1e6) == millions
-    assert gflops(model, [(800, 1131)]) == pytest.approx(expected, rel=0.01)  # as many pixels as COCO's mean
+    assert count_gflops(model, [(800, 1131)]) == pytest.approx(expected, rel=0.01)  # as many pixels as COCO's mean
 
 
 def test_parameters_are_those_that_learn():
@@ -45,26 +46,26 @@ def test_parameters_are_those_that_learn():
 
 def test_convolutions_are_counted_by_hand():
     layer = nn.Conv2d(3, 8, 3, stride=2, padding=1)
-    assert gflops(layer, [(10, 14)]) * 1e9 == pytest.approx(5 * 7 * 8 * 3 * 3 * 3)
+    assert count_gflops(layer, [(10, 14)]) * 1e9 == pytest.approx(5 * 7 * 8 * 3 * 3 * 3)
     grouped = nn.Conv2d(3, 6, (1, 3), groups=3)
-    assert gflops(grouped, [(4, 5)]) * 1e9 == pytest.approx(4 * 3 * 6 * 3)
+    assert count_gflops(grouped, [(4, 5)]) * 1e9 == pytest.approx(4 * 3 * 6 * 3)
 
 
 def test_linear_layers_and_attention_are_counted_by_hand():
     layer = nn.Linear(6, 5)
-    assert multiply_adds(lambda: layer(torch.zeros(2, 7, 6))) == 2 * 7 * 6 * 5
+    assert count_multiply_adds(lambda: layer(torch.zeros(2, 7, 6))) == 2 * 7 * 6 * 5
     attention = Attention(16, 4, dropout=0.0).eval().requires_grad_(False)
     query, key = torch.zeros(1, 5, 16), torch.zeros(1, 9, 16)
     projections = (5 + 9 + 9 + 5) * 16 * 16
-    assert multiply_adds(lambda: attention(query, key, key)) == projections + 2 * 5 * 9 * 16
+    assert count_multiply_adds(lambda: attention(query, key, key)) == projections + 2 * 5 * 9 * 16
 
 
 @pytest.mark.parametrize("norm", ["group", "frozen"])
 @pytest.mark.parametrize("stride", [16, 32])
 def test_meta_counts_what_a_real_device_computes(stride, norm):
     model = build_model(replace(TINY_MODEL, stride=stride, backbone_norm=norm), 3).eval().requires_grad_(False)
-    counted = multiply_adds(lambda: model(torch.rand(1, 3, 70, 90)))
-    assert gflops(model, [(70, 90)]) == counted / 1e9
+    counted = count_multiply_adds(lambda: model(torch.rand(1, 3, 70, 90)))
+    assert count_gflops(model, [(70, 90)]) == counted / 1e9
 
 
 def test_weights_mode_and_dropout_count_nothing():
@@ -73,23 +74,23 @@ def test_weights_mode_and_dropout_count_nothing():
     first = build_model(config, 3)
     second = build_model(config, 3)
     nn.init.zeros_(second.class_embed.weight)
-    assert gflops(first.train(), [(64, 96)]) == gflops(second.eval(), [(64, 96)])
-    assert gflops(build_model(TINY_MODEL, 3), [(64, 96)]) == gflops(first, [(64, 96)])
+    assert count_gflops(first.train(), [(64, 96)]) == count_gflops(second.eval(), [(64, 96)])
+    assert count_gflops(build_model(TINY_MODEL, 3), [(64, 96)]) == count_gflops(first, [(64, 96)])
 
 
 def test_images_count_by_their_number():
     model = build_model(TINY_MODEL, 3)
-    small, large = gflops(model, [(64, 64)]), gflops(model, [(96, 128)])
-    assert gflops(model, [(96, 128), (64, 64), (96, 128)]) == pytest.approx((small + 2 * large) / 3)
+    small, large = count_gflops(model, [(64, 64)]), count_gflops(model, [(96, 128)])
+    assert count_gflops(model, [(96, 128), (64, 64), (96, 128)]) == pytest.approx((small + 2 * large) / 3)
     with pytest.raises(ValueError, match="gflops got no sizes, expected \\(height, width\\) of at least one"):
-        gflops(model, [])
+        count_gflops(model, [])
 
 
 def test_the_model_stays_as_it_was():
     model = build_model(replace(TINY_MODEL, backbone_norm="frozen", dropout=0.1), 3)
     before = deepcopy(model.state_dict())
-    gflops(model, [(64, 64)])
-    assert images_per_second(model, (64, 64), CPU, num_images=2) > 0
+    count_gflops(model, [(64, 64)])
+    assert measure_images_per_second(model, (64, 64), CPU, num_images=2) > 0
     count_parameters(model)
     assert model.training
     assert all(p.requires_grad and p.device == CPU and p.grad is None for p in model.parameters())
@@ -106,5 +107,5 @@ def test_time_is_that_of_one_call_without_gradients():
         calls.append(torch.is_grad_enabled())
         model(torch.zeros(1, 3, 64, 64))
 
-    assert seconds(run, CPU) > 0
+    assert measure_seconds(run, CPU) > 0
     assert calls == [False]

@@ -43,7 +43,7 @@ def from_results(results: list[dict]) -> np.ndarray:
     return np.array(rows, dtype=np.float64).reshape(-1, COLUMNS)
 
 
-def coco_eval(annotations: Path, detections: np.ndarray) -> Any:
+def evaluate_detections(annotations: Path, detections: np.ndarray) -> Any:
     """hotcoco's COCOeval of detections [n, 7], summarised. ValueError names images that the annotations lack.
 
     Annotations count by their place, whatever their ids: pycocotools takes an object of id 0 for none.
@@ -77,16 +77,16 @@ def coco_eval(annotations: Path, detections: np.ndarray) -> Any:
     return judge
 
 
-def coco_metrics(annotations: Path, detections: np.ndarray) -> dict[str, float]:
+def compute_coco_metrics(annotations: Path, detections: np.ndarray) -> dict[str, float]:
     """COCO's 12 bbox numbers (0..1, -1 where the data has no such object) of detections [n, 7]."""
-    return metrics_of(coco_eval(annotations, detections))
+    return read_metrics(evaluate_detections(annotations, detections))
 
 
-def metrics_of(judge: Any) -> dict[str, float]:
+def read_metrics(judge: Any) -> dict[str, float]:
     return dict(zip(METRICS, map(float, judge.stats), strict=True))
 
 
-def precision_of(judge: Any) -> np.ndarray:
+def read_precision(judge: Any) -> np.ndarray:
     """The precision array [10, 101, C, 4, 3], -1 where a category is absent.
 
     Over IoU thresholds 0.50:0.05:0.95, recall thresholds 0:0.01:1, categories, areas all/small/medium/large, and
@@ -95,7 +95,7 @@ def precision_of(judge: Any) -> np.ndarray:
     return np.asarray(judge.eval["precision"])
 
 
-def ap_per_class(precision: np.ndarray) -> list[tuple[float, ...]]:
+def average_per_class(precision: np.ndarray) -> list[tuple[float, ...]]:
     """PER_CLASS of each category, -1 where it has no such object, from the precision array."""
 
     def mean(values: np.ndarray) -> float:
@@ -108,7 +108,7 @@ def ap_per_class(precision: np.ndarray) -> list[tuple[float, ...]]:
     ]
 
 
-def limits(judge: Any) -> dict[str, tuple[float, int]]:
+def measure_errors(judge: Any) -> dict[str, tuple[float, int]]:
     """By what limits the AP: AP50 that would be gained (0..1) if all errors of the kind were mended, and their number.
 
     Source: Bolya et al., TIDE: A General Toolbox for Identifying Object Detection Errors, ECCV 2020; an error is a
@@ -118,7 +118,7 @@ def limits(judge: Any) -> dict[str, tuple[float, int]]:
     return {name: (float(found["delta_ap"][key]), int(found["counts"][key])) for key, name in LIMITS.items()}
 
 
-def confusion(judge: Any) -> np.ndarray:
+def count_confusions(judge: Any) -> np.ndarray:
     """Counts [C+1, C+1] of true and, along columns, detected categories at IoU 0.50; the last is background.
 
     All detections count, those on crowds as of background: leave them out before.
