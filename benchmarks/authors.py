@@ -56,7 +56,7 @@ def build(variant: str, dropout: float) -> SimpleNamespace:
     """The authors' `model`, `criterion` and `postprocess` with random weights; every loss weighted as in the paper."""
     with importable(), warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        import models.backbone  # type: ignore[import-not-found]
+        import models.backbone
 
         models.backbone.is_main_process = lambda: False  # no download of the backbone
         backbone, dilation = VARIANTS[variant]
@@ -89,7 +89,7 @@ def paper_model(variant: str, theirs: Any = None, **changes: Any) -> Any:
 def nested(images: Any, padding: Any) -> Any:
     """A batch as the authors' model takes it."""
     with importable():
-        from util.misc import NestedTensor  # type: ignore[import-not-found]
+        from util.misc import NestedTensor
     return NestedTensor(images, padding)
 
 

@@ -85,7 +85,7 @@ def evaluate(side: str, folder: Path) -> list[float]:
         from pycocotools.coco import COCO
         from pycocotools.cocoeval import COCOeval
     else:
-        from faster_coco_eval import COCO  # type: ignore[import-not-found]
+        from faster_coco_eval import COCO
         from faster_coco_eval import COCOeval_faster as COCOeval
     held = COCO(str(truth))
     judge = COCOeval(held, held.loadRes(found), "bbox")

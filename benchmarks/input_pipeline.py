@@ -72,8 +72,8 @@ def write_dataset(folder: Path, files: list[bytes]) -> list[str]:
 def in_process(files: list[bytes], transform: TrainTransform, rounds: int) -> Rows:
     """Milliseconds per picture in memory, the authors' and ours."""
     with importable():
-        from datasets.coco import ConvertCocoPolysToMask, make_coco_transforms  # type: ignore[import-not-found]
-        from util.misc import collate_fn  # type: ignore[import-not-found]
+        from datasets.coco import ConvertCocoPolysToMask, make_coco_transforms
+        from util.misc import collate_fn
     their_transform, prepare = make_coco_transforms("train"), ConvertCocoPolysToMask()
     boxes = torch.tensor([record["bbox"] for record in RECORDS])
     boxes[:, 2:] += boxes[:, :2]
@@ -112,8 +112,8 @@ def in_process(files: list[bytes], transform: TrainTransform, rounds: int) -> Ro
 def by_workers(folder: Path, transform: TrainTransform, rounds: int) -> Rows:
     """Milliseconds per picture of two loaders with two workers: the authors' of single files, ours of an archive."""
     with importable(), contextlib.redirect_stdout(io.StringIO()):
-        from datasets.coco import CocoDetection, make_coco_transforms  # type: ignore[import-not-found]
-        from util.misc import collate_fn  # type: ignore[import-not-found]
+        from datasets.coco import CocoDetection, make_coco_transforms
+        from util.misc import collate_fn
 
         annotations = folder / "instances_train.json"
         theirs = CocoDetection(folder / "train", str(annotations), make_coco_transforms("train"), return_masks=False)

@@ -54,7 +54,7 @@ def retrain(api: str, overrides: list[str]) -> dict[str, Any]:
         run = requests.get(f"{api}/flow_runs/{run['id']}", timeout=30).json()
     if run["state_type"] != "COMPLETED":
         raise SystemExit(f"the run ended as {run['state_name']}: {run['state']['message']}")
-    query = {"flow_runs": {"id": {"any_": [run["id"]]}}, "sort": "EXPECTED_START_TIME_ASC"}
+    query: dict[str, Any] = {"flow_runs": {"id": {"any_": [run["id"]]}}, "sort": "EXPECTED_START_TIME_ASC"}
     stages = requests.post(f"{api}/task_runs/filter", json=query, timeout=30).json()
     start, end, created = (datetime.fromisoformat(run[name]) for name in ("start_time", "end_time", "created"))
     first = min(datetime.fromisoformat(stage["start_time"]) for stage in stages)

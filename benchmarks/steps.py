@@ -61,7 +61,7 @@ CLOCK = Clock()
 def our_step(model: DETR, config: TrainConfig, precision: str, compiling: bool) -> Callable[[Batch], None]:
     """The step of detr.train.fit."""
     detr.loss.match_targets = CLOCK.apart(match_targets)
-    model.to(DEVICE).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    model.to(DEVICE).to(memory_format=torch.channels_last)
     optimizer, gradient = build_optimizer(model, config), flatten_gradients(model).values
     runner = compile_model(model) if compiling else model
     autocast = partial(torch.autocast, DEVICE.type, torch.bfloat16, enabled=precision == "bfloat16")

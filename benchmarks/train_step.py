@@ -109,14 +109,14 @@ def prepare(preset: str, arguments: argparse.Namespace, folder: Path) -> Setup:
 
 def their_loader(setup: Setup, passes: int, num_workers: int) -> Iterable:
     with importable(), contextlib.redirect_stdout(io.StringIO()):
-        from datasets.coco import CocoDetection, make_coco_transforms  # type: ignore[import-not-found]
-        from util.misc import collate_fn  # type: ignore[import-not-found]
+        from datasets.coco import CocoDetection, make_coco_transforms
+        from util.misc import collate_fn
 
         transforms = make_coco_transforms("train" if isinstance(setup.dataset.transform, TrainTransform) else "val")
         annotations = str(setup.folder / "instances_train.json")
         dataset = CocoDetection(setup.folder / "train", annotations, transforms, return_masks=False)
     batches = [[index for _, index in keys] for keys in setup.keys] * passes
-    return DataLoader(dataset, batch_sampler=batches, collate_fn=collate_fn, num_workers=num_workers)  # type: ignore[arg-type]
+    return DataLoader(dataset, batch_sampler=batches, collate_fn=collate_fn, num_workers=num_workers)
 
 
 def one_pass(step: Callable, batches: list, parts: list[dict[str, float]] | None) -> None:

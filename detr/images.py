@@ -29,7 +29,7 @@ class Members(Mapping[str, tuple[int, int]]):
 
     def __getitem__(self, name: str) -> tuple[int, int]:
         key = _sort_key(name)
-        index = bisect_left(self.paths, key)  # type: ignore[type-var]
+        index = bisect_left(self.paths, key)
         found = self.paths[index] if index < len(self.paths) else b""
         if found != key and ("/" in name or not found.startswith(key)):
             raise KeyError(name)

@@ -57,7 +57,7 @@ class Loader:
         self.watched = _Watched(dataset, num_workers)
         self.loader: DataLoader[Any] = DataLoader(
             self.watched,
-            batch_sampler=batches,  # type: ignore[arg-type]
+            batch_sampler=batches,
             num_workers=num_workers,
             collate_fn=partial(collate, size_multiple=size_multiple),
             pin_memory=on_gpu,

@@ -159,12 +159,13 @@ def expectation(rule: Rule, num_rows: int, tolerated: int) -> Any:
 def quiet_context() -> Any:
     """A Great Expectations context in memory, whose stores never grow, without progress bars and data docs."""
     import great_expectations as gx
+    from great_expectations.data_context.types.base import ProgressBarsConfig
 
     logging.getLogger("great_expectations").setLevel(logging.ERROR)
     context = gx.get_context(mode="ephemeral")
-    context.variables.progress_bars = {"globally": False}
+    context.variables.progress_bars = ProgressBarsConfig(globally=False)
     for site in list(context.get_docs_sites_urls()):
-        context.delete_data_docs_site(site["site_name"])
+        context.delete_data_docs_site(str(site["site_name"]))
     return context
 
 

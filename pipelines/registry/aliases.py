@@ -56,10 +56,10 @@ def champions_file(path: str) -> Any:
         raise ValueError(f"{path} of version {best.version}, the champion, cannot be read: {error}") from error
 
 
-def run_file(client: "MlflowClient", run_id: str, path: str) -> bytes:
+def run_file(client: "MlflowClient", run_id: str | None, path: str) -> bytes:
     """A file among a run's artifacts. Raises ValueError where it has none, or it cannot be had."""
     with tempfile.TemporaryDirectory() as folder:
-        found = tracking.fetch_artifact(client, run_id, path, Path(folder))
+        found = tracking.fetch_artifact(client, run_id, path, Path(folder)) if run_id else None
         if found is None:
             raise ValueError(f"MLflow's run {run_id} has no {path}")
         return found.read_bytes()
@@ -78,7 +78,7 @@ def class_aps(client: "MlflowClient", version: "ModelVersion") -> dict[str, floa
     from mlflow.exceptions import MlflowException
 
     try:
-        metrics = client.get_run(version.run_id).data.metrics
+        metrics = client.get_run(version.run_id or "").data.metrics
     except MlflowException:
         return {}
     return {name.removeprefix(CLASS_AP): ap for name, ap in metrics.items() if name.startswith(CLASS_AP) and ap >= 0}

@@ -14,7 +14,7 @@ import sys
 import tempfile
 from importlib.metadata import version as installed
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from pipelines.data import pictures
 from pipelines.files import write_json
@@ -110,7 +110,7 @@ def detect(model: "PyFuncModel", image: bytes, threshold: float) -> dict[str, li
 
     asked = pd.DataFrame({"image": [base64.b64encode(image).decode()]})
     try:
-        (answer,) = model.predict(asked, params={"threshold": threshold}).to_dict("records")
+        (answer,) = cast(pd.DataFrame, model.predict(asked, params={"threshold": threshold})).to_dict("records")
     except MlflowException as error:
         raise ValueError(error.message.removeprefix("image 0: ")) from error
     return dict(answer)

@@ -184,10 +184,10 @@ def registered(root: Path, official: str) -> tuple[float | None, str]:
         with aliases.plainly("the search for an AP"):
             client = tracking.connect()
             for version in tracking.versions(client):
-                logged = client.get_run(version.run_id).data.params
+                logged = client.get_run(version.run_id or "").data.params
                 ap = float(version.tags.get("AP", "-1"))
                 same = all(logged.get(key) == value for key, value in wanted.items())
-                if same and (best is None or ap > best[0]) and of_val2017(client, version.run_id):
+                if same and (best is None or ap > best[0]) and of_val2017(client, version.run_id or ""):
                     best = ap, f"models:/{tracking.MODEL}/{version.version}"
     except ValueError as error:
         return None, f"not known: {error}"

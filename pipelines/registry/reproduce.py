@@ -55,7 +55,7 @@ def reproduce(root: Path, model: str) -> str:
     client = tracking.connect_to_models()
     version = tracking.named_version(client, model)
     name = f"models:/{tracking.MODEL}/{version.version}"
-    registered = Registered(name, version.run_id, dict(version.tags), {}, differences_here(version.tags))
+    registered = Registered(name, version.run_id or "", dict(version.tags), {}, differences_here(version.tags))
     commit = commit_of(root, registered)
     with worktree.only_one(root, say), worktree.worktree_at(root, f"reproduce-{version.version}", commit) as place:
         say(f"{name}: commit {commit[:12]}, in {place}")

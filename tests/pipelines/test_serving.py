@@ -26,6 +26,7 @@ from safetensors.torch import load_file
 from detr.checkpoint import load_model
 from detr.coco import CocoDataset, load_annotations
 from detr.detect import detect_all
+from detr.distributed import Process
 from detr.images import open_images
 from detr.metrics import to_results
 from detr.transforms import EvalTransform
@@ -41,7 +42,7 @@ def direct(model_folder, data):
     model, kinds, size = load_model(model_folder)
     record = load_annotations(data / "instances_val.json")
     dataset = CocoDataset(record, open_images(data / "val.zip"), EvalTransform(size.short, size.max_size))
-    process = SimpleNamespace(rank=0, num_processes=1, device=torch.device("cpu"), gather=lambda part: [part])
+    process = Process(0, 1, torch.device("cpu"))
     names = {kind.id: kind.name for kind in kinds}
     detections = to_results(detect_all(model, dataset, size.size_multiple, process)[0])
     answers = []
