@@ -24,7 +24,6 @@ from pipelines.data.sources import (
     addresses,
     is_url,
     pictures_in,
-    require_inside,
     sources_in,
     split_place,
 )
@@ -229,7 +228,6 @@ def _take_images(found: Found, target: Path, wanted: set[str] | None) -> None:
 
 
 def main() -> None:
-    require_inside(Path(), DATA)
     config, document = params.load("download", DownloadParams), params.read_yaml(Path("params.yaml"))
     seen = looks.look_at_files(Path(), document)
     download(config, DATA, DOWNLOADS)

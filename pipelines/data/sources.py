@@ -40,16 +40,6 @@ def sources_in(place: str, root: Path = Path()) -> FileSources:
     return FileSources(**places)
 
 
-def require_inside(root: Path, folder: Path) -> None:
-    """Raises ValueError for a folder of what DVC keeps that is a link, or lies in one, out of the project."""
-    leads = (root / folder).resolve()
-    if not leads.is_relative_to(root.resolve()):
-        raise ValueError(
-            f"{folder} is a link to {leads}, and DVC keeps nothing outside of the project; make it a folder, and have "
-            f"the cache on that disk: dvc cache dir --local {leads.parent / 'dvc-cache'}"
-        )
-
-
 def split_place(place: str, root: Path = Path()) -> tuple[str, str]:
     """The address of a place and the member of the zip there that is meant, mostly none.
 

@@ -8,10 +8,9 @@ from contextlib import closing
 from pathlib import Path
 from urllib.parse import unquote, urlparse
 
-from pipelines.data.layout import DATA
-from pipelines.data.sources import require_inside
 from pipelines.registry import tracking
 from pipelines.registry.database import prepare_database
+from pipelines.stage import require_inside
 
 ROOM = 256 * 2**20  # bytes of disk, below which not even the state of a small training fits
 
@@ -22,8 +21,7 @@ def check(root: Path) -> None:
     From here on MLFLOW_TRACKING_URI and PREFECT_HOME are the same in every folder that a stage runs in.
     """
     require_room(root)
-    for folder in (DATA, Path("artifacts")):
-        require_inside(root, folder)
+    require_inside(root)
     if home := os.environ.get("PREFECT_HOME"):
         os.environ["PREFECT_HOME"] = str(require_folder("PREFECT_HOME", Path(home).expanduser().absolute()))
     uri = os.environ["MLFLOW_TRACKING_URI"] = tracking.tracking_uri()

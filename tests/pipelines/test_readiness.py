@@ -117,7 +117,7 @@ def test_a_full_disk_and_a_home_of_prefect_that_is_no_folder_are_told(local, mon
 def test_data_that_is_a_link_to_another_disk_is_told_before_it_is_downloaded(local, tmp_path_factory):
     (local / "data").mkdir()
     (local / "data/coco").symlink_to(tmp_path_factory.mktemp("disk"))
-    with pytest.raises(ValueError, match="data/coco is a link to .*, and DVC keeps nothing outside .* dvc cache dir"):
+    with pytest.raises(ValueError, match="data/coco leads to .*, and DVC tracks nothing outside .* dvc cache dir"):
         readiness.check(local)
 
 
