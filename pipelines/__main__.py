@@ -41,7 +41,9 @@ def run(preset: str | None, overrides: list[str], refresh: bool) -> None:
         check_repository(root)
     dirty = not here and is_dirty(root)
     if not dirty:  # else the code of the commit checks what it has
-        check(parameters(root, preset, overrides))
+        document = parameters(root, preset, overrides)
+        check(document)
+        readiness.require_source(root, document, refresh)
     os.environ["PREFECT_HOME"] = os.environ.get("PREFECT_HOME") or str(root / ".prefect")
     os.environ.setdefault("PREFECT_SERVER_EPHEMERAL_STARTUP_TIMEOUT_SECONDS", "120")
     readiness.check(root)

@@ -1,5 +1,7 @@
 """What is known before a run begins: the registry, places, proxies, what launchers left."""
 
+import contextlib
+import json
 import os
 import sqlite3
 import sys
@@ -12,6 +14,8 @@ import torch
 from detr.distributed import num_threads, process_group
 from detr.loader import Loader
 from pipelines import surroundings
+from pipelines.data import looks
+from pipelines.params import merged
 from pipelines.registry.tracking import connect, find_run, tracking_uri
 from pipelines.retraining import readiness
 from tests.running import ROOT, call, free_port
@@ -119,6 +123,55 @@ def test_data_that_is_a_link_to_another_disk_is_told_before_it_is_downloaded(loc
     (local / "data/coco").symlink_to(tmp_path_factory.mktemp("disk"))
     with pytest.raises(ValueError, match="data/coco leads to .*, and DVC tracks nothing outside .* dvc cache dir"):
         readiness.check(local)
+
+
+def test_a_source_that_cannot_be_taken_is_told_at_once(source, tmp_path, monkeypatch):
+    for name in [name for name in os.environ if name.lower().endswith("_proxy")]:
+        monkeypatch.delenv(name)
+    document = merged(ROOT, None, ["download.source=source"])
+    readiness.require_source(tmp_path, document)
+    (source / "val.zip").rename(tmp_path / "away")
+    with pytest.raises(ValueError, match=r"source has neither val.zip nor a folder val/ with pictures"):
+        readiness.require_source(tmp_path, document)
+    (tmp_path / "dvc.lock").write_text(
+        json.dumps({"stages": {"download": {"params": {"params.yaml": {"download": document["download"]}}}}}),
+        encoding="utf-8",
+    )
+    readiness.require_source(tmp_path, document)  # DVC has what was taken of it
+    (tmp_path / "dvc.lock").unlink()
+    looks.keep_taken(looks.record_of(tmp_path, document), {}, {})
+    readiness.require_source(tmp_path, document)
+    with pytest.raises(ValueError, match="has neither val.zip"):
+        readiness.require_source(tmp_path, document, refresh=True)
+    (tmp_path / "file").touch()
+    for place, said in (
+        ("file", "'file': a file; give"),
+        ("gone", "no such folder"),
+        ("http://h/x", "one URL; give"),
+    ):
+        with pytest.raises(ValueError, match=f"download.source is .*{said}"):
+            readiness.require_source(tmp_path, merged(ROOT, None, [f"download.source={place}"]))
+
+
+@pytest.mark.parametrize(
+    ("places", "said"),
+    [
+        (("http://127.0.0.1:1/x",), ""),
+        ((f"http://{'a' * 64}.x/x", "http://127.0.0.1:1/x"), ""),
+        ((f"http://u:hush@{'a' * 64}.x/x?hush",), "http://a+.x/x cannot be fetched: a+.x is no known server .*; check"),
+        (("http:///x",), "http:///x cannot be fetched: http:///x names no server; check the address"),
+        (("http://h.invalid/x",), "http://h.invalid/x cannot be fetched: h.invalid is no known server .*; check the"),
+    ],
+)
+def test_a_server_without_a_known_name_is_told_at_once_but_behind_a_proxy(monkeypatch, places, said):
+    for name in [name for name in os.environ if name.lower().endswith("_proxy")]:
+        monkeypatch.delenv(name)
+    with pytest.raises(ValueError, match=said) if said else contextlib.nullcontext() as caught:
+        readiness.require_host(places)
+    assert "hush" not in str(caught)
+    monkeypatch.setenv("HTTP_PROXY", "http://proxy:1")
+    if "names no server" not in said:
+        readiness.require_host(places)
 
 
 @pytest.mark.parametrize(
