@@ -17,7 +17,7 @@ from pipelines.data import looks
 from pipelines.data.fetch import shown
 from pipelines.data.sources import FileSources, addresses, is_url, require_files, split_place
 from pipelines.params import read_yaml
-from pipelines.registry import tracking
+from pipelines.registry import access, tracking
 from pipelines.registry.database import prepare_database
 from pipelines.stage import require_inside
 
@@ -39,10 +39,7 @@ def check(root: Path) -> None:
     if database := tracking.database_of(uri):
         require_database(database)
         return
-    client = tracking.connect()
-    experiment = client.get_experiment_by_name(tracking.EXPERIMENT)
-    if experiment is not None:
-        require_store(experiment.artifact_location)
+    access.require_writable(tracking.connect())
 
 
 def require_source(root: Path, document: Any, refresh: bool = False) -> None:
@@ -135,10 +132,10 @@ def require_database(database: Path) -> None:
 
 
 def require_store(location: str) -> None:
-    """Raises ValueError where MLflow's files cannot be written there, or, of what is no folder here, not be listed."""
+    """Raises ValueError where MLflow's files cannot be written there."""
     if location.startswith("file://") or "://" not in location:
         folder = Path(unquote(urlparse(location).path) if "://" in location else location)
         existing = next(parent for parent in (folder, *folder.parents) if parent.exists())
         require_folder("the folder of MLflow's files", existing)
         return
-    tracking.list_store(location)
+    access.require_store(location)

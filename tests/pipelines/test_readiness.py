@@ -5,7 +5,9 @@ import json
 import os
 import sqlite3
 import sys
+import threading
 from contextlib import closing
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
@@ -16,6 +18,7 @@ from detr.loader import Loader
 from pipelines import surroundings
 from pipelines.data import looks
 from pipelines.params import merged
+from pipelines.registry import access
 from pipelines.registry.tracking import connect, find_run, tracking_uri
 from pipelines.retraining import readiness
 from tests.running import ROOT, call, free_port
@@ -100,8 +103,59 @@ def test_a_store_without_credentials_is_told(local, monkeypatch):
     monkeypatch.setenv("AWS_CONFIG_FILE", os.devnull)
     monkeypatch.setenv("AWS_SHARED_CREDENTIALS_FILE", os.devnull)
     monkeypatch.setenv("MLFLOW_S3_ENDPOINT_URL", f"http://127.0.0.1:{free_port()}")
-    with pytest.raises(ValueError, match="MLflow's files at s3://bucket/x cannot be reached .*credentials"):
+    with pytest.raises(ValueError, match="MLflow's files at s3://bucket/x cannot be written .*credentials"):
         readiness.check(local)
+
+
+class Refusing(BaseHTTPRequestHandler):
+    """Answers as a tracking server, or what stands before it, that refuses; `server.refusal` says what."""
+
+    def do_GET(self):
+        self.rfile.read(int(self.headers.get("Content-Length", 0)))
+        refusal, status, body = self.server.refusal, 200, '{"experiments": []}'
+        if refusal == "login":
+            body = "<html>Log in</html>"
+        elif refusal == "401" or "/search" not in self.path:
+            status, body = int(refusal), "no"
+        if "get-by-name" in self.path:
+            status, body = 404, '{"error_code": "RESOURCE_DOES_NOT_EXIST", "message": "none"}'
+        self.send_response(status)
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        self.wfile.write(body.encode())
+
+    do_POST = do_GET
+
+    def log_message(self, *parts):
+        pass
+
+
+@pytest.mark.parametrize(
+    ("refusal", "said"),
+    [
+        ("login", "wants a login .*; set MLFLOW_TRACKING_USERNAME and .* or unset MLFLOW_TRACKING_URI"),
+        ("401", "wants a login .*error code 401"),
+        ("403", "answers, but refuses what a run writes .*; set MLFLOW_TRACKING_USERNAME .* of one who may write"),
+        ("500", "answers, but refuses what a run writes .*500.*, see to its database, or unset"),
+    ],
+)
+def test_a_registry_that_answers_and_takes_nothing_is_told(here, monkeypatch, refusal, said):
+    with ThreadingHTTPServer(("127.0.0.1", 0), Refusing) as server:
+        server.refusal = refusal
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        monkeypatch.setenv("MLFLOW_TRACKING_URI", f"http://127.0.0.1:{server.server_address[1]}")
+        monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
+        with pytest.raises(ValueError, match=f"MLflow at http://127.0.0.1:.* {said}"):
+            readiness.check(here)
+        server.shutdown()
+
+
+def test_a_registry_that_takes_all_keeps_nothing_of_the_trial_but_a_tag(client, tmp_path):
+    access.require_writable(client)
+    access.require_writable(client)
+    assert client.get_experiment_by_name("detr").tags["project"] == "detr"
+    assert client.get_registered_model("detr").tags == {"project": "detr"}
+    assert not list((tmp_path / "mlartifacts").rglob("*"))
 
 
 def test_a_full_disk_and_a_home_of_prefect_that_is_no_folder_are_told(local, monkeypatch):
