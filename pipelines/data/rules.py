@@ -5,6 +5,7 @@ from typing import Any, NamedTuple
 
 from pipelines.params import nearest
 
+LONGEST = 40  # times a picture's short side; as long as that, 1333 pixels are one cell of 32 pixels wide
 KINDS = ("images", "annotations", "categories", "archive", "drift")
 
 
@@ -109,6 +110,8 @@ def _of_images(config: ValidateParams, num_queries: int) -> list[Rule]:
              "{file_name!r} is in {mode}"),
         Rule("picture_upright", "warning", "pictures have no EXIF turn, which training ignores", "orientation", 1,
              "{file_name!r} has EXIF orientation {orientation}: its boxes must be of the picture as it is stored"),
+        Rule("picture_shape", "warning", f"no side of a picture is more than {LONGEST} times the other", "elongation",
+             (None, LONGEST), "{file_name!r} is {width} x {height}: training sees next to nothing of it; cut it up"),
         Rule("picture_unique", "warning", "pictures differ from each other", "repeated", False,
              "{file_name!r} has the bytes of {twin!r}"),
         Rule("picture_held_out", "error", "validation pictures are not among the training ones", "leaked", False,

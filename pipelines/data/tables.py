@@ -200,6 +200,7 @@ def _look_at_pictures(path: Path, images: pd.DataFrame, decoded_share: float) ->
     images["whole"] = [p is None or p.whole for p in opened]
     images["decodes"] = [p is None or p.decodes or not p.whole for p in opened]
     images["size_agrees"] = ((real[:, 0] == width) & (real[:, 1] == height)) | np.isnan(real[:, 0] + width + height)
+    images["elongation"] = np.maximum(width, height) / np.minimum(width, height)
     images["format_agrees"] = [p is None or p.format == kind for p, kind in zip(opened, named, strict=True)]
     images["real_width"], images["real_height"] = real.T
     images["format"] = [p.format if p else "" for p in opened]

@@ -214,6 +214,16 @@ def _(d):
     d.set_picture(1, encoded(d.picture(1), "JPEG", exif=exif))
 
 
+@defect("a picture that is one pixel high", "picture_shape", "warning", ids=image(1))
+def _(d):
+    file = io.BytesIO()
+    Image.open(io.BytesIO(d.picture(1))).resize((20_000, 1)).save(file, "JPEG")
+    d.set_picture(1, file.getvalue())
+    d["images", 1].update(width=20_000, height=1)
+    for k, a in enumerate(a for a in d.json["train"]["annotations"] if a["image_id"] == d["images", 1]["id"]):
+        a.update(bbox=[50 * k, 0, 50, 1], area=50)
+
+
 @defect("one picture twice", "picture_unique", "warning", ids=image(0, 1), count=2)
 def _(d):
     d.set_picture(1, d.picture(0))
