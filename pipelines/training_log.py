@@ -19,6 +19,7 @@ from detr.coco import CocoDataset
 from detr.judge import coco_metrics
 from detr.train import Report, TrainConfig
 from detr.visualize import beside_truth
+from pipelines.labels import drawable, picture_font
 from pipelines.progress import Progress
 from pipelines.registry.mirror import Mirror
 from pipelines.stage import explain
@@ -114,10 +115,13 @@ class Log:
         row.update(coco_metrics(self.truth, detections))
         if self.config.keep == "best" and row["AP"] > highest:
             self.best = {name: value.detach().cpu().clone() for name, value in report.model.state_dict().items()}
+        names = self.held_out.annotations.category_names
+        drawn, font = drawable(names), picture_font(names)
         for index in range(min(NUM_PICTURES, len(self.held_out))):
             path = self.folder / "pictures" / f"epoch_{report.epoch + 1:03d}_{index}.png"
             path.parent.mkdir(exist_ok=True)
-            write_png(beside_truth(self.held_out, detections, index, PICTURE_THRESHOLD), str(path))
+            picture = beside_truth(self.held_out, detections, index, PICTURE_THRESHOLD, drawn, font)
+            write_png(picture, str(path))
             self.mirror.put_picture(path)
         self._publish(report)
 
