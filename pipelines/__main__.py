@@ -12,6 +12,7 @@ from typing import Any
 
 from pipelines import params
 from pipelines.files import write_json
+from pipelines.labels import say_metric
 from pipelines.registry import tracking
 from pipelines.retraining import readiness
 from pipelines.stage import command
@@ -74,8 +75,9 @@ def summarize(evaluated: Path, registered: Path) -> None:
     )
     python = os.path.relpath(sys.executable)
     print()
+    few = "  (so few images cannot rule it out)" if metrics["AP"] == 0 < metrics["AP_high"] else ""
     for name, value in metrics.items():
-        print(f"{name:<20}{value:.3f}")
+        print(f"{name:<20}{say_metric(value)}{few * (name == 'AP_high')}")
     print(f"\nmodel     {version['name']} version {version['version']}: models:/{version['name']}/{version['version']}")
     print(f"pictures  {os.path.relpath(evaluated / 'plots')}/")
     for title, verb in (

@@ -1,4 +1,4 @@
-"""Names of categories as they are drawn, whatever they hold: a short line, in a font that has its letters."""
+"""Names and numbers as a person reads them: any name as a short line, in a font that has its letters; no -1."""
 
 import unicodedata
 from collections.abc import Iterable, Iterator
@@ -6,9 +6,15 @@ from contextlib import contextmanager, suppress
 from functools import cache
 from typing import Any
 
+ABSENT = -1.0  # COCO's number where the data has no such object
 LONGEST = 40  # characters of a label
 LATIN = "".join(map(chr, range(256)))
 FONT = "DejaVu Sans"  # comes with matplotlib: the same letters everywhere
+
+
+def say_metric(value: float, digits: int = 3) -> str:
+    """One of COCO's numbers for people, who take -1 for a bad one."""
+    return "no such objects" if value == ABSENT else f"{value:.{digits}f}"
 
 
 def shorten(name: str) -> str:

@@ -19,7 +19,7 @@ from detr.coco import CocoDataset
 from detr.judge import coco_metrics
 from detr.train import Report, TrainConfig
 from detr.visualize import beside_truth
-from pipelines.labels import drawable, picture_font
+from pipelines.labels import drawable, picture_font, say_metric
 from pipelines.progress import Progress
 from pipelines.registry.mirror import Mirror
 from pipelines.stage import explain
@@ -94,7 +94,7 @@ class Log:
         parts = " ".join(f"{name} {row[f'loss_{name}']:.3f}" for name in ("class", "box", "giou"))
         said = [f"epoch {report.epoch + 1}/{self.config.epochs}: loss {row['loss']:.3f} {parts}"]
         if "AP" in row:
-            said.append(f"AP {row['AP']:.3f} AP50 {row['AP50']:.3f}")
+            said.append(f"AP {say_metric(row['AP'])} AP50 {say_metric(row['AP50'])}")
         if self.timing:
             left = (report.total_steps - report.step) * self.config.batch_size / self.timing["images_per_second"]
             said += [speed, f"{self.timing['data_wait']:.0%} waiting for data", f"{left / 60:.0f} min left"]

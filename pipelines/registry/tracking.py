@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
+from pipelines.labels import ABSENT
 from pipelines.registry.database import EXPERIMENT, artifacts_beside, prepare_database, quieten_mlflow
 from pipelines.stage import project
 
@@ -63,8 +64,7 @@ def require_known(uri: str) -> None:
 
 def is_there() -> bool:
     """Whether there can be anything yet: a server, or a database file that was made before."""
-    database = database_of(tracking_uri())
-    return database is None or database.exists()
+    return (database := database_of(tracking_uri())) is None or database.exists()
 
 
 def connect() -> "MlflowClient":
@@ -209,7 +209,7 @@ def _key(name: str) -> str:
 
 
 def _values(row: dict[str, float]) -> list[tuple[str, float]]:
-    return [(name, value) for name, value in row.items() if name != "step"]
+    return [(name, value) for name, value in row.items() if name != "step" and value != ABSENT]
 
 
 def sha256(path: Path) -> str:
