@@ -5,8 +5,9 @@ of a detector's AP, and of the gain of a second detector over it, by random halv
 by the usual bootstrap, which draws as many images with replacement: its percentiles as they are, shifted to the AP, and
 shifted by as much again as they lie above it. Counted are the sets whose interval holds the population's AP or gain,
 and those in which the gate would find a detector better by more than it is, which should be 5%.
-Populations: 3 classes and 2 objects an image; 3 classes, two of them rare, and 13 objects; 80 classes of COCO's shares
-and 7 objects. In each, images, objects and classes differ in how hard they are, and scores go with the overlap.
+Populations: 3 classes and 2 objects an image; 3 classes, two of them rare, and 13 objects; 20 classes, from many to
+few, and 5 objects; 80 classes of COCO's shares and 7 objects. In each, images, objects and classes differ in how hard they are, and
+scores go with the overlap.
 """
 
 import argparse
@@ -27,6 +28,7 @@ GAIN = 0.1  # in the logit of the overlap
 POPULATIONS = {  # shares of the classes, objects of an image, false detections of an image
     "3 classes": (np.ones(3), 2, 3),
     "3 classes, 2 rare": (np.array([85, 8, 7]), 13, 10),
+    "20 classes": (1 / np.arange(1, 21), 5, 8),
     "80 classes": (1 / np.arange(1, 81), 7, 10),
 }
 

@@ -6,7 +6,6 @@ so that the gate does not wait for it. N images, M annotations, C categories.
 """
 
 import json
-import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -157,14 +156,14 @@ def text(value: Any) -> str | None:
 
 def number(value: Any) -> float | None:
     """A number, infinite too, but not NaN."""
-    exact = type(value) is int and abs(value) < 2**53
-    return float(value) if exact or (type(value) is float and value == value) else None
+    held = type(value) is int and abs(value) < 10**308
+    return float(value) if held or (type(value) is float and value == value) else None
 
 
 def box(value: Any) -> list[float] | None:
     if not isinstance(value, list) or len(value) != 4:
         return None
-    numbers = [n for v in value if (n := number(v)) is not None and math.isfinite(n)]
+    numbers = [n for v in value if (n := number(v)) is not None and abs(n) < 2**53]
     return numbers if len(numbers) == 4 else None
 
 
@@ -181,19 +180,20 @@ class Reading(NamedTuple):
     expected: str
 
 
-ID = Reading(natural, "a whole number from 0 to 2^53, which JSON readers keep exactly")
+ID = Reading(natural, "a whole number, 0 or more and below 2^53")
+SIDE = Reading(side, "a whole number of pixels, 1 or more and below 2^53")
 READINGS: dict[str, dict[str, Reading]] = {
     "images": {
         "id": ID,
         "file_name": Reading(text, "a file name"),
-        "height": Reading(side, "a whole number of pixels, 1 or more"),
-        "width": Reading(side, "a whole number of pixels, 1 or more"),
+        "height": SIDE,
+        "width": SIDE,
     },
     "annotations": {
-        "id": Reading(whole, "a whole number"),
+        "id": Reading(whole, "a whole number between -2^53 and 2^53"),
         "image_id": ID,
         "category_id": ID,
-        "bbox": Reading(box, "four finite numbers, [left, top, width, height] in pixels"),
+        "bbox": Reading(box, "four finite numbers below 2^53, [left, top, width, height] in pixels"),
         "area": Reading(number, "a number"),
         "iscrowd": Reading(flag, "0 or 1"),
     },
@@ -216,7 +216,17 @@ def _area(entry: AnnotationEntry) -> float:
 
 def complain(kind: str, index: int, key: str, value: Any) -> str:
     """`annotations[3].iscrowd is 2, expected 0 or 1`"""
-    return f"{kind}[{index}].{key} is {shown(value)}, expected {READINGS[kind][key].expected}"
+    read, expected = READINGS[kind][key]
+    hint = ", without quotes" if isinstance(value, str) and read(_unquoted(value)) is not None else ""
+    return f"{kind}[{index}].{key} is {shown(value)}, expected {expected}{hint}"
+
+
+def _unquoted(text: str) -> Any:
+    """What a short text says as JSON; None where it is none."""
+    try:
+        return json.loads(text) if len(text) < 80 else None
+    except ValueError:
+        return None
 
 
 def shown(value: Any) -> str:

@@ -198,6 +198,11 @@ def bootstrap_ap(matches: Sequence[Matches], num_resamples: int, seed: int) -> n
     images as this lies from that of all images there could be; drawing all with replacement has no new image, and
     finds less spread than there is (benchmarks/ap_interval.py). Each row is shifted to have the AP of the images
     themselves as its mean. Raises ValueError for matches with different images or objects.
+
+    AP itself is biased upward, by more than halves show, so an interval of 95% holds the AP of all images in 93 to 95%
+    of sets with 3 classes (50 to 500 images; the bias at 500 is 0.0035, a quarter of the spread), in 90% with 20
+    classes on 50 images, in 85% with 80. More resamples change nothing, and taking off the bias that halves show covers
+    less often. The bias of two models cancels: intervals of differences hold them in 94 to 96%.
     Source: Shao and Wu, A General Theory for Jackknife Variance Estimation, Annals of Statistics 17, 1989.
     """
     objects = [m.objects for m in matches]

@@ -57,11 +57,16 @@ class View:
 
 
 def fit_size(size_hw: tuple[int, int], short: int, max_size: int) -> tuple[int, int]:
-    """The (height, width) with the short side at `short`, or less where the long side would pass `max_size`."""
+    """The (height, width) with the short side at `short`, or less where the long side would pass `max_size`.
+
+    Of an image so long that its short side would be none, which the authors' code cannot resize, that is one pixel.
+    """
+    height, width = size_hw
     low, high = min(size_hw), max(size_hw)
     if high / low * short > max_size:
-        short = max(1, round(max_size * low / high))
-    height, width = size_hw
+        short = round(max_size * low / high)
+        if not short:
+            return (1, max_size) if height <= width else (max_size, 1)
     return (short, int(short * width / height)) if height <= width else (int(short * height / width), short)
 
 

@@ -14,6 +14,7 @@ from typing import Any
 from pipelines import params
 from pipelines.arguments import PORTS, build_parser
 from pipelines.files import write_json
+from pipelines.labels import say_metric
 from pipelines.registry import tracking
 from pipelines.retraining import readiness
 from pipelines.stage import command
@@ -42,7 +43,9 @@ def run_pipeline(arguments: argparse.Namespace) -> None:
         check_repository(root)
     dirty = not here and is_dirty(root)
     if not dirty:  # else the code of the commit checks what it has
-        check(parameters(root, preset, overrides))
+        document = parameters(root, preset, overrides)
+        check(document)
+        readiness.require_source(root, document, arguments.refresh)
     os.environ["PREFECT_HOME"] = os.environ.get("PREFECT_HOME") or str(root / ".prefect")
     os.environ.setdefault("PREFECT_SERVER_EPHEMERAL_STARTUP_TIMEOUT_SECONDS", "120")
     readiness.check(root)
@@ -73,8 +76,9 @@ def summarize(evaluated: Path, registered: Path) -> None:
     )
     python = os.path.relpath(sys.executable)
     print()
+    few = "  (so few images cannot rule it out)" if metrics["AP"] == 0 < metrics["AP_high"] else ""
     for name, value in metrics.items():
-        print(f"{name:<20}{value:.3f}")
+        print(f"{name:<20}{say_metric(value)}{few * (name == 'AP_high')}")
     print(f"\nmodel     {version['name']} version {version['version']}: models:/{version['name']}/{version['version']}")
     print(f"pictures  {os.path.relpath(evaluated / 'plots')}/")
     for title, verb in (

@@ -26,7 +26,7 @@ from pipelines.data.sources import (
     addresses,
     is_url,
     pictures_in,
-    require_inside,
+    require_files,
     sources_in,
     split_place,
 )
@@ -129,16 +129,13 @@ def _all_or_none(data: Path) -> Iterator[Path]:
 
 
 def _remotes(config: DownloadParams, source: FileSources) -> list[Remote]:
-    """What is to be fetched. Raises ValueError for local files that do not exist or differ from their checksum."""
+    """What is to be fetched. Raises ValueError for local files that cannot be taken or differ from their checksum."""
+    require_files(source)
     remotes = []
     for place in dict.fromkeys(split_place(place)[0] for place in asdict(source).values()):
         sha256 = config.sha256.get(place, "").lower()
         if is_url(place):
             remotes.append(Remote(addresses(place, config.mirrors), sha256))
-        elif not Path(place).exists():
-            raise ValueError(f"download.source: {place} does not exist")
-        elif not Path(place).is_file() and not Path(place).is_dir():
-            raise ValueError(f"download.source: {place} is neither a file nor a folder")
         elif sha256:
             with Path(place).open("rb") as file:
                 got = hashlib.file_digest(file, "sha256").hexdigest()
@@ -237,7 +234,6 @@ def _take_images(found: Found, target: Path, wanted: set[str] | None) -> None:
 
 
 def main() -> None:
-    require_inside(Path(), DATA)
     config, document = params.load("download", DownloadParams), params.read_yaml(Path("params.yaml"))
     seen = looks.look_at_files(Path(), document)
     download(config, DATA, DOWNLOADS)

@@ -35,7 +35,7 @@ from pipelines import figures, params
 from pipelines.data.layout import DATA
 from pipelines.figures import EvaluateParams
 from pipelines.files import write_json
-from pipelines.labels import drawable, picture_font
+from pipelines.labels import ABSENT, drawable, picture_font, say_metric
 from pipelines.progress import Progress
 from pipelines.stage import command
 
@@ -62,7 +62,8 @@ def evaluate(config: EvaluateParams, data: Path, model_folder: Path, output: Pat
     judges = [evaluate_detections(truth, detections) for detections in layers]
     metrics = read_metrics(judges[-1])
     resampled = bootstrap_ap([match_detections(truth, layers[-1])], config.num_resamples, config.seed)[0]
-    metrics["AP_low"], metrics["AP_high"] = find_interval(resampled, config.confidence, len(dataset), lowest=0)
+    ends = find_interval(resampled, config.confidence, len(dataset), lowest=0)
+    metrics["AP_low"], metrics["AP_high"] = ends if metrics["AP"] != ABSENT else (ABSENT, ABSENT)
     metrics["parameters_millions"] = count_parameters(model) / 1e6
     if len(dataset):
         first = annotations.sizes_hw[:NUM_SIZES].tolist()
@@ -84,7 +85,7 @@ def evaluate(config: EvaluateParams, data: Path, model_folder: Path, output: Pat
     figures.limits(errors, plots / "errors.png")
     figures.confusion(confusions, names, plots / "confusion.png")
     draw_images(rank_images(matches), dataset, layers[-1], config, plots)
-    print(", ".join(f"{name} {value:.3f}" for name, value in metrics.items()), flush=True)
+    print(", ".join(f"{name} {say_metric(value)}" for name, value in metrics.items()), flush=True)
 
 
 def require_same(categories: list[Category], annotations: Annotations, model_folder: Path, truth: Path) -> None:
@@ -113,7 +114,10 @@ def write_tables(
     write_table(
         output / "per_class.csv",
         ["category_id", "name", "num_objects", *PER_CLASS],
-        ([category_id, name, count, *values] for category_id, name, count, values in per_class),
+        (  # without any object the cells are empty, and so is the place of its bar
+            [category_id, name, count, *(values if values[PER_CLASS.index("AP")] != ABSENT else [""] * len(values))]
+            for category_id, name, count, values in per_class
+        ),
     )
     write_table(
         output / "per_layer.csv",

@@ -1,4 +1,4 @@
-"""Names of categories as they are drawn, whatever they hold: a short line, in a font that has its letters."""
+"""Names and numbers as a person reads them: any name as a short line, in a font that has its letters; no -1."""
 
 import unicodedata
 from collections.abc import Iterable, Iterator
@@ -6,8 +6,15 @@ from contextlib import contextmanager, suppress
 from functools import cache
 from typing import Any
 
+ABSENT = -1.0  # COCO's number where the data has no such object
 LONGEST = 40  # characters of a label
+LATIN = "".join(map(chr, range(256)))
 FONT = "DejaVu Sans"  # comes with matplotlib: the same letters everywhere
+
+
+def say_metric(value: float, digits: int = 3) -> str:
+    """One of COCO's numbers for people, who take -1 for a bad one."""
+    return "no such objects" if value == ABSENT else f"{value:.{digits}f}"
 
 
 def shorten(name: str) -> str:
@@ -18,8 +25,14 @@ def shorten(name: str) -> str:
 
 def drawable(names: Iterable[str]) -> list[str]:
     """Labels for names. A letter that no font here has is its code point, as U+884C."""
-    known = set().union(*map(letters_of, fonts_for(tuple(names := list(names)))))
+    names = list(names)
+    known = set(LATIN) if is_latin(names) else set().union(*map(letters_of, fonts_for(tuple(names))))
     return [label(name, known) for name in names]
+
+
+def is_latin(names: Iterable[str]) -> bool:
+    """Whether the letters of all names are Western Europe's, which every font has: then no font is looked for."""
+    return all(letter in LATIN for name in names for letter in shorten(name))
 
 
 def label(name: str, known: set[str]) -> str:
@@ -72,7 +85,7 @@ def drawn_plainly(names: Iterable[str] = ()) -> Iterator[None]:
 
 def picture_font(names: Iterable[str]) -> str | None:
     """A font file that has the letters of names, the most of them; None where the one of Pillow has them all."""
-    letters = set("".join(map(shorten, names)))
-    if all(ord(letter) < 256 for letter in letters):
+    if is_latin(names := list(names)):
         return None
+    letters = set("".join(map(shorten, names)))
     return max(fonts_for(tuple(names)), key=lambda font: len(letters & letters_of(font)))

@@ -14,6 +14,7 @@ from pipelines import params
 from pipelines.data.layout import DATA, DOCS_DIGEST
 from pipelines.data.looks import warn_of_other_source
 from pipelines.files import write_json
+from pipelines.labels import ABSENT
 from pipelines.registry import aliases, gate, tracking
 from pipelines.registry.gate import RegisterParams
 from pipelines.registry.lineage import (
@@ -118,7 +119,8 @@ def publish(client: Any, run_id: str, mark: str, metrics: dict[str, float], line
     numbers = metrics | class_metrics(EVALUATED / "per_class.csv")
     seconds = training_seconds(history, timings, int(document["train"]["batch_size"]))
     for name, value in (numbers | ({"training_seconds": seconds} if seconds else {})).items():
-        client.log_metric(run_id, name, value)
+        if value != ABSENT:
+            client.log_metric(run_id, name, value)
     for key, tag in lineage.items():
         client.set_tag(run_id, key, tag)
     client.log_artifact(run_id, "dvc.lock")
@@ -141,7 +143,7 @@ def publish(client: Any, run_id: str, mark: str, metrics: dict[str, float], line
 def class_metrics(path: Path) -> dict[str, float]:
     """AP of the categories with objects, by names that MLflow allows; two that become one get their ids."""
     with path.open(newline="", encoding="utf-8") as file:
-        rows = [row for row in csv.DictReader(file) if float(row["AP"]) >= 0]
+        rows = [row for row in csv.DictReader(file) if float(row["AP"] or ABSENT) >= 0]
     names = [re.sub(r"[^\w\-. :]", "_", row["name"])[:200].strip() for row in rows]
     found = {}
     for name, row in zip(names, rows, strict=True):

@@ -29,13 +29,14 @@ def share_scratch() -> None:
             own.symlink_to(kept)
 
 
-def require_inside() -> None:
-    """Raises ValueError where a link leads out of the clone what DVC is to track: DVC refuses it once it is made."""
+def require_inside(root: Path) -> None:
+    """Raises ValueError where a link leads out of the project what DVC is to track: DVC refuses it once it is made."""
     for place in OUTPUTS:
-        if not place.resolve().is_relative_to(Path.cwd()):
+        leads = (root / place).resolve()
+        if not leads.is_relative_to(root.resolve()):
             raise ValueError(
-                f"{place} leads to {place.resolve()}, out of the clone, where DVC tracks nothing; remove the link, and "
-                "keep what is large on that disk by DVC's cache: dvc cache dir --local FOLDER"
+                f"{place} leads to {leads}, and DVC tracks nothing outside of the project; make it a folder, and have "
+                f"the cache on that disk: dvc cache dir --local {leads.parent / 'dvc-cache'}"
             )
 
 
@@ -47,7 +48,7 @@ def command(run: Callable[[], None]) -> None:
     surroundings.settle()
     try:
         if "DVC_STAGE" in os.environ:
-            require_inside()
+            require_inside(Path())
         share_scratch()
         run()
     except KeyboardInterrupt:

@@ -20,6 +20,7 @@ from detr.metrics import compute_coco_metrics
 from detr.train import Report
 from detr.train_config import TrainConfig
 from detr.visualize import beside_truth
+from pipelines.labels import drawable, picture_font, say_metric
 from pipelines.progress import Progress
 from pipelines.registry.mirror import Mirror
 from pipelines.stage import explain
@@ -94,7 +95,7 @@ class Log:
         parts = " ".join(f"{name} {row[f'loss_{name}']:.3f}" for name in ("class", "box", "giou"))
         said = [f"epoch {report.epoch + 1}/{self.config.epochs}: loss {row['loss']:.3f} {parts}"]
         if "AP" in row:
-            said.append(f"AP {row['AP']:.3f} AP50 {row['AP50']:.3f}")
+            said.append(f"AP {say_metric(row['AP'])} AP50 {say_metric(row['AP50'])}")
         if self.timing:
             left = (report.total_steps - report.step) * self.config.batch_size / self.timing["images_per_second"]
             said += [speed, f"{self.timing['data_wait']:.0%} waiting for data", f"{left / 60:.0f} min left"]
@@ -115,10 +116,13 @@ class Log:
         row.update(compute_coco_metrics(self.truth, detections))
         if self.config.keep == "best" and row["AP"] > highest:
             self.best = {name: value.detach().cpu().clone() for name, value in report.model.state_dict().items()}
+        names = self.held_out.annotations.category_names
+        drawn, font = drawable(names), picture_font(names)
         for index in range(min(NUM_PICTURES, len(self.held_out))):
             path = self.folder / "pictures" / f"epoch_{report.epoch + 1:03d}_{index}.png"
             path.parent.mkdir(exist_ok=True)
-            write_png(beside_truth(self.held_out, detections, index, PICTURE_THRESHOLD), str(path))
+            picture = beside_truth(self.held_out, detections, index, PICTURE_THRESHOLD, drawn, font)
+            write_png(picture, str(path))
             self.mirror.put_picture(path)
         self._publish(report)
 

@@ -125,7 +125,7 @@ def read(path: Path, archive: BinaryIO | None, member: Member) -> bytes:
     archive.seek(int.from_bytes(header[26:28], "little") + int.from_bytes(header[28:30], "little"), io.SEEK_CUR)
     data = archive.read(member.size)
     if zlib.crc32(data) != member.crc:
-        raise ValueError(f"{path} is damaged: {member.name} does not have the CRC of its directory")
+        raise ValueError(f"{path} is damaged: {member.name} is not what was packed (its CRC differs)")
     return data
 
 

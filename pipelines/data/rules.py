@@ -6,6 +6,7 @@ from typing import Annotated, Any, NamedTuple
 from detr.config import Key, check_keys
 from pipelines.params import nearest
 
+LONGEST = 40  # times a picture's short side; as long as that, 1333 pixels are one cell of 32 pixels wide
 KINDS = ("images", "annotations", "categories", "archive", "drift")
 
 
@@ -73,8 +74,8 @@ def rules(config: ValidateParams, kind: str, num_queries: int) -> list[Rule]:
     return {
         "archive": [
             Rule("member_name_unique", "error", "no file is twice in the archive", "name", "unique", "", False),
-            Rule("member_stored", "error", "files are stored, neither compressed nor encrypted", "stored", True, "",
-                 False),
+            Rule("member_stored", "error", "files are stored, neither compressed nor encrypted", "stored", True,
+                 "{name!r} is not: pack the archive anew, as by zip -0", False),
             Rule("member_listed", "warning", "files are listed in the annotations", "listed"),
         ],
         "drift": [
@@ -106,16 +107,19 @@ def _of_images(config: ValidateParams, num_queries: int) -> list[Rule]:
         Rule("picture_colour", "warning", "pictures are in RGB or grey", "mode", ["RGB", "L"],
              "{file_name!r} is in {mode}"),
         Rule("picture_upright", "warning", "pictures have no EXIF turn, which training ignores", "orientation", 1,
-             "{file_name!r} has orientation {orientation}"),
-        Rule("picture_unique", "warning", "pictures differ from each other", "repeated", False, "{file_name!r}"),
+             "{file_name!r} has EXIF orientation {orientation}: its boxes must be of the picture as it is stored"),
+        Rule("picture_shape", "warning", f"no side of a picture is more than {LONGEST} times the other", "elongation",
+             (None, LONGEST), "{file_name!r} is {width} x {height}: training sees next to nothing of it; cut it up"),
+        Rule("picture_unique", "warning", "pictures differ from each other", "repeated", False,
+             "{file_name!r} has the bytes of {twin!r}"),
         Rule("picture_held_out", "error", "validation pictures are not among the training ones", "leaked", False,
-             "{file_name!r}"),
-        Rule("image_has_objects", "warning", "images have objects", "num_objects", (1, None), "{file_name!r}"),
+             "{file_name!r} has the bytes of {trained!r}"),
+        Rule("image_has_objects", "warning", "images have objects", "told_objects", (1, None), "{file_name!r}"),
         Rule("image_fits_queries", "warning",
              f"images have no more objects than the model has queries ({num_queries})", "num_targets",
              (None, num_queries), "{file_name!r} has {num_targets}"),
         Rule("labels_unique", "warning", "no object is labelled twice", "num_repeated_labels", 0,
-             "{file_name!r} has {num_repeated_labels} of them"),
+             "{file_name!r} has {num_repeated_labels} times the box and category of another label"),
     ]  # fmt: skip
 
 
@@ -127,14 +131,14 @@ def _of_annotations(config: ValidateParams, num_queries: int) -> list[Rule]:
              "{problem}", False),
         Rule("annotation_id_unique", "error", "annotation ids are unique", "id", "unique", f"{ENTRY} has id {{id}}"),
         Rule("image_known", "error", "annotations have a known image", "image_known", True,
-             "annotations[{row}].image_id is {image_id}", False),
+             "annotations[{row}].image_id is {image_id}, which no image has", False),
         Rule("category_known", "error", "annotations have a known category", "category_known", True,
-             "annotations[{row}].category_id of {file_name!r} is {category_id}", False),
+             "annotations[{row}].category_id of {file_name!r} is {category_id}, which no category has", False),
         Rule("box_finite", "error", "boxes are four finite numbers", "finite", True, "{box_problem}", False),
         Rule("box_has_size", "error", "boxes have a positive size", "has_size", True, BOX),
         Rule("box_in_pixels", "error",
              "boxes are in pixels, not in fractions of the image as YOLO's are", "in_pixels", True,
-             f"{BOX}, like all of its image below 1 pixel"),
+             f"{BOX}: like all of its image within one pixel; multiply by its width and height"),
         Rule("box_inside", "error", f"boxes are inside the image by {reach} pixels", "overhang",
              (None, config.box_tolerance_pixels), f"{BOX}, the image {{image_width:.0f}} x {{image_height:.0f}}"),
         Rule("area_given", "warning", "annotations have an area", "area_given", True,
@@ -160,8 +164,8 @@ def _of_categories(config: ValidateParams, num_queries: int) -> list[Rule]:
         Rule("category_name_unique", "error", "category names are unique", "name", "unique",
              "categories[{row}].name is {name!r}", False),
         Rule("category_in_both", "error", "both splits have the category under this id and name", "in_both", True,
-             "{name!r} has id {id}, under which {beside}", False),
-        Rule("category_has_objects", "warning", f"categories have at least {enough} objects", "num_objects",
+             "{name!r} has id {id}, {beside}", False),
+        Rule("category_has_objects", "warning", f"categories have at least {enough} objects", "told_objects",
              (enough, None), "{name!r} has {num_objects}"),
     ]  # fmt: skip
 
@@ -170,8 +174,9 @@ def describe(row: dict[str, Any], num_examples: int = 200) -> str:
     """A row of the report in one line, with the first of its examples."""
     head = f"[{row['name']}] {row['table']}: {row['meaning']}"
     if not row["ids"]:
-        return f"{head}: there are none" if row["unexpected"] else head
-    ids = f"ids {', '.join(map(str, row['ids']))}{', ...' if row['unexpected'] > len(row['ids']) else ''}"
+        return f"[{row['name']}] {row['table']}: there are none" if row["unexpected"] else head
+    word = "ids " if all(isinstance(one, int) for one in row["ids"]) else ""  # others say what they are
+    ids = f"{word}{', '.join(map(str, row['ids']))}{', ...' if row['unexpected'] > len(row['ids']) else ''}"
     tolerated = f", {row['tolerated']} tolerated" if row["tolerated"] else ""
     examples = "; ".join(row.get("examples", [])[:num_examples])
     said = f"{head}: {row['unexpected']} of {row['rows']} break it ({ids}){tolerated}"

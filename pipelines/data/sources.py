@@ -1,8 +1,9 @@
 """Where the four dataset files come from."""
 
 import os
+import zipfile
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from stat import S_ISREG
 from typing import Annotated
@@ -26,7 +27,8 @@ class FileSources:
 def sources_in(place: str, root: Path = Path()) -> FileSources:
     """The four files of a folder that `root` has; images as {train,val}.zip or folders {train,val}/."""
     if is_url(place) or not (root / place).is_dir():
-        raise ValueError(f"download.source is {shown(place)!r}: no such folder; give shapes, a folder, or four files")
+        what = "one URL" if is_url(place) else "a file" if (root / place).exists() else "no such folder"
+        raise ValueError(f"download.source is {shown(place)!r}: {what}; give shapes, a folder, or four files")
     places: dict[str, str] = {}
     for split in ("train", "val"):
         annotations = Path(place) / f"instances_{split}.json"
@@ -41,14 +43,39 @@ def sources_in(place: str, root: Path = Path()) -> FileSources:
     return FileSources(**places)
 
 
-def require_inside(root: Path, folder: Path) -> None:
-    """Raises ValueError for a folder of what DVC keeps that is a link, or lies in one, out of the project."""
-    leads = (root / folder).resolve()
-    if not leads.is_relative_to(root.resolve()):
-        raise ValueError(
-            f"{folder} is a link to {leads}, and DVC keeps nothing outside of the project; make it a folder, and have "
-            f"the cache on that disk: dvc cache dir --local {leads.parent / 'dvc-cache'}"
-        )
+def require_files(source: FileSources, root: Path = Path()) -> None:
+    """Raises ValueError for a file of this machine that cannot be what it is given for. Reads no content."""
+    for name, place in asdict(source).items():
+        if not is_url(place):
+            address, member = split_place(place, root)
+            if problem := find_problem(root / address, member, name.endswith("_images")):
+                raise ValueError(f"download.source: {address} {problem}")
+
+
+def find_problem(path: Path, member: str, is_images: bool) -> str:
+    """Why a path cannot hold pictures or, in itself or as a member, annotations; "" where it may."""
+    try:
+        if path.is_dir():
+            if member or not is_images:
+                return f"is a folder, expected {'a zip' if member else 'a JSON'} file"
+            return "" if has_pictures(path) else f"holds no pictures ({', '.join(PICTURES)}), or behind links alone"
+        if not path.exists():
+            return "does not exist; put it there, or correct params.yaml"
+        if not path.is_file():
+            return "is neither a file nor a folder"
+        with path.open("rb") as file:
+            is_empty, is_zip = not file.read(1), zipfile.is_zipfile(file)
+    except OSError as error:
+        return f"cannot be read ({error.strerror}); give this user access to it, or another path"
+    if is_empty:
+        return "is empty; fetch it again"
+    if is_images or member:
+        return "" if is_zip else "is not a whole zip file (it has no directory at its end); fetch it again"
+    return "is a zip file, expected JSON; name the file in it: PATH.zip#instances_train.json" if is_zip else ""
+
+
+def has_pictures(folder: Path) -> bool:
+    return any(name.lower().endswith(PICTURES) for _, _, names in os.walk(folder) for name in names)
 
 
 def split_place(place: str, root: Path = Path()) -> tuple[str, str]:

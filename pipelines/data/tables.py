@@ -36,22 +36,44 @@ def tabulate(data: Path, box_tolerance: float, decoded_share: float) -> dict[str
         categories = _categories(document.categories)
         annotations = _annotations(document.annotations, images, categories, box_tolerance)
         if split == "val":
-            annotations["of_use"] &= annotations["area"].between(0, JUDGED_AREA)
+            annotations["of_use"] &= annotations["area"].between(0, JUDGED_AREA) | annotations["area"].isna()
         annotations["some_of_use"] = annotations["of_use"].any()
         del document
         archive = _look_at_pictures(pictures_of(data, split), images, decoded_share)
         _count(images, annotations, categories)
         tables |= {f"{split}_images": images, f"{split}_annotations": annotations}
         tables |= {f"{split}_categories": categories, f"{split}_archive": archive}
-    for split, other in (SPLITS, SPLITS[::-1]):
-        pairs = set(zip(*(tables[f"{other}_categories"][key] for key in ("id", "name")), strict=True))
-        table = tables[f"{split}_categories"]
-        table["in_both"] = [pair in pairs for pair in zip(table["id"], table["name"], strict=True)]
-        named = dict(pairs)
-        table["beside"] = [f"{other} has {named[k]!r}" if k in named else f"{other} has none" for k in table["id"]]
+    _compare(*(tables[f"{split}_categories"] for split in SPLITS))
+    for split, other in (SPLITS, SPLITS[::-1]):  # what the other split has is missing here: said of the category
+        used = tables[f"{split}_annotations"]
+        used["category_known"] |= used["category_id"].isin(tables[f"{other}_categories"]["id"].dropna()).to_numpy(bool)
     held_out, trained = tables["val_images"], tables["train_images"]
-    held_out["leaked"] = (held_out["digest"] != b"") & held_out["digest"].isin(set(trained["digest"]))
+    of_training = dict(zip(trained["digest"], trained["file_name"], strict=True)) | {b"": None}
+    held_out["trained"] = held_out["digest"].map(of_training)
+    held_out["leaked"] = held_out["trained"].notna()
     return tables
+
+
+def _compare(train: pd.DataFrame, val: pd.DataFrame) -> None:
+    """Adds to the categories of both splits whether the other has them, and what it has under their ids.
+
+    Of two that differ in their names alone it is said once; of malformed and repeated ones it cannot be said.
+    """
+    for table, other, name in ((train, val, "val"), (val, train, "train")):
+        pairs = set(zip(other["id"], other["name"], strict=True))
+        named = dict(pairs)
+        own = zip(table["id"], table["name"], strict=True)
+        in_both = np.array([pair in pairs or (table is val and pair[0] in named) for pair in own], dtype=bool)
+        in_both |= not (_are_sure(other) and table["valid"].all() and other["valid"].all())
+        table["in_both"] = in_both | table["id"].duplicated(keep=False) | table["name"].duplicated(keep=False)
+        table["beside"] = [
+            f"which is {named[k]!r} in {name}" if k in named else f"which {name} lacks" for k in table["id"]
+        ]
+
+
+def _are_sure(entries: pd.DataFrame) -> bool:
+    """Whether images or categories can be told by their ids: there are some, each has one, and none twice."""
+    return len(entries) > 0 and bool(entries["id"].notna().all()) and bool(entries["id"].is_unique)
 
 
 def _integers(values: Sequence[int | None]) -> pd.Series:
@@ -79,7 +101,7 @@ def _frame(entries: Sequence[Any], kind: str, keys: Sequence[str]) -> pd.DataFra
     table = pd.DataFrame(columns)
     table["problem"] = _problems(entries, kind, values)
     table["valid"] = table["problem"].isna()
-    places = pd.Series([f"entry {row}" for row in range(len(table))], dtype=object)
+    places = pd.Series([f"{kind}[{row}]" for row in range(len(table))], dtype=object)
     table["entry"] = table["id"].astype(object).where(table["id"].notna(), places)
     return table
 
@@ -108,9 +130,11 @@ def _annotations(
     limits = [np.where(owner >= 0, np.append(shape, np.inf)[owner], np.inf) for shape in shapes]
     overhang = np.max([-x, -y, x + width - limits[0], y + height - limits[1]], axis=0)
     thick = (width > tolerance) & (height > tolerance)
-    has_size = (width > 0) & (height > 0)
+    corners = np.stack([x, y, x + width, y + height]).astype(np.float32)  # as training has them
+    has_size = (corners[2:] > corners[:2]).all(axis=0)
     fits = (area >= 0) & (area <= (width + tolerance) * (height + tolerance)) & ((area > 0) | ~thick)
     known = table["category_id"].isna() | table["category_id"].isin(categories["id"].dropna())
+    known |= not _are_sure(categories)
     return table.assign(
         problem=table["problem"].fillna(problems["area"]),
         valid=table["valid"] & problems["area"].isna(),
@@ -127,14 +151,14 @@ def _annotations(
         finite=finite,
         box_problem=problems["bbox"],
         has_size=has_size,
-        in_pixels=_in_pixels(np.stack([x, y, width, height]), owner, len(images)),
+        in_pixels=_in_pixels(np.stack([x, y, width, height]), owner, len(images)) | ~has_size,
         overhang=np.where(finite, overhang, 0.0),
         area_fits=fits | np.isnan(area) | ~has_size | ~finite,
         crowd=crowd,  # -1 where the flag is neither 0 nor 1
         crowd_given=[entry.iscrowd is not UNSET for entry in entries],
         crowd_problem=problems["iscrowd"],
-        of_use=finite & has_size & (crowd != 1),
-        image_known=(owner >= 0) | table["image_id"].isna().to_numpy(),
+        of_use=has_size & (crowd != 1),
+        image_known=(owner >= 0) | table["image_id"].isna().to_numpy() | (not _are_sure(images)),
         category_known=known.to_numpy(bool),
     )
 
@@ -171,11 +195,12 @@ def _look_at_pictures(path: Path, images: pd.DataFrame, decoded_share: float) ->
     width, height = (images[key].to_numpy(float, na_value=np.nan) for key in ("width", "height"))
     real = np.array([p[1:3] if p else (np.nan, np.nan) for p in opened], dtype=float).reshape(-1, 2)
     images["whereabouts"] = _whereabouts(path, names, found, held)
-    images["found"] = np.where(images["file_name"].isna(), 1, [len(f) for f in found])
+    images["found"] = np.where(images["file_name"].isna(), 1, [len({m.name for m in f}) for f in found])
     images["opens"] = [picture is None or picture.opens for picture in seen]
     images["whole"] = [p is None or p.whole for p in opened]
     images["decodes"] = [p is None or p.decodes or not p.whole for p in opened]
     images["size_agrees"] = ((real[:, 0] == width) & (real[:, 1] == height)) | np.isnan(real[:, 0] + width + height)
+    images["elongation"] = np.maximum(width, height) / np.minimum(width, height)
     images["format_agrees"] = [p is None or p.format == kind for p, kind in zip(opened, named, strict=True)]
     images["real_width"], images["real_height"] = real.T
     images["format"] = [p.format if p else "" for p in opened]
@@ -183,11 +208,23 @@ def _look_at_pictures(path: Path, images: pd.DataFrame, decoded_share: float) ->
     images["mode"] = [p.mode if p else "RGB" for p in opened]
     images["orientation"] = [p.orientation if p else 1 for p in opened]
     images["digest"] = np.array([p.digest if p else b"" for p in opened], dtype=object)
-    images["repeated"] = images["digest"].duplicated(keep=False) & (images["digest"] != b"")
+    looked_at = images.loc[(images["digest"] != b"") & ~images["file_name"].duplicated(), "digest"]
+    images["repeated"] = looked_at.duplicated(keep=False).reindex(images.index, fill_value=False)
+    images["twin"] = _twins(images, images["repeated"])
     wanted = {id(member) for members_ in found for member in members_}
-    listed = [id(member) in wanted for member in held]
+    are_named = len(images) > 0 and images["file_name"].notna().all()
+    listed = [id(member) in wanted or not are_named for member in held]
     archive = pd.DataFrame({"name": [m.name for m in held], "stored": [m.stored for m in held], "listed": listed})
     return archive.assign(entry=archive["name"])
+
+
+def _twins(images: pd.DataFrame, repeated: pd.Series) -> list[str]:
+    """Of each repeated picture the name of another one with its bytes."""
+    first = images[repeated].drop_duplicates("digest")
+    second = images[repeated & ~images.index.isin(first.index)]
+    names = [dict(zip(some["digest"], some["file_name"], strict=True)) for some in (first, second)]
+    rows = zip(images.index, images["digest"], repeated, strict=True)
+    return [names[row in first.index][digest] if has_twin else "" for row, digest, has_twin in rows]
 
 
 def _whereabouts(path: Path, names: list[str], found: list[list[Member]], held: list[Member]) -> list[str]:
@@ -214,7 +251,10 @@ def _advice(name: str, near: str, number: int) -> str:
 
 
 def _count(images: pd.DataFrame, annotations: pd.DataFrame, categories: pd.DataFrame) -> None:
-    """Adds the number of objects to images and categories, and of repeated labels to images."""
+    """Adds the number of objects to images and categories, and of repeated labels to images.
+
+    `told_objects` has it where it can be told: not where ids are malformed, or there are no annotations at all.
+    """
     owned = annotations["owner"].to_numpy()
     single = (annotations["crowd"] == 0).to_numpy()
     images["num_objects"] = np.bincount(owned[owned >= 0], minlength=len(images))
@@ -224,3 +264,6 @@ def _count(images: pd.DataFrame, annotations: pd.DataFrame, categories: pd.DataF
     images["num_repeated_labels"] = np.bincount(extra, minlength=len(images))
     counts = annotations.loc[single, "category_id"].value_counts()
     categories["num_objects"] = categories["id"].map(counts).fillna(0).astype(int)
+    for table, key in ((images, "image_id"), (categories, "category_id")):
+        told = _are_sure(table) and len(annotations) > 0 and annotations[key].notna().all()
+        table["told_objects"] = table["num_objects"].astype(float) if told else np.nan

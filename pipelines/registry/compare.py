@@ -182,13 +182,17 @@ def report(document: dict[str, Any], num_classes: int) -> str:
         said = "significant" if gain.get("significant") else "not significant"
         return f"{said}, p {gain['p']:.3f}" if gain["paired"] else "not paired"
 
+    def of_objects(values: Sequence[float | None]) -> list[str]:
+        known = zip(values, document["AP"], strict=True)
+        return ["no such objects" if value is None and ap is not None else fixed([value])[0] for value, ap in known]
+
     rows = [
         ["AP", *fixed(document["AP"])],
         [f"{share} interval", *("-" if ends is None else " to ".join(fixed(ends)) for ends in document["interval"])],
         [f"difference to {document['versions'][0]}", *of(lambda gain: signed(gain["AP"]))],
         [f"its {share} interval", *of(paired)],
         ["", *of(verdict)],
-        *([name, *fixed(values)] for name, values in document["metrics"].items()),
+        *([name, *of_objects(values)] for name, values in document["metrics"].items()),
     ]
     parts = [markdown([header, *rows]), *(f"- {note}" for note in document["notes"])]
     classes = [row for row in document["classes"] if row["change"][-1] is not None]

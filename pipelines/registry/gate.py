@@ -11,6 +11,7 @@ import numpy as np
 from detr.annotation_file import read_truth
 from detr.bootstrap import Matches, bootstrap_ap, can_be_certain, compute_weighted_ap, find_interval, match_detections
 from detr.config import Key, check_keys
+from pipelines.labels import say_metric
 from pipelines.params import nearest
 from pipelines.registry import aliases
 
@@ -266,7 +267,7 @@ def as_markdown(decision: Decision, config: RegisterParams) -> str:
     """The decision as a page for people."""
 
     def number(value: float | None, signed: bool = False) -> str:
-        return "-" if value is None else f"{value:+.4f}" if signed else f"{value:.4f}"
+        return "-" if value is None else f"{value:+.4f}" if signed else say_metric(value, digits=4)
 
     def span(low: float | None, high: float | None, signed: bool = False) -> str:
         return "-" if low is None else f"{number(low, signed)} to {number(high, signed)}"

@@ -12,15 +12,18 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
+from pipelines.labels import ABSENT
 from pipelines.registry.database import EXPERIMENT, artifacts_beside, prepare_database, quieten_mlflow
 from pipelines.stage import project
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
+    from mlflow.entities import Experiment
     from mlflow.entities.model_registry import ModelVersion
 
 SQLITE = "sqlite:///"  # and the path of a file
 MODEL = "detr"
+LOGIN = "set MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD, or MLFLOW_TRACKING_TOKEN,"
 VALIDATION_METRICS = ("AP", "AR")  # prefixes of what is measured on the validation images
 SYSTEM = "system/"  # the prefix of what MLflow shows as system metrics
 PICTURES = "pictures"  # the folder of a run's examples, among its artifacts
@@ -61,8 +64,7 @@ def require_known(uri: str) -> None:
 
 def is_there() -> bool:
     """Whether there can be anything yet: a server, or a database file that was made before."""
-    database = database_of(tracking_uri())
-    return database is None or database.exists()
+    return (database := database_of(tracking_uri())) is None or database.exists()
 
 
 def connect() -> "MlflowClient":
@@ -84,23 +86,12 @@ def connect() -> "MlflowClient":
     except ValueError:
         raise
     except Exception as error:
-        said = f"MLflow at {uri} is unreachable ({' '.join(str(error).split())[:300]})"
-        said = re.sub(r"(?<=://)[^/\s'\"]*@", "", said)  # the user and the password of a database
-        raise ValueError(f"{said}; start it or unset MLFLOW_TRACKING_URI") from error
-    return client
-
-
-def list_store(location: str) -> None:
-    """Raises ValueError where the files of an experiment cannot be reached."""
-    from mlflow.store.artifact.artifact_repository_registry import get_artifact_repository
-
-    try:
-        get_artifact_repository(location).list_artifacts()
-    except Exception as error:  # of the store's own library, too
         reason = " ".join(str(error).split())[:300]
-        raise ValueError(
-            f"MLflow's files at {location} cannot be reached ({reason}); see to the store, or to the credentials here"
-        ) from error
+        is_refused = re.search(r"error code 40[137]|UNAUTHENTICATED|PERMISSION_DENIED|not in a valid JSON", reason)
+        what, remedy = ("wants a login", LOGIN) if is_refused else ("is unreachable", "start it")
+        said = re.sub(r"(?<=://)[^/\s'\"]*@", "", f"MLflow at {uri} {what} ({reason})")  # who, and their password
+        raise ValueError(f"{said}; {remedy} or unset MLFLOW_TRACKING_URI") from error
+    return client
 
 
 def has_run(client: "MlflowClient", fingerprint: str) -> bool:
@@ -114,25 +105,26 @@ def has_run(client: "MlflowClient", fingerprint: str) -> bool:
     return bool(client.search_runs([experiment.experiment_id], wanted, ViewType.ALL, max_results=1))
 
 
+def find_experiment(client: "MlflowClient") -> "Experiment":
+    """The experiment of the trainings, made if there is none."""
+    found = client.get_experiment_by_name(EXPERIMENT)
+    if found is None:
+        store = artifacts_beside(database) if (database := database_of(tracking_uri())) else None
+        try:
+            return client.get_experiment(client.create_experiment(EXPERIMENT, store))
+        except Exception:  # another process may have been faster
+            found = client.get_experiment_by_name(EXPERIMENT)
+            if found is None:
+                raise
+    return found
+
+
 def find_run(client: "MlflowClient", fingerprint: str, name: str) -> str:
     """The id of the run tagged with the fingerprint of a training, made if there is none."""
-    experiment = client.get_experiment_by_name(EXPERIMENT)
-    if experiment is None:
-        database = database_of(tracking_uri())
-        store = artifacts_beside(database) if database else None
-        try:
-            experiment_id = client.create_experiment(EXPERIMENT, store)
-        except Exception:  # another process may have been faster
-            experiment = client.get_experiment_by_name(EXPERIMENT)
-            if experiment is None:
-                raise
-            experiment_id = experiment.experiment_id
-    else:
-        experiment_id = experiment.experiment_id
+    experiment_id = find_experiment(client).experiment_id
     found = client.search_runs([experiment_id], f"tags.fingerprint = '{fingerprint}'", max_results=1)
-    if found:
-        return str(found[0].info.run_id)
-    return str(client.create_run(experiment_id, tags={"fingerprint": fingerprint}, run_name=name).info.run_id)
+    run = found[0] if found else client.create_run(experiment_id, tags={"fingerprint": fingerprint}, run_name=name)
+    return str(run.info.run_id)
 
 
 def flatten(document: dict[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -217,7 +209,7 @@ def _key(name: str) -> str:
 
 
 def _values(row: dict[str, float]) -> list[tuple[str, float]]:
-    return [(name, value) for name, value in row.items() if name != "step"]
+    return [(name, value) for name, value in row.items() if name != "step" and value != ABSENT]
 
 
 def sha256(path: Path) -> str:
@@ -290,8 +282,7 @@ def fetch_model_file(version: str, path: str, folder: Path) -> Path:
 
 def versions(client: "MlflowClient") -> list["ModelVersion"]:
     """Every version of the registered model, newest first."""
-    found = client.search_model_versions(f"name = '{MODEL}'")
-    return sorted(found, key=lambda version: -int(version.version))
+    return sorted(client.search_model_versions(f"name = '{MODEL}'"), key=lambda version: -int(version.version))
 
 
 def fetch_artifact(client: "MlflowClient", run_id: str, path: str, folder: Path) -> Path | None:

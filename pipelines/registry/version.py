@@ -9,10 +9,10 @@ from pathlib import Path
 from typing import Any
 
 from pipelines.data.versions import DataVersion, locked
+from pipelines.labels import ABSENT
 from pipelines.registry import tracking
 
 COUNTS = re.compile(r"(train|val)\.(images|annotations|crowds|images_without_objects|(class|area)\..*)")
-ABSENT = -1.0  # COCO's number where there is no such object
 
 
 @dataclass(frozen=True)
@@ -72,7 +72,7 @@ def read(client: Any, name: str, folder: Path, with_detections: bool = True) -> 
 
 def per_class(path: Path) -> dict[str, float]:
     with path.open(newline="", encoding="utf-8") as file:
-        return {row["name"]: float(row["AP"]) for row in csv.DictReader(file) if float(row["AP"]) != ABSENT}
+        return {row["name"]: float(row["AP"]) for row in csv.DictReader(file) if float(row["AP"] or ABSENT) != ABSENT}
 
 
 def unequal(sides: Sequence[dict[str, Any]]) -> dict[str, list[Any]]:

@@ -1,19 +1,28 @@
-"""What a run will need at its end, looked at before it begins: the registry, its files, room on the disk."""
+"""What a run will need, looked at before it begins: the source of its data, the registry, its files, room."""
 
 import os
 import shutil
+import socket
 import sqlite3
 import tempfile
+import threading
 from contextlib import closing
 from pathlib import Path
+from typing import Any
 from urllib.parse import unquote, urlparse
 
-from pipelines.data.layout import DATA
-from pipelines.data.sources import require_inside
-from pipelines.registry import tracking
+from requests.utils import get_environ_proxies
+
+from pipelines.data import looks
+from pipelines.data.fetch import shown
+from pipelines.data.sources import FileSources, addresses, is_url, require_files, split_place
+from pipelines.params import read_yaml
+from pipelines.registry import access, tracking
 from pipelines.registry.database import prepare_database
+from pipelines.stage import require_inside
 
 ROOM = 256 * 2**20  # bytes of disk, below which not even the state of a small training fits
+RESOLVE_SECONDS = 5.0
 
 
 def check(root: Path) -> None:
@@ -22,8 +31,7 @@ def check(root: Path) -> None:
     From here on MLFLOW_TRACKING_URI and PREFECT_HOME are the same in every folder that a stage runs in.
     """
     require_room(root)
-    for folder in (DATA, Path("artifacts")):
-        require_inside(root, folder)
+    require_inside(root)
     if home := os.environ.get("PREFECT_HOME"):
         os.environ["PREFECT_HOME"] = str(require_folder("PREFECT_HOME", Path(home).expanduser().absolute()))
     uri = os.environ["MLFLOW_TRACKING_URI"] = tracking.tracking_uri()
@@ -31,10 +39,53 @@ def check(root: Path) -> None:
     if database := tracking.database_of(uri):
         require_database(database)
         return
-    client = tracking.connect()
-    experiment = client.get_experiment_by_name(tracking.EXPERIMENT)
-    if experiment is not None:
-        require_store(experiment.artifact_location)
+    access.require_writable(tracking.connect())
+
+
+def require_source(root: Path, document: Any, refresh: bool = False) -> None:
+    """Raises ValueError where the data of these parameters cannot be taken, and were not before or are to be anew."""
+    source, mirrors = (document["download"][key] for key in ("source", "mirrors"))
+    if source == "shapes" or (not refresh and is_taken(root, document)):
+        return
+    places = looks.places_of(root, source)
+    require_files(FileSources(**places), root)
+    for place in places.values():
+        if is_url(place):
+            require_host(addresses(split_place(place)[0], mirrors))
+
+
+def is_taken(root: Path, document: Any) -> bool:
+    """Whether the data of these parameters was taken here before, or dvc.lock has it: DVC may do without a source."""
+    lock = read_yaml(root / "dvc.lock") if (root / "dvc.lock").exists() else {}
+    kept = lock.get("stages", {}).get("download", {}).get("params", {}).get("params.yaml", {}).get("download")
+    return kept == document["download"] or looks.record_of(root, document).exists()
+
+
+def require_host(places: tuple[str, ...]) -> None:
+    """Raises ValueError where no server of a file's addresses has a known name; a slow answer is not waited for.
+
+    What goes through a proxy is looked up there.
+    """
+    failures: dict[str, str] = {}
+
+    def resolve(place: str, host: str) -> None:
+        try:
+            socket.getaddrinfo(host, None)
+        except (OSError, UnicodeError) as error:  # a label of more than 63 letters
+            failures[place] = f"{host} is no known server ({getattr(error, 'strerror', None) or error})"
+
+    for place in places:
+        host = urlparse(place).hostname
+        if host and not get_environ_proxies(place):
+            asking = threading.Thread(target=resolve, args=(place, host), daemon=True)
+            asking.start()
+            asking.join(RESOLVE_SECONDS)
+        if host and place not in failures:
+            return
+    told = "; ".join(failures.get(place, f"{shown(place)} names no server") for place in places)
+    raise ValueError(
+        f"download.source: {shown(places[0])} cannot be fetched: {told}; check the address and the network"
+    )
 
 
 def require_room(place: Path) -> None:
@@ -81,10 +132,10 @@ def require_database(database: Path) -> None:
 
 
 def require_store(location: str) -> None:
-    """Raises ValueError where MLflow's files cannot be written there, or, of what is no folder here, not be listed."""
+    """Raises ValueError where MLflow's files cannot be written there."""
     if location.startswith("file://") or "://" not in location:
         folder = Path(unquote(urlparse(location).path) if "://" in location else location)
         existing = next(parent for parent in (folder, *folder.parents) if parent.exists())
         require_folder("the folder of MLflow's files", existing)
         return
-    tracking.list_store(location)
+    access.require_store(location)

@@ -11,11 +11,12 @@ from typing import Any
 
 from pipelines.data.layout import DOCS_DIGEST
 from pipelines.data.rules import describe
+from pipelines.labels import ABSENT, say_metric
 from pipelines.params import read_yaml
 from pipelines.registry import aliases, tracking, version
 from pipelines.registry.lineage import commit_in
 from pipelines.registry.markdown import fenced, plain, table
-from pipelines.registry.version import ABSENT, Version, signed, text, unequal
+from pipelines.registry.version import Version, signed, text, unequal
 from pipelines.retraining.advice import advise
 from pipelines.retraining.montage import pictures
 from pipelines.workspace.history import open_version
@@ -116,7 +117,7 @@ def look_up(number: str, missing: list[str]) -> Registration:
 
 def title_of(number: int, ap: float, known: Registration | None, branch: str) -> str:
     """The result in one line."""
-    said = f"AP {ap:.3f}"
+    said = f"AP {say_metric(ap)}"
     if known is None:
         return f"Version {number}: {said}"
     champion, gain = known.decision.get("champion"), known.decision.get("gain")
@@ -275,7 +276,7 @@ def dataset(root: Path) -> str:
 
 
 def fixed(value: float) -> str:
-    return f"{value:.4f}"
+    return say_metric(value, digits=4)
 
 
 def span(low: float | None, high: float | None) -> str:

@@ -161,7 +161,7 @@ def test_an_image_that_is_not_listed_is_named(tmp_path):
         ("[]", r"a\.json: Expected `object`, got `array`; COCO's format has lists"),
         (
             '{"images": [], "categories": [], "annotations": [{"id": 1, "image_id": 1, "category_id": 1, "bbox": [1]}]}',
-            r"a\.json: annotations\[0\]\.bbox is \[1\], expected four finite numbers, \[left, top, width, height\]",
+            r"a\.json: annotations\[0\]\.bbox is \[1\], expected four finite numbers below 2\^53, \[left, top, width, height\]",
         ),
     ],
 )

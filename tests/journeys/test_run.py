@@ -41,7 +41,7 @@ def test_the_flow_finds_everything_unchanged_and_says_where_to_look(project):
     assert ["images", *(str(counts[name]["images"]) for name in ("train", "val"))] in [
         [cell.strip() for cell in line.strip("|").split("|")] for line in json.loads(text).splitlines()
     ]
-    assert "81 of 81 expectations hold" in text
+    assert "83 of 83 expectations hold" in text
     assert "python -m pipelines ui dataset" in text
 
 
@@ -107,7 +107,7 @@ def test_broken_data_stops_before_training(project, tmp_path):
     home = str(project / ".prefect")  # whose database is made already
     said = call(broken, "python", "-m", "pipelines", "run", code=1, PREFECT_HOME=home)
     last = said.strip().splitlines()[-1]
-    assert last.startswith("error: validate: 1 of 81 expectations on data/coco are broken"), said
+    assert last.startswith("error: validate: 1 of 83 expectations on data/coco are broken"), said
     assert said.count(last.removeprefix("error: validate: ")) == 1
     assert "NoneType" not in said
     assert f"(ids {document['annotations'][0]['id']})" in said

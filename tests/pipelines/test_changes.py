@@ -178,9 +178,12 @@ def test_it_is_what_a_loop_over_the_annotations_finds(between, old, new):
     [
         (
             document(annotations=[annotation(1, bbox=[1, 2, 3])]),
-            "annotations[0].bbox is [1, 2, 3], expected four finite numbers",
+            "annotations[0].bbox is [1, 2, 3], expected four finite numbers below 2^53",
         ),
-        (document(images=[{"id": "1"}]), 'images[0].id is "1", expected a whole number from 0 to 2^53'),
+        (
+            document(images=[{"id": "1"}]),
+            'images[0].id is "1", expected a whole number, 0 or more and below 2^53, without quotes',
+        ),
         ([], "Expected `object`, got `array`"),
     ],
 )

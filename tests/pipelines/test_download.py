@@ -3,13 +3,15 @@
 import hashlib
 import json
 import os
+import re
 import zipfile
+from dataclasses import replace
 
 import pytest
 
 import pipelines.download
 from pipelines.data.layout import FILES
-from pipelines.data.sources import FileSources, pictures_in
+from pipelines.data.sources import FileSources, pictures_in, require_files, sources_in
 from pipelines.download import DownloadParams
 from pipelines.params import from_document, merged
 from tests.downloads import fetch, unpacked
@@ -120,6 +122,29 @@ def test_what_is_neither_file_nor_folder_is_not_waited_for(source, tmp_path):
     four = FileSources(**places, val_images=str(source / "val.zip"), val_annotations=str(tmp_path / "pipe"))
     with pytest.raises(ValueError, match="pipe is neither a file nor a folder"):
         fetch(four, tmp_path / "coco")
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"val_images": "gone"}, "gone does not exist; put it there, or correct params.yaml"),
+        ({"val_images": "empty"}, "empty holds no pictures (.jpg, "),
+        ({"val_images": "none.zip"}, "none.zip is empty; fetch it again"),
+        ({"val_images": "train.tar"}, "train.tar is not a whole zip file (it has no directory at its end); fetch it"),
+        ({"val_annotations": "empty"}, "empty is a folder, expected a JSON file"),
+        ({"val_annotations": "train.zip"}, "train.zip is a zip file, expected JSON; name the file in it: PATH.zip#"),
+        ({"val_annotations": "train.tar#x.json"}, "train.tar#x.json does not exist"),
+        ({"val_annotations": f"{'a' * 300}.json"}, ".json cannot be read (File name too long); give this user access"),
+    ],
+    ids=str,
+)
+def test_a_file_that_cannot_be_what_it_is_given_for_is_named_at_once(source, changes, said):
+    (source / "empty").mkdir()
+    (source / "none.zip").touch()
+    (source / "train.tar").write_bytes(b"no zip")
+    require_files(sources_in(".", source), source)
+    with pytest.raises(ValueError, match=re.escape(said)):
+        require_files(replace(sources_in(".", source), **changes), source)
 
 
 def test_a_link_to_itself_is_no_picture(tmp_path):

@@ -39,6 +39,14 @@ def test_letters_that_no_font_has_are_their_code_points(monkeypatch):
     assert drawable(["\u884c\u4eba", "K\u00e4se", "a\U0001f6b2b"]) == ["U+884C U+4EBA", "K\u00e4se", "a U+1F6B2 b"]
 
 
+def test_names_of_western_europe_look_for_no_font(monkeypatch):
+    letters = "".join(chr(code) for code in range(256) if chr(code).isprintable())
+    assert set(letters) <= letters_of(labels_font())
+    monkeypatch.setattr(labels, "fonts_for", None)
+    assert drawable(["K\u00e4se", "a\nb", ""]) == ["K\u00e4se", "a b", "''"]
+    assert picture_font(["K\u00e4se", "a\nb", ""]) is None
+
+
 def labels_font():
     from matplotlib.font_manager import findfont
 

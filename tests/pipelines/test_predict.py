@@ -14,7 +14,7 @@ from PIL import Image
 
 from pipelines.evaluate import EvaluateParams, evaluate
 from pipelines.registry.packaging import detections_of, load
-from pipelines.serving.predict import draw, unused
+from pipelines.serving.predict import draw, open_list, replace_results, unused
 from tests import registered
 from tests.running import ROOT, call, environment
 
@@ -135,10 +135,12 @@ def test_data_that_the_version_does_not_fit_is_an_error(project, tmp_path, monke
 
 def test_pictures_are_drawn_and_listed(project, tmp_path):
     said = predict(tmp_path, store(project), project / "images", "--threshold", "0", "--output", "out")
-    assert said.endswith("12 of 12 pictures, with their boxes, and detections.json are in out\n")
+    assert said.endswith(
+        "12 of 12 pictures are in out, with 60 boxes of a score from 0; out/detections.json lists them\n"
+    )
     assert "predict: 100%" in said
     listed = read(tmp_path / "out/detections.json")
-    assert [list(item) for item in listed] == [["file", "boxes", "scores", "labels"]] * 12
+    assert [list(item) for item in listed] == [["file", "picture", "boxes", "scores", "labels"]] * 12
     assert [item["file"] for item in listed] == [str(path) for path in sorted((project / "images").iterdir())]
     ids = [image["id"] for image in read(project / "data/instances_val.json")["images"]]
     kinds = {category["name"]: category["id"] for category in read(project / "data/instances_val.json")["categories"]}
@@ -149,7 +151,7 @@ def test_pictures_are_drawn_and_listed(project, tmp_path):
     ]
     assert_same_detections(found, read(project / "evaluated/detections.json"))
     for item in listed:
-        with Image.open(item["file"]) as before, Image.open(tmp_path / "out" / Path(item["file"]).name) as after:
+        with Image.open(item["file"]) as before, Image.open(tmp_path / "out" / item["picture"]) as after:
             assert (before.size, before.format) == (after.size, after.format)
             assert np.asarray(before.convert("RGB")).tolist() != np.asarray(after).tolist()
 
@@ -187,12 +189,72 @@ def test_names_folders_and_what_cannot_be_read(project, tmp_path):
         "missing.jpg": "No such file or directory",
     }
     assert left_out == [f"warning: {name} is left out: {reason}" for name, reason in reasons.items()]
-    assert said.endswith("7 of 12 pictures, with their boxes, and detections.json are in b/out\n")
+    assert "\n7 of 12 pictures are in b/out, with " in said
     written = {path.relative_to(tmp_path / "b/out").as_posix() for path in (tmp_path / "b/out").rglob("*.*")}
     names = {"x.jpg", "x_2.jpg", "x_3.jpg", "deep/er/X.JPG", "deep/y.jpeg", "z.png"}
     assert written == names | {"detections.json"}
     assert (tmp_path / "b/out/no suffix").exists()
-    assert predict(tmp_path, store(project), *given).endswith("7 of 12" + said.rpartition("7 of 12")[2])
+    assert names | {"no suffix"} == {item["picture"] for item in read(tmp_path / "b/out/detections.json")}
+    said = predict(tmp_path, store(project), "a", "--threshold", "1", "--output", "b/out")
+    assert "1 of 1 pictures are in b/out, with 0 boxes of a score from 1; a lower --threshold may show some; " in said
+    assert {path.name for path in (tmp_path / "b/out").rglob("*")} == {"x.jpg", "detections.json"}
+
+
+def test_results_are_of_one_call_alone(tmp_path):
+    """An earlier call's are replaced, by one that succeeds; what no call has made, as a person's notes, is left."""
+    output = tmp_path / "out"
+
+    def write(*names):
+        with replace_results(output) as folder:
+            with open_list(folder / "detections.json") as add:
+                for name in names:
+                    (folder / name).parent.mkdir(exist_ok=True)
+                    (folder / name).touch()
+                    add({"file": "x", "picture": name})
+            if not names:
+                raise ValueError("none")
+
+    def held():
+        return {path.relative_to(output).as_posix() for path in output.rglob("*") if path.is_file()}
+
+    with pytest.raises(ValueError, match="none"):
+        write()
+    assert not output.exists()
+    write("a/one.jpg", "two.jpg")
+    assert held() == {"a/one.jpg", "two.jpg", "detections.json"}
+    with pytest.raises(ValueError, match="none"):
+        write()
+    assert held() == {"a/one.jpg", "two.jpg", "detections.json"}
+    (output / f"{2**22 + 1}.partial/b").mkdir(parents=True)  # of a call that was killed
+    write("two.jpg", "c/three.jpg")
+    assert held() == {"two.jpg", "c/three.jpg", "detections.json"}
+    assert {path.name for path in output.iterdir()} == {"c", "two.jpg", "detections.json"}
+    assert [item["picture"] for item in read(output / "detections.json")] == ["two.jpg", "c/three.jpg"]
+    (output / "c/notes.txt").touch()
+    with pytest.raises(
+        ValueError, match="out, where c/notes.txt is no result of an earlier call; give an empty or new"
+    ):
+        write("two.jpg")
+    assert "c/notes.txt" in held()
+
+
+@pytest.mark.parametrize(
+    ("held", "said"),
+    [
+        ({"detections.json": '[{"image_id": 1}]'}, "where detections.json is no result of an earlier call"),
+        ({"x/one.jpg": "", "detections.json": '[{"picture": "one.jpg"}]'}, "where x/one.jpg is no result"),
+        ({f"{os.getpid()}.partial/x": ""}, f"process {os.getpid()} is writing to .*; wait for it, or give another"),
+    ],
+)
+def test_what_else_lies_in_the_folder_of_results_is_kept(tmp_path, held, said):
+    for name, text in held.items():
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text(text, encoding="utf-8")
+    with pytest.raises(ValueError, match=said), replace_results(tmp_path):
+        pass
+    assert all((tmp_path / name).exists() for name in held)
+    with pytest.raises(ValueError, match="--output is .*, a file; give a folder"), replace_results(tmp_path / name):
+        pass
 
 
 def test_memory_does_not_grow_with_the_number_of_pictures(project, tmp_path):

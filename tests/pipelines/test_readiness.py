@@ -1,9 +1,13 @@
 """What is known before a run begins: the registry, places, proxies, what launchers left."""
 
+import contextlib
+import json
 import os
 import sqlite3
 import sys
+import threading
 from contextlib import closing
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
@@ -12,6 +16,9 @@ import torch
 from detr.distributed import join_process_group, read_num_threads
 from detr.loader import Loader
 from pipelines import surroundings
+from pipelines.data import looks
+from pipelines.params import merged
+from pipelines.registry import access
 from pipelines.registry.tracking import connect, find_run, tracking_uri
 from pipelines.retraining import readiness
 from tests.running import ROOT, call, free_port
@@ -96,8 +103,59 @@ def test_a_store_without_credentials_is_told(local, monkeypatch):
     monkeypatch.setenv("AWS_CONFIG_FILE", os.devnull)
     monkeypatch.setenv("AWS_SHARED_CREDENTIALS_FILE", os.devnull)
     monkeypatch.setenv("MLFLOW_S3_ENDPOINT_URL", f"http://127.0.0.1:{free_port()}")
-    with pytest.raises(ValueError, match="MLflow's files at s3://bucket/x cannot be reached .*credentials"):
+    with pytest.raises(ValueError, match="MLflow's files at s3://bucket/x cannot be written .*credentials"):
         readiness.check(local)
+
+
+class Refusing(BaseHTTPRequestHandler):
+    """Answers as a tracking server, or what stands before it, that refuses; `server.refusal` says what."""
+
+    def do_GET(self):
+        self.rfile.read(int(self.headers.get("Content-Length", 0)))
+        refusal, status, body = self.server.refusal, 200, '{"experiments": []}'
+        if refusal == "login":
+            body = "<html>Log in</html>"
+        elif refusal == "401" or "/search" not in self.path:
+            status, body = int(refusal), "no"
+        if "get-by-name" in self.path:
+            status, body = 404, '{"error_code": "RESOURCE_DOES_NOT_EXIST", "message": "none"}'
+        self.send_response(status)
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        self.wfile.write(body.encode())
+
+    do_POST = do_GET
+
+    def log_message(self, *parts):
+        pass
+
+
+@pytest.mark.parametrize(
+    ("refusal", "said"),
+    [
+        ("login", "wants a login .*; set MLFLOW_TRACKING_USERNAME and .* or unset MLFLOW_TRACKING_URI"),
+        ("401", "wants a login .*error code 401"),
+        ("403", "answers, but refuses what a run writes .*; set MLFLOW_TRACKING_USERNAME .* of one who may write"),
+        ("500", "answers, but refuses what a run writes .*500.*, see to its database, or unset"),
+    ],
+)
+def test_a_registry_that_answers_and_takes_nothing_is_told(here, monkeypatch, refusal, said):
+    with ThreadingHTTPServer(("127.0.0.1", 0), Refusing) as server:
+        server.refusal = refusal
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        monkeypatch.setenv("MLFLOW_TRACKING_URI", f"http://127.0.0.1:{server.server_address[1]}")
+        monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
+        with pytest.raises(ValueError, match=f"MLflow at http://127.0.0.1:.* {said}"):
+            readiness.check(here)
+        server.shutdown()
+
+
+def test_a_registry_that_takes_all_keeps_nothing_of_the_trial_but_a_tag(client, tmp_path):
+    access.require_writable(client)
+    access.require_writable(client)
+    assert client.get_experiment_by_name("detr").tags["project"] == "detr"
+    assert client.get_registered_model("detr").tags == {"project": "detr"}
+    assert not list((tmp_path / "mlartifacts").rglob("*"))
 
 
 def test_a_full_disk_and_a_home_of_prefect_that_is_no_folder_are_told(local, monkeypatch):
@@ -117,8 +175,57 @@ def test_a_full_disk_and_a_home_of_prefect_that_is_no_folder_are_told(local, mon
 def test_data_that_is_a_link_to_another_disk_is_told_before_it_is_downloaded(local, tmp_path_factory):
     (local / "data").mkdir()
     (local / "data/coco").symlink_to(tmp_path_factory.mktemp("disk"))
-    with pytest.raises(ValueError, match="data/coco is a link to .*, and DVC keeps nothing outside .* dvc cache dir"):
+    with pytest.raises(ValueError, match="data/coco leads to .*, and DVC tracks nothing outside .* dvc cache dir"):
         readiness.check(local)
+
+
+def test_a_source_that_cannot_be_taken_is_told_at_once(source, tmp_path, monkeypatch):
+    for name in [name for name in os.environ if name.lower().endswith("_proxy")]:
+        monkeypatch.delenv(name)
+    document = merged(ROOT, None, ["download.source=source"])
+    readiness.require_source(tmp_path, document)
+    (source / "val.zip").rename(tmp_path / "away")
+    with pytest.raises(ValueError, match=r"source has neither val.zip nor a folder val/ with pictures"):
+        readiness.require_source(tmp_path, document)
+    (tmp_path / "dvc.lock").write_text(
+        json.dumps({"stages": {"download": {"params": {"params.yaml": {"download": document["download"]}}}}}),
+        encoding="utf-8",
+    )
+    readiness.require_source(tmp_path, document)  # DVC has what was taken of it
+    (tmp_path / "dvc.lock").unlink()
+    looks.keep_taken(looks.record_of(tmp_path, document), {}, {})
+    readiness.require_source(tmp_path, document)
+    with pytest.raises(ValueError, match="has neither val.zip"):
+        readiness.require_source(tmp_path, document, refresh=True)
+    (tmp_path / "file").touch()
+    for place, said in (
+        ("file", "'file': a file; give"),
+        ("gone", "no such folder"),
+        ("http://h/x", "one URL; give"),
+    ):
+        with pytest.raises(ValueError, match=f"download.source is .*{said}"):
+            readiness.require_source(tmp_path, merged(ROOT, None, [f"download.source={place}"]))
+
+
+@pytest.mark.parametrize(
+    ("places", "said"),
+    [
+        (("http://127.0.0.1:1/x",), ""),
+        ((f"http://{'a' * 64}.x/x", "http://127.0.0.1:1/x"), ""),
+        ((f"http://u:hush@{'a' * 64}.x/x?hush",), "http://a+.x/x cannot be fetched: a+.x is no known server .*; check"),
+        (("http:///x",), "http:///x cannot be fetched: http:///x names no server; check the address"),
+        (("http://h.invalid/x",), "http://h.invalid/x cannot be fetched: h.invalid is no known server .*; check the"),
+    ],
+)
+def test_a_server_without_a_known_name_is_told_at_once_but_behind_a_proxy(monkeypatch, places, said):
+    for name in [name for name in os.environ if name.lower().endswith("_proxy")]:
+        monkeypatch.delenv(name)
+    with pytest.raises(ValueError, match=said) if said else contextlib.nullcontext() as caught:
+        readiness.require_host(places)
+    assert "hush" not in str(caught)
+    monkeypatch.setenv("HTTP_PROXY", "http://proxy:1")
+    if "names no server" not in said:
+        readiness.require_host(places)
 
 
 @pytest.mark.parametrize(

@@ -83,7 +83,7 @@ def test_what_leads_out_of_the_clone_is_refused_before_it_is_made(tmp_path, name
     asked = ("python", "-c", "from pipelines.stage import command; command(lambda: print('made'))")
     said = call(tmp_path / "clone", *asked, code=1, DVC_STAGE="download", PYTHONPATH=str(ROOT))
     assert f" leads to {tmp_path}/disk" in said
-    assert said.endswith("dvc cache dir --local FOLDER\n")
+    assert f"dvc cache dir --local {tmp_path}/" in said
     assert said.count("\n") == 1
     assert call(tmp_path / "clone", *asked, PYTHONPATH=str(ROOT)) == "made\n"
 

@@ -14,6 +14,7 @@ from detr.distributed import Process
 from detr.metrics import from_results
 from detr.train import fit
 from detr.transforms import EvalTransform, TrainTransform
+from pipelines.progress import Progress
 from pipelines.train import describe_start
 from pipelines.training_log import Log
 from tests.projects import TINY_MODEL, TINY_TRAIN, detections_like
@@ -87,6 +88,24 @@ def test_a_full_disk_is_a_warning_and_the_last_good_state_stays(trained, tmp_pat
         json.loads((tmp_path / "timings.jsonl").read_text(encoding="utf-8").splitlines()[-1])["step"]
         == log.history[-1]["step"]
     )
+
+
+def test_pictures_of_a_training_have_the_letters_of_its_names(drawn, tmp_path):
+    """As those of the evaluation have them; Pillow's own font draws one empty box for each of these."""
+    seen = []
+    for number, names in enumerate((("\u043a\u043e\u0442",) * 5, ("\u043f\u0435\u0441",) * 5)):
+        truth = drawn / "instances_val.json"
+        annotations = replace(load_annotations(truth), category_names=names)
+        held_out = CocoDataset(annotations, ImageArchive(drawn / "val.zip"), EvalTransform(64, 96))
+        (folder := tmp_path / str(number)).mkdir()
+        ignored = SimpleNamespace(put=lambda row: None, put_picture=lambda path: None)
+        log = Log(folder, None, ignored, replace(CONFIG, keep="last"), held_out, truth)
+        log.history.append({"step": 1, "epoch": 0, "loss": 1.0})
+        log.bar = Progress(None, "train", 1, "step")
+        log.timing = {}
+        log.judge(SimpleNamespace(epoch=0, epoch_done=False), from_results(detections_like(truth, 0.5)))
+        seen.append([path.read_bytes() for path in sorted((folder / "pictures").iterdir())])
+    assert any(one != other for one, other in zip(*seen, strict=True))
 
 
 def test_other_hardware_is_said():

@@ -94,7 +94,7 @@ def test_the_gate_closes_and_leaves_no_pass_of_before(passed, source, tmp_path):
     edit(source, outside)
     with pytest.raises(
         ValueError,
-        match=r"1 of 81 expectations on .* are broken, first: \[box_inside\] train_annotations: boxes are inside",
+        match=r"1 of 83 expectations on .* are broken, first: \[box_inside\] train_annotations: boxes are inside",
     ):
         gate(source, tmp_path / "out")
     assert not (tmp_path / "out" / "passed.json").exists()
@@ -331,7 +331,7 @@ def test_drift_from_the_champions_data_is_a_warning_outside_of_what_dvc_tracks(d
     gate(source, tmp_path / "other", champions=champions)
     assert (
         "warning: [like_champion] champion_drift: distances from the champion's data are at most 0.1: 1 of 12 break it "
-        "(ids train class): train class: 0." in capsys.readouterr().out
+        "(train class): train class: 0." in capsys.readouterr().out
     )
     assert list((tmp_path / "docs").rglob("validations/champion_drift/**/*.html"))
     gate(source, tmp_path / "alone")
