@@ -12,6 +12,7 @@ from pipelines.data.layout import DATA
 from pipelines.data.sources import require_inside
 from pipelines.registry import tracking
 from pipelines.registry.database import prepare_database
+from pipelines.stage import require_name
 
 ROOM = 256 * 2**20  # bytes of disk, below which not even the state of a small training fits
 
@@ -22,6 +23,7 @@ def check(root: Path) -> None:
     From here on MLFLOW_TRACKING_URI and PREFECT_HOME are the same in every folder that a stage runs in.
     """
     require_room(root)
+    require_name(root)
     for folder in (DATA, Path("artifacts")):
         require_inside(root, folder)
     if home := os.environ.get("PREFECT_HOME"):
