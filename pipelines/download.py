@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, BinaryIO
 
 import msgspec
 
@@ -223,7 +223,7 @@ def _take_images(found: Found, target: Path, wanted: set[str] | None) -> None:
             raise ValueError(f"{found.name} holds no pictures ({', '.join(PICTURES)}), or only behind links to folders")
         if odd := [name for name in sizes if not params.is_utf8(name)]:
             raise ValueError(f"{found.name} holds {odd[0]!r}, whose name is no UTF-8; rename it, there and in the JSON")
-        pack(kept(sizes), lambda name: (found.path / name).open("rb"), target)
+        pack(kept(sizes), lambda name: _open_picture(found.path / name, sizes[name]), target)
         return
     with opened(found.path, found.name) as archive:
         members = [entry for entry in archive.infolist() if not entry.is_dir()]
@@ -231,6 +231,16 @@ def _take_images(found: Found, target: Path, wanted: set[str] | None) -> None:
             _put(found, target)
         else:
             pack(kept({entry.filename: entry.file_size for entry in members}), archive.open, target)
+
+
+def _open_picture(path: Path, size: int) -> BinaryIO:
+    """Opens a picture of a person's folder. Raises ValueError where it is not as it was when the folder was listed."""
+    with suppress(FileNotFoundError):
+        file = path.open("rb")
+        if os.fstat(file.fileno()).st_size == size:
+            return file
+        file.close()
+    raise ValueError(f"{path} was changed while its folder was read; run again when nothing writes there any more")
 
 
 def main() -> None:

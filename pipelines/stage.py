@@ -40,6 +40,12 @@ def require_inside(root: Path) -> None:
             )
 
 
+def require_name(folder: Path) -> None:
+    """Raises ValueError for a folder whose name DVC takes for a pattern, and fails at."""
+    if "{" in str(folder) or "}" in str(folder):
+        raise ValueError(f"{folder} has a brace in its name, at which DVC fails; rename the folder")
+
+
 def command(run: Callable[[], None]) -> None:
     """Runs a command of the project in an environment made fit; an expected failure is one line and exit code 1.
 
@@ -48,6 +54,7 @@ def command(run: Callable[[], None]) -> None:
     surroundings.settle()
     try:
         if "DVC_STAGE" in os.environ:
+            require_name(Path.cwd())
             require_inside(Path())
         share_scratch()
         run()

@@ -36,7 +36,7 @@ from pipelines.imports import trace_imports
 from pipelines.launch import PREEMPTED, die_with_parent, launch, record_failure
 from pipelines.locks import hold_lock
 from pipelines.registry.mirror import Mirror
-from pipelines.registry.tracking import sha256
+from pipelines.registry.tracking import require_known, sha256, tracking_uri
 from pipelines.stage import EXPECTED, command
 from pipelines.training_log import Log
 
@@ -236,6 +236,7 @@ def sections() -> tuple[ModelConfig, TrainConfig]:
 def main() -> None:
     """Downloads and parses what is needed once on this node, before its processes start, and trains."""
     StopRequest().listen()  # until torchrun listens itself
+    require_known(tracking_uri())
     config = sections()[1]
     fetch_weights(config.initial_weights)
     for path in DATA.glob("instances_*.json"):

@@ -45,6 +45,15 @@ def call(cwd: Path, *arguments: str, code: int | None = 0, cold: bool = False, *
     return done.stdout
 
 
+def have_settings(monkeypatch: pytest.MonkeyPatch, *settings: str) -> None:
+    """Gives git in this process settings "section.key=value", as a person's own file does."""
+    monkeypatch.setenv("GIT_CONFIG_COUNT", str(len(settings)))
+    for number, setting in enumerate(settings):
+        key, _, value = setting.partition("=")
+        monkeypatch.setenv(f"GIT_CONFIG_KEY_{number}", key)
+        monkeypatch.setenv(f"GIT_CONFIG_VALUE_{number}", value)
+
+
 PROGRAMS = {"chromium": "chromium", "docker-compose": "docker-compose", "postgresql": "postgres"}
 
 

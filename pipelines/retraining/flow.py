@@ -110,8 +110,8 @@ def pipeline(title: str, root: Path, refresh: bool = False) -> Any:
     """Reproduces every stage of `root`/dvc.yaml in order and stops at the first failure."""
     try:
         run_stages(root, refresh)
-    except dvc.StageFailed as failure:
-        return Failed(message=str(failure))
+    except EXPECTED as error:
+        return Failed(message=hidden(explain(error)))
     except KeyboardInterrupt as stop:
         return cancelled(stop)
     return Completed(message="all stages are up to date", data="")
@@ -151,13 +151,12 @@ def retrain(
             name = f"{chosen or 'overrides'}-{time.strftime('%Y%m%d-%H%M%S')}"
             with worktree.worktree(root, name, ref, asked, note) as (place, branch):
                 dvc.check(place)
-                first, *_, last = dvc.stages(place)
                 done, me = worktree.refreshed(place), str(runtime.flow_run.id)  # which an attempt before may have been
 
                 def before(stage: str) -> None:
-                    if stage != first:
+                    if stage == "validate":
                         done.write_text(me, encoding="utf-8")
-                    if stage == last:
+                    if stage == "register":
                         worktree.keep_results(place)
 
                 went = run_stages(

@@ -5,6 +5,7 @@ import tempfile
 from collections.abc import Callable, Collection, Mapping
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 from ruamel.yaml import YAML
 
@@ -18,6 +19,19 @@ def cache_folder(root: Path) -> Path:
     from dvc.config import Config  # type: ignore[import-untyped]
 
     return Path(Config(str(root / ".dvc"))["cache"].get("dir") or root / ".dvc" / "cache").resolve()
+
+
+def write_settings(file: Path, *some: Mapping[str, Any]) -> None:
+    """Writes settings as DVC reads them, later ones over earlier; its own writer takes letters of ASCII alone."""
+    from configobj import ConfigObj  # type: ignore[import-untyped]
+    from dvc.config import _pack_named, merge
+
+    settings: dict[str, Any] = {"remote": {}, "machine": {}, "db": {}}
+    for one in some:
+        merge(settings, one)
+    file.parent.mkdir(exist_ok=True)
+    with file.open("wb") as opened:
+        ConfigObj(_pack_named(settings), encoding="utf-8").write(opened)
 
 
 def collect_garbage(root: Path, locks: Mapping[str, str], log: Callable[[str], None], dry: bool = False) -> int:
@@ -54,13 +68,9 @@ def collect_garbage(root: Path, locks: Mapping[str, str], log: Callable[[str], N
 
 def _name_all(project: Path, cache: Path, locks: Mapping[str, str]) -> None:
     """Makes a DVC project that names all outputs in `locks`, for --projects of `dvc gc`."""
-    from dvc.config import Config
-
     git(project, "init", "--quiet", "--template=")  # --all-commits asks every project for its commits
-    (project / ".dvc").mkdir()
-    with Config(str(project / ".dvc"), validate=False).edit("repo") as settings:
-        settings["cache"]["dir"] = str(cache)
-        settings["core"]["site_cache_dir"] = str(project / ".dvc" / "site")
+    own = {"cache": {"dir": str(cache)}, "core": {"site_cache_dir": str(project / ".dvc" / "site")}}
+    write_settings(project / ".dvc" / "config", own)
     for name, text in locks.items():
         stages = (YAML(typ="safe").load(text) or {}).get("stages", {}).values()
         made = [out for stage in stages for out in stage.get("outs", []) if _in_cache(cache, out).exists()]

@@ -7,6 +7,7 @@ from collections import deque
 from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 from pipelines.params import read_yaml
 from pipelines.workspace.processes import group, is_error, stop_group
@@ -29,8 +30,25 @@ class StageFailed(RuntimeError):
 
 
 def stages(root: Path) -> list[str]:
-    """The stages of dvc.yaml in the order in which they stand, which is the order in which they run."""
-    return list(read_yaml(root / "dvc.yaml")["stages"])
+    """The stages that `dvc repro` runs, in its order: those of dvc.yaml, and what they need. Raises ValueError."""
+    from dvc.exceptions import DvcException  # type: ignore[import-untyped]
+    from dvc.repo import Repo  # type: ignore[import-untyped]
+    from dvc.repo.reproduce import get_active_graph, plan_repro  # type: ignore[import-untyped]
+
+    file = root / "dvc.yaml"
+    read_yaml(file)  # of what is no YAML, DVC's words are many
+    try:
+        with Repo(str(root)) as repo:
+            planned = plan_repro(get_active_graph(repo.index.graph), repo.stage.collect(str(file)))
+            return [_target(stage) for stage in planned]
+    except DvcException as error:
+        raise ValueError(f"{file} cannot be used, as dvc status shows: {' '.join(str(error).split())}") from error
+
+
+def _target(stage: Any) -> str:
+    """A stage as `dvc repro` in the root of the project takes it."""
+    name, file = getattr(stage, "name", ""), str(stage.path_in_repo)
+    return name if file == "dvc.yaml" else f"{file}:{name}" if name else file
 
 
 def reproduce(

@@ -13,7 +13,7 @@ import psutil
 
 from pipelines.locks import hold_lock
 from pipelines.params import read_yaml, to_yaml
-from pipelines.workspace.cache import cache_folder
+from pipelines.workspace.cache import cache_folder, write_settings
 from pipelines.workspace.git import check_repository, full_commit, git, unlock
 from pipelines.workspace.overrides import absolute_paths
 from pipelines.workspace.processes import WORKTREE, environment, stop
@@ -216,16 +216,13 @@ def _remove(root: Path, place: Path) -> None:
 
 def _share_settings(root: Path, place: Path) -> None:
     """Gives a worktree the DVC cache and the remotes of `root`, with what may be needed to enter them."""
-    from dvc.config import Config, ConfigError, merge  # type: ignore[import-untyped]
+    from dvc.config import Config, ConfigError  # type: ignore[import-untyped]
 
-    (place / ".dvc" / "config.local").unlink(missing_ok=True)  # torn by a kill, perhaps
+    site = _own_git(place) / "dvc"  # goes with it, unlike /var/tmp/dvc
+    own = {"cache": {"dir": str(cache_folder(root))}, "core": {"site_cache_dir": str(site)}}
     try:
         ours = Config(str(root / ".dvc"))
-        with Config(str(place / ".dvc"), validate=False).edit("local") as settings:
-            for level in ("repo", "local"):
-                merge(settings, ours.load_one(level))
-            settings["cache"]["dir"] = str(cache_folder(root))
-            settings["core"]["site_cache_dir"] = str(_own_git(place) / "dvc")  # goes with it, unlike /var/tmp/dvc
+        write_settings(place / ".dvc" / "config.local", ours.load_one("repo"), ours.load_one("local"), own)
     except ConfigError as error:
         raise ValueError(f"the settings of DVC in {root}/.dvc cannot be read: {error}") from error
 
@@ -239,11 +236,13 @@ def apply(place: Path, diff: Path, but: Collection[str]) -> None:
 
 def _commit(place: Path, file: str, message: str) -> None:
     """Commits one file, under a name of ours where the person has not told git theirs."""
-    identity: tuple[str, ...] = ()
+    env: dict[str, str] = {}
     try:
         git(place, "config", "user.email")
-        git(place, "var", "GIT_COMMITTER_IDENT")  # refuses where a name is missing
+        for ident in ("GIT_AUTHOR_IDENT", "GIT_COMMITTER_IDENT"):
+            git(place, "var", ident)  # refuses where a name is missing
     except ValueError:
-        identity = ("-c", "user.name=pipelines", "-c", "user.email=pipelines@localhost")
-    git(place, "add", file)
-    git(place, *identity, "commit", "--quiet", "--allow-empty", "--no-gpg-sign", "-m", message)
+        for role in ("AUTHOR", "COMMITTER"):
+            env |= {f"GIT_{role}_NAME": "pipelines", f"GIT_{role}_EMAIL": "pipelines@localhost"}
+    git(place, "add", "--force", file)  # a person may ignore *.lock
+    git(place, "commit", "--quiet", "--allow-empty", "--no-gpg-sign", "-m", message, env=env)

@@ -153,6 +153,24 @@ def test_a_link_to_itself_is_no_picture(tmp_path):
     assert list(pictures_in(tmp_path)) == ["b.png"]
 
 
+@pytest.mark.parametrize("change", [lambda path: path.unlink(), lambda path: path.write_bytes(b"cut")])
+def test_a_picture_that_changes_while_its_folder_is_read_is_named(source, tmp_path, monkeypatch, change):
+    with zipfile.ZipFile(source / "val.zip") as zipped:
+        zipped.extractall(source / "val")
+    (source / "val.zip").unlink()
+    last = max((source / "val").iterdir())
+
+    def listed(folder):
+        found = pictures_in(folder)
+        change(last)
+        return found
+
+    monkeypatch.setattr(pipelines.download, "pictures_in", listed)
+    with pytest.raises(ValueError, match=f"{last} was changed while its folder was read; run again when"):
+        fetch(str(source), tmp_path / "out/coco")
+    assert list((tmp_path / "out").rglob("*")) == [tmp_path / "out/coco"]
+
+
 def test_a_missing_folder_is_named(tmp_path):
     with pytest.raises(ValueError, match="no such folder; give shapes, a folder, or four files"):
         fetch(str(tmp_path / "nowhere"), tmp_path / "coco")

@@ -4,7 +4,7 @@ import re
 
 import pytest
 
-from pipelines.workspace.dvc import NUM_LINES, StageFailed, call, cause, reproduce
+from pipelines.workspace.dvc import NUM_LINES, StageFailed, call, cause, reproduce, stages
 from tests import running
 
 
@@ -75,3 +75,54 @@ def test_what_dvc_advises_to_type_is_left_out(tmp_path):
     assert reproduce("made", tmp_path, logged.append, force=True) == "ran"
     assert "Running stage 'made':" in logged
     assert [line for line in logged if re.search("git|autostage|push|staging", line)] == []
+
+
+GRAPH = """\
+stages:
+  after:
+    foreach: [one, two]
+    do:
+      cmd: touch ${item}
+      deps: [b]
+      outs: ["${item}"]
+  second: {cmd: touch b, deps: [a, more/c], outs: [b]}
+  first: {cmd: touch a, deps: [kept], outs: [a]}
+"""
+
+
+@pytest.fixture
+def graph(tmp_path):
+    """The dvc.yaml, still to be written, of a folder that DVC works in without git."""
+    (tmp_path / ".dvc").mkdir()
+    (tmp_path / ".dvc/config").write_text("[core]\nno_scm = true\n", encoding="utf-8")
+    return tmp_path / "dvc.yaml"
+
+
+def test_stages_run_in_the_order_of_the_graph_wherever_they_stand(tmp_path, graph):
+    (tmp_path / "more").mkdir()
+    (tmp_path / "more/dvc.yaml").write_text(
+        "stages: {third: {cmd: touch c, outs: [c]}, alone: {cmd: 'true'}}", encoding="utf-8"
+    )
+    (tmp_path / "kept.dvc").write_text("outs: [{path: kept}]", encoding="utf-8")
+    graph.write_text(GRAPH, encoding="utf-8")
+    found = stages(tmp_path)
+    assert sorted(found) == ["after@one", "after@two", "first", "kept.dvc", "more/dvc.yaml:third", "second"]
+    assert found.index("kept.dvc") < found.index("first") < found.index("second") < found.index("after@one")
+    assert found.index("more/dvc.yaml:third") < found.index("second") < found.index("after@two")
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("stages: [", "is not valid YAML"),
+        ("stages: {a: {out: [x]}}", "validation failed"),
+        ("stages: {a: {cmd: '${missing}'}}", "missing"),
+        ("stages: {a: {cmd: 'true', deps: [x], outs: [x]}}", "a dependency and an output"),
+        ("stages: {a: {cmd: 'true', outs: [x]}, b: {cmd: 'true', outs: [x]}}", "output 'x' is specified in"),
+    ],
+)
+def test_a_graph_that_dvc_refuses_is_one_line(graph, text, said):
+    graph.write_text(text, encoding="utf-8")
+    with pytest.raises(ValueError, match=f"^{re.escape(str(graph))} .*{said}") as caught:
+        stages(graph.parent)
+    assert "\n" not in str(caught.value)

@@ -10,7 +10,7 @@ from pipelines.registry import lineage
 from pipelines.registry.lineage import commit_in, git_diff, val_digest, validation
 from pipelines.workspace.git import git
 from pipelines.workspace.worktree import apply
-from tests.running import call
+from tests.running import call, have_settings
 
 SETTINGS = (
     "apply.ignoreWhitespace=change", "apply.whitespace=error", "color.diff=always", "color.ui=always", "core.autocrlf=true",
@@ -75,14 +75,6 @@ def test_the_diff_is_the_same_and_applies_under_every_setting(project, tmp_path,
         assert git_diff() == plain, setting
     have_settings(monkeypatch, *SETTINGS)
     assert_it_applies(project, plain, tmp_path)
-
-
-def have_settings(monkeypatch, *settings):
-    monkeypatch.setenv("GIT_CONFIG_COUNT", str(len(settings)))
-    for number, setting in enumerate(settings):
-        key, _, value = setting.partition("=")
-        monkeypatch.setenv(f"GIT_CONFIG_KEY_{number}", key)
-        monkeypatch.setenv(f"GIT_CONFIG_VALUE_{number}", value)
 
 
 def test_the_diff_applies_with_external_tools_filters_and_a_callers_variables(project, tmp_path, monkeypatch):

@@ -79,6 +79,18 @@ def test_a_folder_whose_name_mlflow_cannot_write_is_told_at_once(tmp_path, monke
         for look in (lambda: readiness.check(Path.cwd()), connect):
             with pytest.raises(ValueError, match="means something else to MLflow; rename the folder"):
                 look()
+        said = call(tmp_path / name, "python", "-m", "pipelines.train", code=1, PYTHONPATH=str(ROOT))
+        assert said.startswith("error: MLflow's database is ")  # before anything else is looked for
+
+
+def test_a_folder_whose_name_dvc_cannot_show_is_told_at_once(tmp_path, monkeypatch):
+    place = tmp_path / "a{b}"
+    place.mkdir()
+    with pytest.raises(ValueError, match="a{b} has a brace in its name, at which DVC fails; rename the folder"):
+        readiness.check(place)
+    asked = ("python", "-c", "from pipelines.stage import command; command(lambda: print('made'))")
+    said = call(place, *asked, code=1, DVC_STAGE="download", PYTHONPATH=str(ROOT))
+    assert said == f"error: {place} has a brace in its name, at which DVC fails; rename the folder\n"
 
 
 def test_a_database_that_is_none_is_held_or_has_lost_its_files_is_told(local):

@@ -84,7 +84,7 @@ def test_the_library_meets_nobody(path):
 @pytest.mark.parametrize(
     ("package", "homes"),
     [
-        ("dvc", {"cache", "history", "worktree"}),
+        ("dvc", {"cache", "dvc", "history", "worktree"}),
         ("prefect", {"automations", "flow", "progress_artifact", "terminal"}),
         ("mlflow", {"access", "aliases", "database", "mirror", "packaging", "served_model", "tracking", "turns"}),
         ("great_expectations", {"validate"}),

@@ -19,11 +19,11 @@ from dvc.repo import Repo
 from pipelines.params import read_yaml, to_yaml
 from pipelines.surroundings import OF_A_CALLER
 from pipelines.workspace import worktree
-from pipelines.workspace.cache import cache_folder
+from pipelines.workspace.cache import cache_folder, collect_garbage
 from pipelines.workspace.git import STALE_SECONDS, fetch
 from pipelines.workspace.processes import WORKTREE, group
 from tests.projects import commit
-from tests.running import ROOT, call, environment
+from tests.running import ROOT, call, environment, have_settings
 
 PARAMS = {
     "download": {"source": "shapes", "sha256": {}},
@@ -257,6 +257,28 @@ def test_a_persons_hooks_do_not_run(root):
     assert (root / "scratch/hooks").read_text(encoding="utf-8") == "ran\n"
 
 
+SETTINGS = (  # of a person or of a company, for every clone
+    "i18n.logOutputEncoding=UTF-16", "i18n.commitEncoding=UTF-16", "column.ui=always", "color.ui=always", "log.decorate=full",
+    "log.showSignature=true", "format.pretty=raw", "status.short=true", "status.branch=true", "branch.sort=-committerdate",
+    "commit.gpgSign=true", "gpg.program=/nowhere", "commit.verbose=true", "commit.template=/nowhere", "core.editor=false",
+    "core.pager=false", "core.fsmonitor=true", "feature.manyFiles=true", "index.sparse=true", "worktree.guessRemote=true",
+    "branch.autoSetupMerge=always", "user.useConfigOnly=true", "author.name=", "core.autocrlf=true", "core.eol=crlf",
+    "core.logAllRefUpdates=false", "submodule.recurse=true", "commit.cleanup=scissors", "core.commentChar=P",
+)  # fmt: skip
+
+
+def test_no_setting_of_a_person_loses_results(root, monkeypatch, tmp_path_factory):
+    excludes = tmp_path_factory.mktemp("home") / "ignore"
+    excludes.write_text("*.lock\n*.yaml\n", encoding="utf-8")
+    monkeypatch.setenv("GIT_AUTHOR_NAME", "")
+    have_settings(monkeypatch, *SETTINGS, f"core.excludesFile={excludes}")
+    assert run(root) == "runs/second"
+    monkeypatch.undo()
+    assert call(root, "git", "show", "runs/second:dvc.lock") == LOCK
+    assert call(root, "git", "log", "-2", "--format=%s", "runs/second").splitlines()[1] == "Parameters of run second"
+    assert_clean(root)
+
+
 def test_a_remote_that_does_not_answer_is_an_error_and_leaves_no_process(root, monkeypatch):
     for name in [name for name in os.environ if name.lower().endswith("_proxy")]:
         monkeypatch.delenv(name)
@@ -305,6 +327,17 @@ def test_a_clone_can_move_with_what_a_killed_run_has_left_and_scratch_can_be_a_l
     moved = Path(shutil.move(root, away / "moved"))
     assert run(moved) == "runs/first"
     assert_clean(moved)
+
+
+def test_a_clone_in_a_folder_of_any_name_shares_its_cache_and_collects_it(root, tmp_path_factory):
+    moved = Path(shutil.move(root, tmp_path_factory.mktemp("away") / 'größe 行人, it\'s #1 of $HOME\n "100%"'))
+    with worktree.worktree(moved, "a", "HEAD", epochs(2)) as (place, _):
+        assert cache_folder(place) == moved / ".dvc/cache"
+        finish(place)
+    (moved / ".dvc/cache/files/md5/00").mkdir(parents=True)
+    (moved / ".dvc/cache/files/md5/00/11").write_text("of nobody", encoding="utf-8")
+    (moved / "dvc.yaml").write_text("stages: {}", encoding="utf-8")
+    assert collect_garbage(moved, {"one": LOCK}, print) == len("of nobody")
 
 
 def test_a_folder_that_git_makes_no_worktree_of_is_refused_in_a_line(root, tmp_path_factory):
