@@ -13,6 +13,7 @@ from pipelines.data.sources import require_inside
 from pipelines.registry import tracking
 from pipelines.registry.database import prepare_database
 from pipelines.stage import require_name
+from pipelines.workspace.cache import require_cache
 
 ROOM = 256 * 2**20  # bytes of disk, below which not even the state of a small training fits
 
@@ -24,6 +25,7 @@ def check(root: Path) -> None:
     """
     require_room(root)
     require_name(root)
+    require_cache(root)
     for folder in (DATA, Path("artifacts")):
         require_inside(root, folder)
     if home := os.environ.get("PREFECT_HOME"):
