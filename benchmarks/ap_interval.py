@@ -6,8 +6,8 @@ by the usual bootstrap, which draws as many images with replacement: its percent
 shifted by as much again as they lie above it. Counted are the sets whose interval holds the population's AP or gain,
 and those in which the gate would find a detector better by more than it is, which should be 5%.
 Populations: 3 classes and 2 objects an image; 3 classes, two of them rare, and 13 objects; 20 classes, from many to
-few, and 5 objects; 80 classes of COCO's shares and 7 objects. In each, images, objects and classes differ in how hard they
-are, and scores go with the overlap.
+few, and 5 objects; 80 classes of COCO's shares and 7 objects. In each, images, objects and classes differ in how hard
+they are, and scores go with the overlap.
 """
 
 import argparse

@@ -38,11 +38,12 @@ def make_database(path: Path) -> None:
     import mlflow
 
     quieten_mlflow()
-    for left in path.parent.glob(f"{path.name}.*.partial"):
-        if not psutil.pid_exists(int(left.suffixes[-2][1:])):  # of a process that was killed
-            left.unlink(missing_ok=True)
+    for left in path.parent.glob(f"{path.name}.*.partial*"):  # with SQLite's journals
+        owner = left.name.removeprefix(f"{path.name}.").partition(".")[0]
+        if owner.isdecimal() and int(owner) != os.getpid() and psutil.pid_exists(int(owner)):
+            continue
+        left.unlink(missing_ok=True)  # of a process that was killed
     partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
-    partial.unlink(missing_ok=True)
     try:
         client = mlflow.MlflowClient(f"sqlite:///{partial}", f"sqlite:///{partial}")
         client.create_experiment(EXPERIMENT, artifacts_beside(path))

@@ -20,6 +20,7 @@ from pipelines.params import read_yaml
 from pipelines.registry import access, tracking
 from pipelines.registry.database import prepare_database
 from pipelines.stage import require_inside, require_name
+from pipelines.workspace.cache import require_cache
 
 ROOM = 256 * 2**20  # bytes of disk, below which not even the state of a small training fits
 RESOLVE_SECONDS = 5.0
@@ -33,6 +34,7 @@ def check(root: Path) -> None:
     require_room(root)
     require_inside(root)
     require_name(root)
+    require_cache(root)
     if home := os.environ.get("PREFECT_HOME"):
         os.environ["PREFECT_HOME"] = str(require_folder("PREFECT_HOME", Path(home).expanduser().absolute()))
     uri = os.environ["MLFLOW_TRACKING_URI"] = tracking.tracking_uri()

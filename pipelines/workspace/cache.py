@@ -15,10 +15,38 @@ from pipelines.workspace.git import git
 
 
 def cache_folder(root: Path) -> Path:
-    """Where DVC keeps its cache, by the settings of the project, the person and the machine."""
-    from dvc.config import Config  # type: ignore[import-untyped]
+    """Where DVC keeps its cache, by the settings of the project, the person and the machine. Raises ValueError."""
+    return Path(read_settings(root)["cache"].get("dir") or root / ".dvc" / "cache").resolve()
 
-    return Path(Config(str(root / ".dvc"))["cache"].get("dir") or root / ".dvc" / "cache").resolve()
+
+def require_cache(root: Path) -> None:
+    """Raises ValueError where DVC can keep nothing in its cache, or give nothing of it to the working tree."""
+    from dvc.fs import localfs  # type: ignore[import-untyped]
+    from dvc_objects.fs.generic import test_links  # type: ignore[import-untyped]
+
+    cache, kinds = cache_folder(root), read_settings(root)["cache"].get("type") or ["copy"]
+    try:
+        can = test_links(kinds, localfs, str(cache / "files" / "md5"), localfs, str(root / ".dvc" / "tmp" / "link"))
+    except OSError as error:
+        raise ValueError(
+            f"the DVC cache is {cache}, expected a folder to write in ({error.strerror}); mend that, or take another: "
+            "dvc cache dir --local FOLDER"
+        ) from error
+    if not can:
+        raise ValueError(
+            f"the DVC cache {cache} gives {root} nothing by {', '.join(kinds)}, which cache.type allows alone; let it "
+            "copy too: dvc config --local cache.type reflink,hardlink,symlink,copy"
+        )
+
+
+def read_settings(root: Path) -> Any:
+    from dvc.config import Config, ConfigError  # type: ignore[import-untyped]
+
+    try:
+        return Config(str(root / ".dvc"))
+    except ConfigError as error:
+        said = " ".join(str(error).split())
+        raise ValueError(f"the settings of DVC, of {root}/.dvc or of this user, cannot be read: {said}") from error
 
 
 def write_settings(file: Path, *some: Mapping[str, Any]) -> None:

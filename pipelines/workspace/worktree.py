@@ -13,7 +13,7 @@ import psutil
 
 from pipelines.locks import hold_lock
 from pipelines.params import read_yaml, to_yaml
-from pipelines.workspace.cache import cache_folder, write_settings
+from pipelines.workspace.cache import cache_folder, read_settings, write_settings
 from pipelines.workspace.git import check_repository, full_commit, git, unlock
 from pipelines.workspace.overrides import absolute_paths
 from pipelines.workspace.processes import WORKTREE, environment, stop
@@ -216,15 +216,10 @@ def _remove(root: Path, place: Path) -> None:
 
 def _share_settings(root: Path, place: Path) -> None:
     """Gives a worktree the DVC cache and the remotes of `root`, with what may be needed to enter them."""
-    from dvc.config import Config, ConfigError  # type: ignore[import-untyped]
-
     site = _own_git(place) / "dvc"  # goes with it, unlike /var/tmp/dvc
     own = {"cache": {"dir": str(cache_folder(root))}, "core": {"site_cache_dir": str(site)}}
-    try:
-        ours = Config(str(root / ".dvc"))
-        write_settings(place / ".dvc" / "config.local", ours.load_one("repo"), ours.load_one("local"), own)
-    except ConfigError as error:
-        raise ValueError(f"the settings of DVC in {root}/.dvc cannot be read: {error}") from error
+    ours = read_settings(root)
+    write_settings(place / ".dvc" / "config.local", ours.load_one("repo"), ours.load_one("local"), own)
 
 
 def apply(place: Path, diff: Path, but: Collection[str]) -> None:

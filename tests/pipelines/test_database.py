@@ -1,5 +1,6 @@
 """The registry of a clone that was moved, renamed or copied: real MLflow on SQLite."""
 
+import os
 import shutil
 from pathlib import Path
 from urllib.parse import urlsplit
@@ -87,7 +88,9 @@ def test_artifacts_in_a_place_of_their_own_and_a_file_behind_a_link_stay(clone, 
 
 
 def test_what_a_killed_process_has_half_made_goes(tmp_path):
-    (tmp_path / "mlflow.db.4194305.partial").touch()  # beyond the numbers of processes
+    for number in (4194305, os.getpid()):  # beyond the numbers of processes; that of one before us
+        (tmp_path / f"mlflow.db.{number}.partial").touch()
+        (tmp_path / f"mlflow.db.{number}.partial-journal").write_bytes(b"half a page")
     make_database(tmp_path / "mlflow.db")
     assert {path.name for path in tmp_path.iterdir()} == {"mlflow.db"}
 

@@ -5,6 +5,7 @@ import json
 import os
 import sqlite3
 import sys
+import tempfile
 import threading
 from contextlib import closing
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -91,6 +92,32 @@ def test_a_folder_whose_name_dvc_cannot_show_is_told_at_once(tmp_path, monkeypat
     asked = ("python", "-c", "from pipelines.stage import command; command(lambda: print('made'))")
     said = call(place, *asked, code=1, DVC_STAGE="download", PYTHONPATH=str(ROOT))
     assert said == f"error: {place} has a brace in its name, at which DVC fails; rename the folder\n"
+
+
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        (
+            "[cache]\ndir = /proc/cache\n",
+            "the DVC cache is /proc/cache, expected a folder to write in .*; mend that, or",
+        ),
+        (
+            "[cache]\ndir = {shm}\ntype = hardlink\n",
+            "gives .* nothing by hardlink, which cache.type allows alone; let it",
+        ),
+        ("[cach", "the settings of DVC, of .*/.dvc or of this user, cannot be read: "),
+        ("[cache]\ntype = any\n", "the settings of DVC, of .*/.dvc or of this user, cannot be read: "),
+    ],
+)
+def test_a_cache_that_takes_or_gives_nothing_is_told_at_once(here, settings, said):
+    if os.stat("/dev/shm").st_dev == os.stat(here).st_dev:
+        pytest.skip("/dev/shm is no other file system")
+    (here / ".dvc").mkdir()
+    with tempfile.TemporaryDirectory(dir="/dev/shm") as shm:
+        (here / ".dvc/config.local").write_text(settings.format(shm=shm), encoding="utf-8")
+        with pytest.raises(ValueError, match=said) as caught:
+            readiness.check(here)
+    assert "\n" not in str(caught.value)
 
 
 def test_a_database_that_is_none_is_held_or_has_lost_its_files_is_told(local):
