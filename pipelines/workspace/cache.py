@@ -22,7 +22,7 @@ def cache_folder(root: Path) -> Path:
 def require_cache(root: Path) -> None:
     """Raises ValueError where DVC can keep nothing in its cache, or give nothing of it to the working tree."""
     from dvc.fs import localfs  # type: ignore[import-untyped]
-    from dvc_objects.fs.generic import test_links  # type: ignore[import-untyped]
+    from dvc_objects.fs.generic import test_links
 
     cache, kinds = cache_folder(root), read_settings(root)["cache"].get("type") or ["copy"]
     try:
