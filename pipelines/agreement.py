@@ -12,8 +12,9 @@ from detr.train_config import TrainConfig
 from pipelines.data.shapes import CATEGORIES
 from pipelines.download import DownloadParams
 from pipelines.figures import EvaluateParams
-from pipelines.params import from_document, nearest
+from pipelines.params import from_document, nearest, read_yaml
 from pipelines.register import RegisterParams
+from pipelines.stage import command
 from pipelines.validate import ValidateParams
 
 KINDS: dict[str, type] = {
@@ -39,12 +40,14 @@ OFFICIAL = {  # the architecture of all of the authors' weights
 }
 
 
-def check(document: Any, root: Path = Path()) -> None:
-    """Checks every section of params.yaml as its stage would, and all of them together. Raises ValueError.
+def read_sections(document: Any) -> dict[str, Any]:
+    """Every section of params.yaml as its stage reads it. ValueError names the key, its value and what was expected."""
+    return {name: from_document(document, name, kind) for name, kind in KINDS.items()}
 
-    It names the key, its value and what was expected, before anything is downloaded or trained.
-    """
-    sections: dict[str, Any] = {name: from_document(document, name, kind) for name, kind in KINDS.items()}
+
+def check(document: Any, root: Path = Path()) -> None:
+    """`read_sections`, and what they have to do with each other, before anything is downloaded or trained."""
+    sections = read_sections(document)
     for contradiction in find_contradictions(root, **sections):
         raise ValueError(contradiction)
 
@@ -138,3 +141,11 @@ def find_oddities(document: Any) -> list[str]:
     if 0 < steps <= train.warmup_steps:
         found.append(f"train.warmup_steps is {train.warmup_steps} of {steps} steps: train.lr is never reached")
     return found
+
+
+def main() -> None:
+    read_sections(read_yaml(Path("params.yaml")))
+
+
+if __name__ == "__main__":
+    command(main)
