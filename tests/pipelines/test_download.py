@@ -133,7 +133,7 @@ def test_what_is_neither_file_nor_folder_is_not_waited_for(source, tmp_path):
         ({"val_images": "train.tar"}, "train.tar is not a whole zip file (it has no directory at its end); fetch it"),
         ({"val_annotations": "empty"}, "empty is a folder, expected a JSON file"),
         ({"val_annotations": "train.zip"}, "train.zip is a zip file, expected JSON; name the file in it: PATH.zip#"),
-        ({"val_annotations": "train.tar#x.json"}, "train.tar#x.json does not exist"),
+        ({"val_annotations": "train.tar#x.json"}, "train.tar is not a whole zip file (it has no directory at its end)"),
         ({"val_annotations": f"{'a' * 300}.json"}, ".json cannot be read (File name too long); give this user access"),
     ],
     ids=str,
@@ -214,7 +214,7 @@ def test_the_users_own_files_stay_theirs(source, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("place", "message"), [("s3://bucket/coco", "has the scheme 's3'"), ("http://host/coco", "no such folder; give sh")]
+    ("place", "message"), [("s3://bucket/coco", "has the scheme 's3'"), ("http://host/coco", "one URL; give shapes")]
 )
 def test_a_folder_on_the_web_is_refused(tmp_path, place, message):
     with pytest.raises(ValueError, match=message):
