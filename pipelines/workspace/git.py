@@ -92,9 +92,10 @@ def check_repository(root: Path) -> None:
             "run it in place, without overrides"
         )
     try:
-        git(root, "rev-parse", "--verify", "--quiet", "HEAD^{commit}")
+        git(root, "rev-parse", "--verify", "--quiet", "HEAD")
     except ValueError:
         raise ValueError(f"{root} has no commit yet; make one: git add --all && git commit") from None
+    git(root, "rev-parse", "--verify", "HEAD^{commit}")  # says where the clone is damaged
 
 
 def unlock(root: Path) -> None:

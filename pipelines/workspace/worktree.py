@@ -87,7 +87,10 @@ def keep_results(place: Path) -> None:
 
 
 def _has_results(root: Path, branch: str) -> bool:
-    return git(root, "log", "-1", "--format=%s", branch, "--") == f"{RESULTS} {branch.removeprefix(BRANCHES)}"
+    return (
+        git(root, "log", "-1", "--format=%s", f"refs/heads/{branch}", "--")
+        == f"{RESULTS} {branch.removeprefix(BRANCHES)}"
+    )
 
 
 @contextmanager
@@ -119,7 +122,7 @@ def _add(root: Path, place: Path, commit: str) -> None:
         git(root, "worktree", "add", "--detach", str(place), commit)
     except ValueError as error:
         _remove(root, place)
-        if "unable to write" in str(error):
+        if "unable to write" in str(error) or os.strerror(errno.ENOSPC) in str(error):
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(place)) from error
         raise
 
@@ -158,7 +161,9 @@ def _is_same_run(other: Path, place: Path, commit: str) -> bool:
         return False
     try:
         changed = git(other, "status", "--porcelain", "--untracked-files=no", "--", ".", ":!dvc.lock")
-        changed += git(other, "diff", "--name-only", commit, branch, "--", ".", ":!dvc.lock", ":!params.yaml")
+        changed += git(
+            other, "diff", "--name-only", commit, f"refs/heads/{branch}", "--", ".", ":!dvc.lock", ":!params.yaml"
+        )
         return not changed and (other / "params.yaml").read_text(encoding="utf-8") == (place / "params.yaml").read_text(
             encoding="utf-8"
         )

@@ -267,15 +267,18 @@ SETTINGS = (  # of a person or of a company, for every clone
 )  # fmt: skip
 
 
-def test_no_setting_of_a_person_loses_results(root, monkeypatch, tmp_path_factory):
+def test_no_setting_and_no_tag_of_a_person_loses_results(root, monkeypatch, tmp_path_factory):
     excludes = tmp_path_factory.mktemp("home") / "ignore"
     excludes.write_text("*.lock\n*.yaml\n", encoding="utf-8")
     monkeypatch.setenv("GIT_AUTHOR_NAME", "")
     have_settings(monkeypatch, *SETTINGS, f"core.excludesFile={excludes}")
+    call(root, "git", "tag", "runs/second")  # which git takes for what is called so, before a branch
     assert run(root) == "runs/second"
     monkeypatch.undo()
-    assert call(root, "git", "show", "runs/second:dvc.lock") == LOCK
-    assert call(root, "git", "log", "-2", "--format=%s", "runs/second").splitlines()[1] == "Parameters of run second"
+    assert call(root, "git", "show", "heads/runs/second:dvc.lock") == LOCK
+    assert (
+        call(root, "git", "log", "-2", "--format=%s", "heads/runs/second").splitlines()[1] == "Parameters of run second"
+    )
     assert_clean(root)
 
 
@@ -342,8 +345,10 @@ def test_a_clone_in_a_folder_of_any_name_shares_its_cache_and_collects_it(root, 
 
 def test_a_folder_that_git_makes_no_worktree_of_is_refused_in_a_line(root, tmp_path_factory):
     other = tmp_path_factory.mktemp("other")
-    for place in (root / "inside", other / "new"):
+    for place in (root / "inside", other / "new", other / "damaged"):
         place.mkdir()
+    call(other / "damaged", "git", "init", "--quiet", "--initial-branch=main")
+    (other / "damaged/.git/refs/heads/main").write_text(f"{'1' * 40}\n", encoding="utf-8")
     call(other / "new", "git", "init", "--quiet")
     add = ("-c", "protocol.file.allow=always", "submodule", "--quiet", "add", str(root), "sub")
     call(other / "new", "git", *add)
@@ -351,6 +356,7 @@ def test_a_folder_that_git_makes_no_worktree_of_is_refused_in_a_line(root, tmp_p
         (other, "a run in a worktree needs git: .*not a git repository.*; clone the project with git"),
         (root / "inside", f"is a folder of the repository {root}"),
         (other / "new", "has no commit yet"),
+        (other / "damaged", r"git rev-parse --verify HEAD\^{commit} failed in .*/damaged: "),
         (other / "new/sub", f"is a submodule of {other}/new"),
     ):
         with pytest.raises(ValueError, match=said) as caught:
