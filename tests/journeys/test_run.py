@@ -3,6 +3,7 @@
 import json
 import os
 import platform
+import re
 import shutil
 import sqlite3
 import subprocess
@@ -11,9 +12,10 @@ from contextlib import closing
 import pytest
 
 from detr.metrics import METRICS
+from pipelines.params import read_yaml, to_yaml
 from pipelines.workspace.git import is_dirty
 from pipelines.workspace.worktree import only_one
-from tests.projects import commit, reference, small_project
+from tests.projects import commit, quick_project, reference, small_project
 from tests.running import call, environment
 
 
@@ -69,6 +71,30 @@ def test_an_override_runs_in_a_worktree_and_is_a_commit(project, tmp_path):
     assert "num_queries: 9" in (other / "params.yaml").read_text(encoding="utf-8")
     assert len(read(other, "artifacts/evaluate/detections.json")) == 9 * 16
     call(project, "git", "worktree", "remove", "--force", str(other))
+
+
+def test_stages_of_a_person_run_where_the_graph_has_them_and_a_version_names_its_own_commit(tmp_path):
+    project = quick_project(tmp_path / "project")
+    graph = read_yaml(project / "dvc.yaml")
+    own = {"notes": stage("artifacts/evaluate/metrics.json", "artifacts/notes.json")}
+    told = {"foreach": ["a", "b"], "do": stage("artifacts/register/version.json", "artifacts/${item}.json")}
+    graph["stages"] = own | graph["stages"] | {"told": told}
+    (project / "dvc.yaml").write_text(to_yaml(graph), encoding="utf-8")
+    commit(project, "own stages", "dvc.yaml")
+    said = call(project, "python", "-m", "pipelines", "run", "--set", "train.epochs=1")
+    ended = re.findall(r"Task run '(\S+)' - Finished in state Ran", said)
+    assert sorted(ended) == ["download", "evaluate", "notes", "register", "told@a", "told@b", "train", "validate"]
+    assert ended.index("evaluate") < ended.index("notes")
+    assert ended.index("register") < ended.index("told@a")
+    (branch,) = call(project, "git", "branch", "--list", "runs/*", "--format=%(refname:short)").split()
+    assert "told@b:" in call(project, "git", "show", f"{branch}:dvc.lock")
+    with closing(sqlite3.connect(project / "mlflow.db")) as store:
+        ((made,),) = store.execute("select value from model_version_tags where key = 'git_commit'")
+    assert "evaluate:" in call(project, "git", "show", f"{made}:dvc.lock")  # what `reproduce` starts from
+
+
+def stage(needed, made):
+    return {"cmd": f"cp {needed} {made}", "deps": [needed], "outs": [made]}
 
 
 def test_a_wrong_override_changes_nothing(project):
