@@ -37,9 +37,10 @@ HELD = "held back"  # the decision on what may not be promoted
 def register(config: RegisterParams, output: Path) -> None:
     """Publishes the run's files to MLflow, registers the model once, decides its alias, and writes `version.json`.
 
-    Weights that are registered already give the version that has them. One process at a time does so; killed anywhere
-    and repeated it ends the same. The training's resume state, kept until its results are safe, is removed. Raises
-    ValueError when lineage is incomplete, a protected category is unknown, or MLflow does not answer.
+    Weights that are registered already, with the same categories, give the version that has them. One process at a
+    time does so; killed anywhere and repeated it ends the same. The training's resume state, kept until its results are
+    safe, is removed. Raises ValueError when lineage is incomplete, a protected category is unknown, or MLflow does not
+    answer.
     """
     of_git, diff = ask_git()
     lineage = collect_lineage(diff, of_git)
@@ -51,7 +52,7 @@ def register(config: RegisterParams, output: Path) -> None:
         aliases.finish_rollback(client, check)
         run_id = tracking.find_run(client, mark, f"train {mark}")
         publish(client, run_id, mark, metrics, lineage, diff)
-        version = aliases.version_with(client, lineage["weights_sha256"])
+        version = aliases.version_with(client, lineage["weights_sha256"], TRAINED / "config.json")
         if version is None:
             client.log_metric(run_id, "images_per_second", speed())
             tags = lineage | {name: str(value) for name, value in metrics.items()}

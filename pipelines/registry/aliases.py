@@ -84,11 +84,27 @@ def class_aps(client: "MlflowClient", version: "ModelVersion") -> dict[str, floa
     return {name.removeprefix(CLASS_AP): ap for name, ap in metrics.items() if name.startswith(CLASS_AP) and ap >= 0}
 
 
-def version_with(client: "MlflowClient", weights_sha256: str) -> "ModelVersion | None":
-    """The ready version that has these weights, if one was registered before and its files are there still."""
+def version_with(client: "MlflowClient", weights_sha256: str, config: Path) -> "ModelVersion | None":
+    """The ready version that has these weights and answers as `config`, a config.json, says: its categories among it.
+
+    None where none was registered before, or its files are gone.
+    """
     found = client.search_model_versions(f"name = '{MODEL}' and tags.weights_sha256 = '{weights_sha256}'")
     ready = sorted((v for v in found if v.status == "READY"), key=lambda v: int(v.version))
-    return next((client.get_model_version(MODEL, str(v.version)) for v in ready if has_files(client, v)), None)
+    for version in ready:
+        number = str(version.version)
+        with tempfile.TemporaryDirectory() as folder:
+            if has_files(client, version) and answers(
+                tracking.fetch_model_file(number, "artifacts/config.json", Path(folder))
+            ) == answers(config):
+                return client.get_model_version(MODEL, number)
+    return None
+
+
+def answers(config: Path) -> dict[str, Any]:
+    """What of a config.json decides how the weights answer: all but which training they are of."""
+    document: dict[str, Any] = json.loads(config.read_text(encoding="utf-8"))
+    return {key: value for key, value in document.items() if key != "fingerprint"}
 
 
 def place(client: "MlflowClient", version: "ModelVersion", alias: str, check: Callable[[], None]) -> None:

@@ -198,7 +198,8 @@ def judge(client: Any, version: Any, detections: list[dict], data: Path, config:
         return decide(alone()[1], None, None, config)
     number = str(best.version)
     if best.tags.get("weights_sha256", "") == version.tags.get("weights_sha256"):
-        note = f"version {number}, the champion, has the same weights and lost its files"
+        other = "other names for what they find" if aliases.has_files(client, best) else "lost its files"
+        note = f"version {number}, the champion, has the same weights and {other}"
         return decide(alone()[1], None, None, config, note)
     theirs, source = champions_matches(client, best, version, annotations, data)
     if theirs is not None:

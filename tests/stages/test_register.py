@@ -179,6 +179,19 @@ def test_weights_whose_files_are_gone_are_registered_anew(projects, uri, tmp_pat
     assert look(uri)[0] == {"champion": 2, "previous_champion": 1}
 
 
+def test_weights_of_renamed_categories_are_another_version(projects, uri, tmp_path):
+    folder = Path(shutil.copytree(projects["weak"], tmp_path / "renamed"))
+    for name in ("artifacts/train/config.json", "data/coco/instances_val.json"):
+        document = json.loads((folder / name).read_text(encoding="utf-8"))
+        for category in document["categories"]:
+            category["name"] = f"the {category['name']}"
+        (folder / name).write_text(json.dumps(document), encoding="utf-8")
+    said = "version 1, the champion, has the same weights and other names for what they find"
+    assert f"registered detr version 2 as champion: {said}" in run(folder, uri)
+    assert "version 1 as previous_champion: these weights were registered before" in run(projects["weak"], uri)
+    assert look(uri)[0] == {"champion": 2, "previous_champion": 1}
+
+
 def test_a_full_artifact_store_is_told_and_registration_goes_on_when_there_is_space(projects, tmp_path):
     """A file system of its own as root, else a limit on the size of files."""
     uri, store = f"sqlite:///{tmp_path}/mlflow.db", tmp_path / "mlartifacts"
