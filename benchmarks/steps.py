@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from authors import build, nested
+from torch import Tensor, nn
 
 import detr.loss
 from detr.batch import Batch, normalize
@@ -17,6 +18,7 @@ from detr.model import DETR
 from detr.optimizer import build_optimizer, flatten_gradients
 from detr.train import compile_model
 from detr.train_config import TrainConfig
+from detr.transformer import Attention
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 TheirBatch = tuple[torch.Tensor, torch.Tensor, list[dict[str, torch.Tensor]]]  # images, padding, targets
@@ -56,6 +58,24 @@ class Clock:
 
 
 CLOCK = Clock()
+
+
+class TorchAttention(nn.MultiheadAttention):
+    """PyTorch's attention, called as the project's own is."""
+
+    def forward(self, query: Tensor, key: Tensor, value: Tensor, attend: Tensor | None = None) -> Tensor:  # type: ignore[override]
+        padding = None if attend is None else ~attend.flatten(1)
+        mixed: Tensor = super().forward(query, key, value, key_padding_mask=padding, need_weights=False)[0]
+        return mixed
+
+
+def replace_attention(model: DETR) -> None:
+    for parent in list(model.modules()):
+        for name, module in list(parent.named_children()):
+            if isinstance(module, Attention):
+                other = TorchAttention(module.out_proj.in_features, module.num_heads, module.dropout, batch_first=True)
+                other.load_state_dict(module.state_dict())
+                setattr(parent, name, other)
 
 
 def our_step(model: DETR, config: TrainConfig, precision: str, compiling: bool) -> Callable[[Batch], None]:

@@ -5,7 +5,8 @@ model FLOP utilisation, peak memory, and where the time of a step goes. Both sid
 640x480 (of the demo's scenes, its own), padded as each pads them: with `--sizes fixed` (the CPU's default) one batch of
 800x1066, with `--sizes paper` eight of the paper's random scales and crops. The authors' side is as they wrote it, in
 float32. Ours is as the preset trains it, on a GPU in bfloat16 and once more in float32; `--compile` compiles it, and
-the graphs made for all those sizes are counted; `--set model.attention_dropout=0` changes a parameter of it.
+the graphs made for all those sizes are counted; `--set model.attention_dropout=0` changes a parameter of it;
+`--attention` adds a side with `nn.MultiheadAttention` in the place of the project's own.
 
 - A step is timed from a padded batch in the CPU's memory on, with no wait but the step's own. Its parts are timed on a
   GPU in rounds of their own, which wait for it at every mark. `data` is the copy to the device and the wait for the
@@ -38,7 +39,7 @@ from typing import Any
 import torch
 from authors import ROOT, VARIANTS, importable, install, interleaved
 from input_pipeline import drawn, write_dataset
-from steps import CLOCK, DEVICE, as_theirs, authors_step, our_step, synchronize
+from steps import CLOCK, DEVICE, as_theirs, authors_step, our_step, replace_attention, synchronize
 from torch.utils.data import DataLoader
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -194,13 +195,18 @@ def measure(preset: str, arguments: argparse.Namespace, folder: Path) -> dict[st
     ours = [batch.pin_memory() if gpu else batch for batch in setup.loader(torch.device("cpu"))]
     precisions = {"ours": "bfloat16", "ours, float32": "float32"} if gpu else {"ours": setup.train.precision}
 
-    def our(precision: str) -> Callable:
-        return our_step(setup.build(), setup.train, precision, arguments.compile)
+    def our(precision: str, attention: bool = False) -> Callable:
+        model = setup.build()
+        if attention:
+            replace_attention(model)
+        return our_step(model, setup.train, precision, arguments.compile)
 
     sides: dict[str, tuple[str, Callable[[], Callable], list]] = {}  # precision, what makes the step, batches
     if setup.variant:
         sides["authors"] = ("float32", partial(authors_step, setup.variant), [as_theirs(batch) for batch in ours])
     sides |= {name: (precision, partial(our, precision), ours) for name, precision in precisions.items()}
+    if arguments.attention:
+        sides["its attention"] = (precisions["ours"], partial(our, precisions["ours"], attention=True), ours)
     if arguments.memory:
         return {"peak_megabytes": peak_megabytes(*sides[arguments.memory][1:])}
 
@@ -271,6 +277,7 @@ def main() -> None:
     parser.add_argument("--batch", type=int, help="by default 8 on a GPU, 2 on a CPU, the demo's micro-batch for it")
     parser.add_argument("--rounds", type=int, help="by default 20 on a GPU, 3 on a CPU")
     parser.add_argument("--compile", action="store_true", help="compile our model")
+    parser.add_argument("--attention", action="store_true", help="beside ours with nn.MultiheadAttention, too")
     parser.add_argument("--set", action="append", default=[], help="section.key=value, of ours")
     parser.add_argument("--memory", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
@@ -286,6 +293,8 @@ def main() -> None:
         print(f"{preset:36}" + "".join(f"{side:>16}" for side in of) + f"{'ratio':>10}")
         for what, row in rows_of(of).items():
             print(f"  {what:34}" + "".join(f"{value:>16.4g}" for value in row.values()), end="")
+            if "its attention" in row and what == "step, ms":
+                ratios[f"{preset}: step with nn.MultiheadAttention"] = round(row["its attention"] / row["ours"], 3)
             if "authors" in row and (what.endswith("MB") or what.endswith("ms")) and what != "data, ms":
                 ratios[f"{preset}: {what.rpartition(',')[0]}"] = round(row["authors"] / row["ours"], 3)
                 print(f"{row['authors'] / row['ours']:>9.2f}x", end="")
