@@ -131,6 +131,18 @@ def test_a_database_that_is_none_is_held_or_has_lost_its_files_is_told(local):
         readiness.check(local)
 
 
+def test_a_database_that_may_only_be_read_is_told(local):
+    """As a user without rights: root may write anything."""
+    (local / "mlflow.db").chmod(0o444)
+    prefix = ["setpriv", "--bounding-set=-all", "--inh-caps=-all"] if os.geteuid() == 0 else []
+    code = (
+        "from pathlib import Path; from pipelines.stage import command; from pipelines.retraining import readiness; "
+        "command(lambda: readiness.check(Path.cwd()))"
+    )
+    said = call(local, *prefix, sys.executable, "-c", code, code=1, cold=True, PYTHONPATH=str(ROOT))
+    assert f"{local}/mlflow.db cannot be written (attempt to write a readonly database); make it writable" in said
+
+
 def test_a_store_without_credentials_is_told(local, monkeypatch):
     find_run(connect(), "abc", "train abc")
     with closing(sqlite3.connect(local / "mlflow.db")) as store:
