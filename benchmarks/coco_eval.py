@@ -3,7 +3,8 @@
 Drawn ground truth and detections of COCO val2017's size: 5,000 images, 36,781 objects, 500,000 detections. Each side
 reads the same ground truth and takes the same array of detections in a process of its own, in turn: processor time,
 peak memory and the twelve numbers.
-faster-coco-eval is measured too where it is installed, and the bootstrap of 1,000 resamples is timed.
+faster-coco-eval is measured too where it is installed, and the bootstrap of 1,000 resamples is timed. So is its
+matching of detections with objects, beside what hotcoco's `eval_imgs` tells of hotcoco's own.
 """
 
 import argparse
@@ -22,6 +23,7 @@ import numpy as np
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
 NUM_CATEGORIES = 80
+MATCHING = ("own matching", "hotcoco's matching")
 PEERS = {"pycocotools": "pycocotools", "faster-coco-eval": "faster_coco_eval"}
 
 
@@ -95,6 +97,25 @@ def evaluate(side: str, folder: Path) -> list[float]:
     return [float(value) for value in judge.stats]
 
 
+def match(side: str, folder: Path) -> list[float]:
+    """How many detections are hits, and how many ignored, at each IoU threshold: 20 numbers."""
+    truth, found = folder / "truth.json", np.load(folder / "found.npy")
+    if side == "own matching":
+        from detr.bootstrap import match_detections
+
+        matches = match_detections(truth, found)
+        return [*matches.hit.sum(axis=0), *matches.ignored.sum(axis=0)]
+    from detr.metrics import build_evaluator
+
+    judge = build_evaluator(truth, found)
+    judge.params.area_rng, judge.params.area_rng_lbl, judge.params.max_dets = [[0, 1e10]], ["all"], [100]
+    judge.evaluate()
+    entries = [entry for entry in judge.eval_imgs if entry]
+    ignored = np.concatenate([entry["dtIgnore"] for entry in entries], axis=1) > 0  # [10, D]
+    hit = np.concatenate([entry["dtMatches"] for entry in entries], axis=1) > 0
+    return [*(hit & ~ignored).sum(axis=1), *ignored.sum(axis=1)]
+
+
 def measure(side: str, folder: Path) -> dict:
     """Processor seconds, peak memory and numbers of one side; imports are not counted, reading the files is."""
     if side == "bootstrap":
@@ -105,6 +126,13 @@ def measure(side: str, folder: Path) -> dict:
         matches = match_detections(folder / "truth.json", rows)
         numbers = list(find_interval(bootstrap_ap([matches], 1000, seed=0)[0], 0.95, len(matches.objects), lowest=0))
         seconds = time.perf_counter() - started
+    elif side.endswith("matching"):
+        import detr.bootstrap
+        import detr.metrics  # noqa: F401
+
+        started = time.process_time()
+        numbers = match(side, folder)
+        seconds = time.process_time() - started
     else:
         find = {"ours": "hotcoco", **PEERS}[side]
         __import__(find)
@@ -139,6 +167,7 @@ def main() -> None:
             for side in sides:
                 runs[side].append(apart(side, Path(name)))
         bootstrap = apart("bootstrap", Path(name))
+        matching = {side: [apart(side, Path(name)) for _ in range(rounds)] for side in MATCHING}
     seconds = {side: statistics.median(run["seconds"] for run in runs[side]) for side in sides}
     memory = {side: statistics.median(run["peak_gb"] for run in runs[side]) for side in sides}
     expected = runs["pycocotools"][0]["numbers"]
@@ -149,12 +178,18 @@ def main() -> None:
     for side in sides:
         print(f"{side:<20}{seconds[side]:>12.2f}{memory[side]:>10.2f}{difference[side]:>20.1e}")
     print(f"AP {expected[0]:.4f}; 1,000 resamples: {bootstrap['seconds']:.1f} s, interval {bootstrap['numbers']}")
+    counts = [runs[0]["numbers"] for runs in matching.values()]
+    of_matching = {side: statistics.median(run["seconds"] for run in runs) for side, runs in matching.items()}
+    for side, each in matching.items():
+        print(f"{side:<20}{of_matching[side]:>12.2f}{statistics.median(run['peak_gb'] for run in each):>10.2f}")
     figures = {
         "max_difference": difference["ours"],
         "cpu_seconds": seconds,
         "peak_gb": memory,
         "bootstrap_seconds": bootstrap["seconds"],
         "bootstrap_peak_gb": bootstrap["peak_gb"],
+        "matching_seconds": of_matching,
+        "matching_is_equal": counts[0] == counts[1],
     }
     ratios = {side: seconds[side] / seconds["ours"] for side in peers}
     print(json.dumps({"benchmark": "coco_eval", "ratios": ratios, "figures": figures}))

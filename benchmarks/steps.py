@@ -50,7 +50,7 @@ class Clock:
 
         def marked(*arguments: Any, **named: Any) -> Any:
             self.mark("loss")
-            result = match_targets(*arguments, **named)
+            result = match(*arguments, **named)
             self.mark("matcher")
             return result
 

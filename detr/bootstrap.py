@@ -2,6 +2,8 @@
 
 Detections are matched with the objects once, as COCO does; a resample then only weighs each image by the number of
 times that it was drawn. A weighted AP equals that of a dataset in which each image stands as often as it weighs.
+The matching is our own: hotcoco's is equal, and reading it from `eval_imgs`, a dictionary for each image and category,
+takes 14 times as long and 7 times the memory (7.5 s and 1.9 GB for COCO's size, benchmarks/coco_eval.py).
 """
 
 from collections.abc import Sequence

@@ -43,8 +43,8 @@ def from_results(results: list[dict]) -> np.ndarray:
     return np.array(rows, dtype=np.float64).reshape(-1, COLUMNS)
 
 
-def evaluate_detections(annotations: Path, detections: np.ndarray) -> Any:
-    """hotcoco's COCOeval of detections [n, 7], summarised. ValueError names images that the annotations lack.
+def build_evaluator(annotations: Path, detections: np.ndarray) -> Any:
+    """hotcoco's COCOeval of detections [n, 7], not evaluated yet. ValueError names images that the annotations lack.
 
     Annotations count by their place, whatever their ids: pycocotools takes an object of id 0 for none.
     """
@@ -69,7 +69,12 @@ def evaluate_detections(annotations: Path, detections: np.ndarray) -> Any:
         area=held.areas,
         iscrowd=held.crowd.astype(np.int64),
     )
-    judge = COCOeval(truth, truth.load_res(np.ascontiguousarray(detections, dtype=np.float64)), "bbox")
+    return COCOeval(truth, truth.load_res(np.ascontiguousarray(detections, dtype=np.float64)), "bbox")
+
+
+def evaluate_detections(annotations: Path, detections: np.ndarray) -> Any:
+    """hotcoco's COCOeval of detections [n, 7], summarised. ValueError names images that the annotations lack."""
+    judge = build_evaluator(annotations, detections)
     judge.evaluate()
     judge.accumulate()
     with contextlib.redirect_stdout(io.StringIO()):
