@@ -5,6 +5,7 @@ import logging
 import os
 import signal
 import sys
+import tempfile
 import traceback
 from typing import Any, NoReturn
 
@@ -39,21 +40,26 @@ def launch(module: str, num_micro_batches: int) -> None:
         os.environ.setdefault("TORCH_DISABLE_SHARE_RDZV_TCP_STORE", "1")  # a node that joins later never finds it
     for name in [name for name in logging.root.manager.loggerDict if name.startswith("torch.distributed.elastic")]:
         logging.getLogger(name).setLevel(logging.CRITICAL)
-    try:
-        run(parse_args([*(["--standalone"] if alone else []), "-m", module, *sys.argv[1:]]))
-    except SignalException:
-        _end_as_asked()
-    except RendezvousError as error:
-        endpoint = os.environ.get("PET_RDZV_ENDPOINT", "the other nodes")
-        raise RuntimeError(f"no rendezvous at {endpoint} ({error}); is the training under way on that host?") from error
-    except ChildFailedError as error:
-        rank, failure = first_cause(error.failures)
-        message: Any = failure.message
-        if isinstance(message, dict):
-            raise RuntimeError(message["message"].partition(": ")[2]) from None
-        if failure.exitcode in ASKED:
+    options = ["--standalone"] if alone else []
+    with tempfile.TemporaryDirectory(prefix="detr-") as folder:  # of errors that processes leave; torchrun removes none
+        os.environ.setdefault("PET_LOG_DIR", folder)
+        try:
+            run(parse_args([*options, "-m", module, *sys.argv[1:]]))
+        except SignalException:
             _end_as_asked()
-        raise RuntimeError(explain_end(rank, failure)) from None
+        except RendezvousError as error:
+            endpoint = os.environ.get("PET_RDZV_ENDPOINT", "the other nodes")
+            raise RuntimeError(
+                f"no rendezvous at {endpoint} ({error}); is the training under way on that host?"
+            ) from error
+        except ChildFailedError as error:
+            rank, failure = first_cause(error.failures)
+            message: Any = failure.message
+            if isinstance(message, dict):
+                raise RuntimeError(message["message"].partition(": ")[2]) from None
+            if failure.exitcode in ASKED:
+                _end_as_asked()
+            raise RuntimeError(explain_end(rank, failure)) from None
 
 
 def first_cause(failures: dict[int, ProcessFailure]) -> tuple[int, ProcessFailure]:

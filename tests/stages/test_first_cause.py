@@ -19,8 +19,10 @@ def test_a_damaged_picture_is_named_while_the_other_process_loses_its_connection
     with zipfile.ZipFile(archive, "w") as file:
         for member, content in (pictures | {name: b"no picture"}).items():
             file.writestr(member, content)
-    said = call(tmp_path, *COMMAND, code=1, **quiet(processes=2))
+    (own := tmp_path / "temporary").mkdir()
+    said = call(tmp_path, *COMMAND, code=1, **quiet(processes=2) | {"TMPDIR": str(own)})
     errors = [line for line in said.splitlines() if line.startswith("error: ")]
     assert len(errors) == 1, said
     assert errors[0].startswith(f"error: {name} ")
     assert "Traceback" not in said
+    assert not list(own.iterdir())
