@@ -88,9 +88,10 @@ def connect() -> "MlflowClient":
     except Exception as error:
         reason = " ".join(str(error).split())[:300]
         is_refused = re.search(r"error code 40[137]|UNAUTHENTICATED|PERMISSION_DENIED|not in a valid JSON", reason)
-        what, remedy = ("wants a login", LOGIN) if is_refused else ("is unreachable", "start it")
-        said = re.sub(r"(?<=://)[^/\s'\"]*@", "", f"MLflow at {uri} {what} ({reason})")  # who, and their password
-        raise ValueError(f"{said}; {remedy} or unset MLFLOW_TRACKING_URI") from error
+        said = f"MLflow at {uri} is unreachable ({reason}); start it"
+        said = f"MLflow at {uri} wants a login ({reason}); {LOGIN}" if is_refused else said
+        said = re.sub(r"(?<=://)[^/\s'\"]*@", "", said)  # the user and the password of a database
+        raise ValueError(f"{said} or unset MLFLOW_TRACKING_URI") from error
     return client
 
 

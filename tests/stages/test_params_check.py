@@ -22,7 +22,7 @@ def download(folder, text, code=0):
             "  num_resamples: many",
             "evaluate.num_resamples is 'many': expected `int`, got `str`",
         ),
-        ("  min_ap_gain: 0.0", "  min_ap_gain: -1.0", "register: min_ap_gain is -1.0, "),
+        ("  min_ap_gain: 0.0", "  min_ap_gain: -1.0", "register.min_ap_gain is -1.0, expected "),
         ("evaluate:", "evalute:", "params.yaml has an unknown section 'evalute'; did you mean 'evaluate'?"),
     ],
 )
