@@ -81,8 +81,7 @@ def connect() -> "MlflowClient":
     try:
         if database := database_of(uri):
             prepare_database(database)
-        client = mlflow.MlflowClient(uri, uri)
-        client.search_experiments(max_results=1)
+        (client := mlflow.MlflowClient(uri, uri)).search_experiments(max_results=1)
     except ValueError:
         raise
     except Exception as error:
@@ -90,8 +89,8 @@ def connect() -> "MlflowClient":
         is_refused = re.search(r"error code 40[137]|UNAUTHENTICATED|PERMISSION_DENIED|not in a valid JSON", reason)
         said = f"MLflow at {uri} is unreachable ({reason}); start it"
         said = f"MLflow at {uri} wants a login ({reason}); {LOGIN}" if is_refused else said
-        said = re.sub(r"(?<=://)[^/\s'\"]*@", "", said)  # the user and the password of a database
-        raise ValueError(f"{said} or unset MLFLOW_TRACKING_URI") from error
+        hidden = re.sub(r"(?<=://)[^/\s'\"]*@", "", said)  # the user and the password of a database
+        raise ValueError(f"{hidden} or unset MLFLOW_TRACKING_URI") from error
     return client
 
 
