@@ -4,6 +4,7 @@ import argparse
 import json
 import os
 import shlex
+import signal
 import sys
 from collections.abc import Callable
 from contextlib import suppress
@@ -22,16 +23,17 @@ from pipelines.surroundings import QUIET, past_proxies
 from pipelines.workspace import interruption, worktree
 from pipelines.workspace.git import check_repository, git, is_dirty
 from pipelines.workspace.overrides import parameters
+from pipelines.workspace.processes import signal_group, start_tied
 
 PAGES = {"docs": Path("scratch/data_docs"), "dataset": Path("artifacts/validate/dataset")}
 
 
-def check(document: Any) -> None:
+def check(document: Any, warn: bool = True) -> None:
     """Checks params.yaml as `agreement.check` does, and warns of what is seldom meant."""
     from pipelines import agreement
 
     agreement.check(document)
-    for oddity in agreement.find_oddities(document):
+    for oddity in agreement.find_oddities(document) if warn else ():
         print(f"warning: {oddity}", file=sys.stderr, flush=True)
 
 
@@ -44,7 +46,7 @@ def run_pipeline(arguments: argparse.Namespace) -> None:
     dirty = not here and is_dirty(root)
     if not dirty:  # else the code of the commit checks what it has
         document = parameters(root, preset, overrides)
-        check(document)
+        check(document, warn=here)  # elsewhere the flow does
         readiness.require_source(root, document, arguments.refresh)
     os.environ["PREFECT_HOME"] = os.environ.get("PREFECT_HOME") or str(root / ".prefect")
     os.environ.setdefault("PREFECT_SERVER_EPHEMERAL_STARTUP_TIMEOUT_SECONDS", "120")
@@ -105,16 +107,20 @@ def serve_ui(arguments: argparse.Namespace) -> None:
         from pipelines.registry.database import prepare_database
 
         prepare_database(database)
-    command_line = {
-        "prefect": ["-m", "prefect", "--no-prompt", "server", "start", "--host", "127.0.0.1", "--port", str(port)],
-        "mlflow": ["-m", "mlflow", "ui", "--host", "127.0.0.1", "--port", str(port), "--backend-store-uri", store],
-    }.get(which, ["-m", "http.server", "--bind", "127.0.0.1", "--directory", str(pages), str(port)])
+    module = {
+        "prefect": ["prefect", "--no-prompt", "server", "start", "--host", "127.0.0.1", "--port", str(port)],
+        "mlflow": ["mlflow", "ui", "--host", "127.0.0.1", "--port", str(port), "--workers", "1"],
+    }.get(which, ["http.server", "--bind", "127.0.0.1", "--directory", str(pages), str(port)])
     print(f"http://127.0.0.1:{port}  (Ctrl-C ends it)", flush=True)
-    env = os.environ | QUIET
+    env = os.environ | QUIET | {"MLFLOW_BACKEND_STORE_URI": store, "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"}
     env.setdefault("PREFECT_HOME", str(root / ".prefect"))
     env["PREFECT_API_URL"] = f"http://127.0.0.1:{port}/api"  # what its page asks
     env.setdefault(services.ORIGINS, services.origins(services.HOST, port))
-    os.execve(sys.executable, [sys.executable, *command_line], env)
+    server = start_tied(module, env)
+    try:
+        sys.exit(server.wait())
+    finally:
+        signal_group(server.pid, signal.SIGKILL)  # what it stores is whole at any moment
 
 
 def start_services(arguments: argparse.Namespace) -> None:

@@ -1,7 +1,6 @@
 """The Prefect flows, one task run per DVC stage: here (`pipeline`), and in a worktree of its own (`retrain`)."""
 
 import logging
-import signal
 import time
 from collections.abc import Callable
 from functools import partial
@@ -34,13 +33,14 @@ from pipelines.retraining.form import (
 )
 from pipelines.retraining.progress_artifact import Progress
 from pipelines.stage import EXPECTED, explain
-from pipelines.workspace import dvc, freshness, interruption, worktree
+from pipelines.workspace import dvc, freshness, worktree
 from pipelines.workspace.git import fetch
 from pipelines.workspace.overrides import confine, parameters
 from pipelines.workspace.redaction import hidden
 
 RETRIES = {"register": 6}  # of a stage whose failure time may mend: MLflow is not there
 RETRY_SECONDS = 30
+TITLE_LENGTH = 60
 
 
 @task(task_run_name="{stage}")
@@ -87,8 +87,6 @@ def run_stages(root: Path, refresh: bool, before: Callable[[str], None] = lambda
     Raises StageFailed at the first that fails, KeyboardInterrupt that says where it was stopped.
     """
     logging.getLogger("prefect.task_runs").addFilter(is_news)
-    if not runtime.deployment.id:
-        interruption.listen(signal.SIGTERM)  # which Prefect has taken for itself
     went = []
     for stage in dvc.stages(root):
         before(stage)
@@ -118,11 +116,17 @@ def pipeline(title: str, root: Path, refresh: bool = False) -> Any:
 
 
 def title() -> str:
-    """What a run of `retrain` is called, from its parameters."""
+    """What a run of `retrain` is called, from its parameters, which its page has in full."""
     chosen = runtime.flow_run.parameters
     preset = [chosen["preset"]] if chosen["preset"] != "none" else []
     words = [*preset, *chosen["overrides"], *([] if chosen["ref"] == "HEAD" else [f"@{chosen['ref']}"])]
-    return " ".join(" ".join(words).split())[:200] or "params.yaml"
+    return shorten(" ".join(words)) or "params.yaml"
+
+
+def shorten(text: str) -> str:
+    """The text on one line of TITLE_LENGTH letters at most."""
+    line = " ".join(text.split())
+    return line if len(line) <= TITLE_LENGTH else f"{line[: TITLE_LENGTH - 4]} ..."
 
 
 @flow(name="retrain", flow_run_name=title)
@@ -150,7 +154,7 @@ def retrain(
         with worktree.only_one(root, log):
             name = f"{chosen or 'overrides'}-{time.strftime('%Y%m%d-%H%M%S')}"
             with worktree.worktree(root, name, ref, asked, note) as (place, branch):
-                dvc.check(place)
+                dvc.check(place, log)
                 done, me = worktree.refreshed(place), str(runtime.flow_run.id)  # which an attempt before may have been
 
                 def before(stage: str) -> None:

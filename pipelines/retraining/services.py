@@ -70,11 +70,12 @@ def up(root: Path, prefect_port: int, mlflow_port: int, host: str = HOST) -> tup
         mlflow = start(root, "mlflow", command, stores)
         wait_for(f"{urls['MLflow']}/health", mlflow, log_of(root, "mlflow"))
         wait_for(f"{urls['Prefect']}/api/health", prefect, log_of(root, "prefect"))
-        from pipelines.retraining import automations
+        from pipelines.retraining import automations, terminal
 
         automations.prepare(webhook)
         if start(root, "deploy", automations.deploy_command(root)).wait():
             raise RuntimeError(f"prefect deploy --all failed: {end_of(log_of(root, 'deploy'))}")
+        terminal.report_dead()
         died = automations.resume_interrupted()
         start(root, "worker", ["prefect", "worker", "start", "--pool", automations.POOL, "--name", "here"])
     except BaseException:

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from pipelines.params import read_yaml
-from pipelines.workspace.processes import group, is_error, stop_group
+from pipelines.workspace.processes import above_bars, group, is_error, stop_group
 from pipelines.workspace.redaction import hidden
 
 STOPPED = re.compile(r"stopped after step (\d+) ")  # begins what a training says that was asked to stop
@@ -85,25 +85,36 @@ def reproduce(
     return outcome
 
 
-def check(root: Path) -> None:
-    """Has the code in `root` check its params.yaml. Raises StageFailed with the message that names the key."""
-    call(["pipelines", "params"], root, lambda line: None)
+def check(root: Path, log: Callable[[str], None]) -> None:
+    """Has the code in `root` check its params.yaml and log what it warns of.
+
+    Raises StageFailed with the message that names the key.
+    """
+    call(["pipelines", "params"], root, lambda line: log(line) if line.startswith("warning: ") else None, bars=False)
 
 
-def call(module: list[str], root: Path, log: Callable[[str], None], env: Mapping[str, str] | None = None) -> None:
+def call(
+    module: list[str],
+    root: Path,
+    log: Callable[[str], None],
+    env: Mapping[str, str] | None = None,
+    bars: bool = True,
+) -> None:
     """Runs a Python module in `root`. Its errors are not logged, but raised as StageFailed.
 
     An interruption ends it; the message of KeyboardInterrupt says where a training has stopped.
     """
     lines: deque[str] = deque(maxlen=NUM_LINES)
-    with group([sys.executable, "-m", *module], root, lines, env or {}) as process:
+    with group([sys.executable, "-m", *module], root, lines, env or {}, bars) as process:
         assert process.stdout is not None
         try:
             for line in process.stdout:
                 if line.strip():
-                    lines.append(hidden(line.rstrip()))
-                    if not is_error(lines[-1]):
-                        log(lines[-1])
+                    said = hidden(line.rstrip())
+                    lines.append(said)  # as those of a terminal come, from another thread
+                    if not is_error(said):
+                        with above_bars():
+                            log(said)
         except KeyboardInterrupt:
             stop_group(process)
             os.set_blocking(process.stdout.fileno(), False)
@@ -114,8 +125,8 @@ def call(module: list[str], root: Path, log: Callable[[str], None], env: Mapping
                         where = f"stopped at step {found[1]}"
             raise KeyboardInterrupt(where) from None
     if process.returncode:
-        said = [hidden(line) for line in lines]
-        raise StageFailed(cause(said) or f"exit code {process.returncode}", said)
+        kept = [hidden(line) for line in lines]
+        raise StageFailed(cause(kept) or f"exit code {process.returncode}", kept)
 
 
 def cause(lines: Sequence[str]) -> str:

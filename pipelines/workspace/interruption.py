@@ -6,10 +6,11 @@ import sys
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from typing import Any
 
 import psutil
 
-from pipelines.workspace.processes import kill_running
+from pipelines.workspace.processes import CLEAR, kill_running, running
 
 HURRY_SECONDS = 5.0  # after a second signal, until this process ends whatever it is doing, as after a third
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
@@ -20,7 +21,8 @@ asked: list[int] = []  # the signals that came
 def heeded() -> Iterator[None]:
     """Has the first signal raise KeyboardInterrupt, whose message is printed; the second kills what is running.
 
-    A signal that is ignored stays so, as SIGHUP under nohup.
+    A signal that is ignored stays so, as SIGHUP under nohup. After the block there is nothing left to stop, and a
+    signal ends the process as it is.
     """
     for number in SIGNALS:
         listen(number)
@@ -28,22 +30,28 @@ def heeded() -> Iterator[None]:
         yield
     except KeyboardInterrupt as stop:
         try:
-            print("\n" * sys.stderr.isatty() + (str(stop) or "stopped"), file=sys.stderr, flush=True)
+            print(CLEAR * sys.stderr.isatty() + (str(stop) or "stopped"), file=sys.stderr, flush=True)
         except OSError:  # the terminal is closed, which the interpreter would find again at its end
             nothing = os.open(os.devnull, os.O_WRONLY)
             os.dup2(nothing, 1)
             os.dup2(nothing, 2)
         sys.exit(128 + (asked[0] if asked else signal.SIGINT))
+    finally:
+        for number in SIGNALS:
+            listen(number, signal.SIG_DFL)
 
 
-def listen(number: int) -> None:
+def listen(number: int, handler: Any = None) -> None:
     if signal.getsignal(number) is not signal.SIG_IGN:
-        signal.signal(number, _take)
+        signal.signal(number, handler if handler is not None else _take)
 
 
 def _take(number: int, frame: object) -> None:
     asked.append(number)
     if len(asked) == 1:
+        if running and sys.stderr.isatty():
+            said = f"{CLEAR}stopping after this step; Ctrl-C again does not wait for it\n"
+            os.write(2, said.encode())  # where this came, print may be at work
         raise KeyboardInterrupt
     kill_running()
     if len(asked) > 2:

@@ -19,22 +19,34 @@ import psutil
 
 from pipelines.surroundings import own_environment
 
-ERRORS = ("error: ", "ERROR: ")  # begin the last line of a stage that failed, and what DVC says to that
+# These begin the last line of a stage that failed, what DVC says to that, and what it says of locks after a stop.
+ERRORS = ("error: ", "ERROR: ", "WARNING: Process '")
 STOP_SECONDS = 15  # for a training to finish its step and save its state; Prefect kills a cancelled run after 30
+CLEAR = "\r\x1b[J"  # of a terminal: its line, and what is drawn below
 WORKTREE = "DETR_WORKTREE"  # in the environment of what we start: the directory that it works in
 
 running: set[int] = set()  # the process groups that `group` has started
+drawing = threading.Lock()  # held by who writes to the terminal while bars may be drawn there
+
+
+def start_tied(module: list[str], env: Mapping[str, str]) -> subprocess.Popen[bytes]:
+    """A Python module in a session of its own, which hears nothing of what ends us, and ends when we have ended."""
+    command = [sys.executable, "-m", "pipelines.workspace.tied", *module]
+    return subprocess.Popen(command, env=env, stdin=subprocess.PIPE, start_new_session=True)
 
 
 @contextmanager
 def group(
-    command: list[str], root: Path, lines: deque[str], extra: Mapping[str, str]
+    command: list[str], root: Path, lines: deque[str], extra: Mapping[str, str], bars: bool = True
 ) -> Iterator[subprocess.Popen[str]]:
-    """The command in a process group of its own, which does not outlive the block."""
+    """The command in a process group of its own, which does not outlive the block.
+
+    On a terminal what it writes to stderr, as its progress bars, is shown there, unless there are to be no `bars`.
+    """
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}"
     env = {**own_environment(), "PATH": path, "PYTHONUNBUFFERED": "1", WORKTREE: str(root), **extra}
     errors, follower = subprocess.STDOUT, None
-    if sys.stderr.isatty():
+    if bars and sys.stderr.isatty():
         master, errors = pty.openpty()
         termios.tcsetwinsize(errors, termios.tcgetwinsize(sys.stderr.fileno()))
         follower = threading.Thread(target=_follow, args=(master, lines), daemon=True)
@@ -73,20 +85,30 @@ def _follow(master: int, lines: deque[str]) -> None:
         except OSError:
             data = b""
         *whole, rest = re.split(r"(?<=\n)|(?<=\r)(?=[^\n])", rest + decoder.decode(data, not data))
-        for line in whole if data else [*whole, rest]:
-            if not is_error(line):
-                sys.stderr.write(line[shown:])
-            if line.strip() and (line.endswith("\n") or not data):
-                lines.append(plain(line))
-            shown = 0
+        with drawing:
+            for line in whole if data else [*whole, rest]:
+                if not is_error(line):
+                    sys.stderr.write(line[shown:])
+                if line.strip() and (line.endswith("\n") or not data):
+                    lines.append(plain(line))
+                shown = 0
+            if data and not is_error(rest, so_far=True):
+                sys.stderr.write(rest[shown:])
+                shown = len(rest)
+            sys.stderr.flush()
         if not data:
             os.close(master)
-            sys.stderr.flush()
             return
-        if not is_error(rest, so_far=True):
-            sys.stderr.write(rest[shown:])
-            shown = len(rest)
-        sys.stderr.flush()
+
+
+@contextmanager
+def above_bars() -> Iterator[None]:
+    """Clears a terminal of the bars that are drawn below what is to be printed there."""
+    with drawing:
+        if sys.stderr.isatty():
+            sys.stderr.write(CLEAR)
+            sys.stderr.flush()
+        yield
 
 
 def plain(line: str) -> str:
@@ -104,9 +126,9 @@ def stop_group(process: subprocess.Popen[str]) -> None:
     """Ends every process of the group: SIGTERM, and SIGKILL for what is left after STOP_SECONDS."""
     deadline = time.monotonic() + STOP_SECONDS
     for number in (signal.SIGTERM, signal.SIGKILL):
-        if not _signal_group(process.pid, number):
+        if not signal_group(process.pid, number):
             break
-        while time.monotonic() < deadline and _signal_group(process.pid, 0):
+        while time.monotonic() < deadline and signal_group(process.pid, 0):
             process.poll()
             time.sleep(0.1)
     process.wait()
@@ -115,10 +137,10 @@ def stop_group(process: subprocess.Popen[str]) -> None:
 def kill_running() -> None:
     """Kills all that `group` has started; what waits for it goes on."""
     for leader in tuple(running):
-        _signal_group(leader, signal.SIGKILL)
+        signal_group(leader, signal.SIGKILL)
 
 
-def _signal_group(group: int, number: int) -> bool:
+def signal_group(group: int, number: int) -> bool:
     """Sends a signal (0: none) to a process group; whether there was one."""
     try:
         os.killpg(group, number)

@@ -42,7 +42,8 @@ def worktree(
     params.yaml is committed first, on the branch `runs/NAME`, so that what is registered names the commit that made
     it; when the block ends well, dvc.lock follows, and the evaluation is kept in `scratch/runs/NAME`. A run of the
     same code and parameters that was killed is taken over, on its branch and with what it has made. The worktree is
-    removed in any case, the branch when it holds no results. The run lock must be held. Raises ValueError.
+    removed in any case, the branch where it holds no results, as before `keep_results`: what a run has made until then
+    is in DVC's cache, where the same run finds it again. The run lock must be held. Raises ValueError.
     """
     if not re.fullmatch(r"\w[\w.-]*", name) or ".." in name:
         raise ValueError(f"{name!r} names no run; use letters, digits, '-', '_' and '.'")
@@ -200,12 +201,12 @@ def refreshed(place: Path) -> Path:
 
 
 def _settle(root: Path, place: Path) -> None:
-    """Removes a worktree. Its branch stays where it holds results; those of a run that was killed are committed."""
+    """Removes a worktree. Its branch stays where it holds results; what has changed of them since is committed."""
     branch = _branch(place)
     if branch:
         with suppress(ValueError):
             _mend(place)
-            if git(place, "status", "--porcelain", "--", "dvc.lock"):
+            if _has_results(root, branch):
                 keep_results(place)
     _remove(root, place)
     if branch and not _has_results(root, branch):

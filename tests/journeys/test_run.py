@@ -50,7 +50,9 @@ def test_the_flow_finds_everything_unchanged_and_says_where_to_look(project):
 def test_an_override_runs_in_a_worktree_and_is_a_commit(project, tmp_path):
     commit(project, "lock", "dvc.lock")
     before = {name: (project / name).read_bytes() for name in ("params.yaml", "dvc.lock")}
-    said = call(project, "python", "-m", "pipelines", "run", "--set", "train.epochs=1", "--set", "model.num_queries=9")
+    asked = ("train.epochs=1", "model.num_queries=9", "train.warmup_steps=99")
+    said = call(project, "python", "-m", "pipelines", "run", *(word for one in asked for word in ("--set", one)))
+    assert said.count("warning: train.warmup_steps is 99 of 6 steps") == 1
     assert "Task run 'download' - Finished in state Restored" in said
     assert "Task run 'train' - Finished in state Ran" in said
     assert {name: (project / name).read_bytes() for name in before} == before

@@ -38,6 +38,12 @@ def test_what_was_stopped_says_where(capfd):
     assert capfd.readouterr().err == "stopped at step 3; the same command goes on\n"
 
 
+def test_afterwards_a_signal_ends_the_process_as_it_is():
+    with interruption.heeded():
+        pass
+    assert {signal.getsignal(number) for number in interruption.SIGNALS} == {signal.SIG_DFL}
+
+
 def test_a_signal_that_is_ignored_stays_so():
     """As SIGHUP under nohup, and SIGINT of what a script has put into the background."""
     signal.signal(signal.SIGHUP, signal.SIG_IGN)
