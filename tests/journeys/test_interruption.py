@@ -16,6 +16,7 @@ def test_ctrl_c_in_a_training_is_told_and_a_cancelled_run_and_the_same_command_g
     killed = Terminal(project, "python", "-m", "pipelines", "run", cold=True)
     killed.wait_for(r"Beginning flow run")
     killed.process.kill()
+    killed.end()  # with its server, which has the terminal too
     terminal = Terminal(project, "python", "-m", "pipelines", "run")
     terminal.wait_for(r"train: .* 5/20 ")
     terminal.press(CTRL_C)
