@@ -75,9 +75,9 @@ def paper_model(variant: str, theirs: Any = None, **changes: Any) -> Any:
     """This project's model of the preset with `changes` of its configuration, and the weights of the authors' model."""
     from detr.backbone import freeze_stem
     from detr.model import DETR, ModelConfig
-    from pipelines.params import from_document, merged
+    from pipelines.params import from_document, merge_parameters
 
-    config = from_document(merged(ROOT, f"coco-{variant}", []), "model", ModelConfig)
+    config = from_document(merge_parameters(ROOT, f"coco-{variant}", []), "model", ModelConfig)
     model = DETR(replace(config, **changes), 91)
     freeze_stem(model.backbone)
     if theirs is not None:

@@ -28,11 +28,11 @@ COPY = "mkdir -p data/coco && cp -r {0}/train {0}/val {0}/instances_train.json {
 
 def project(folder: Path, data: Path, single_files: bool) -> Path:
     """A clone whose download stage takes `data` as archives, or copies its folders of files, and has run."""
-    from pipelines.params import merged, read_yaml, to_yaml
+    from pipelines.params import merge_parameters, read_yaml, to_yaml
 
     subprocess.run(["git", "clone", "--quiet", str(ROOT), str(folder)], check=True)
     overrides = [f"download.source={data}", "download.sha256={}", "download.mirrors={}"]
-    (folder / "params.yaml").write_text(to_yaml(merged(folder, "coco-detr-r50", overrides)), encoding="utf-8")
+    (folder / "params.yaml").write_text(to_yaml(merge_parameters(folder, "coco-detr-r50", overrides)), encoding="utf-8")
     if single_files:
         graph = read_yaml(folder / "dvc.yaml")
         graph["stages"]["download"] |= {"cmd": COPY.format(data)}

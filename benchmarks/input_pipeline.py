@@ -33,7 +33,7 @@ from detr.images import ImageArchive, open_images
 from detr.sampler import TrainSampler
 from detr.train_config import TrainConfig
 from detr.transforms import TrainTransform
-from pipelines.params import from_document, merged
+from pipelines.params import from_document, merge_parameters
 
 BATCH = 4
 SIZE = (640, 480)
@@ -200,7 +200,9 @@ def main() -> None:
     else:
         files = drawn(num_images)
     files = files[: min(num_images, len(files) // BATCH * BATCH)]
-    transform = TrainTransform(from_document(merged(ROOT, "coco-detr-r50", []), "train", TrainConfig).transform, seed=0)
+    transform = TrainTransform(
+        from_document(merge_parameters(ROOT, "coco-detr-r50", []), "train", TrainConfig).transform, seed=0
+    )
     rows = in_process(files, transform, rounds)
     (ROOT / "scratch").mkdir(exist_ok=True)
     with tempfile.TemporaryDirectory(dir=ROOT / "scratch") as folder:

@@ -30,7 +30,7 @@ sys.path.insert(0, str(ROOT))
 from detr.checkpoint import load_state  # noqa: E402
 from pipelines.data.shapes import write_shapes  # noqa: E402
 from pipelines.download import DownloadParams  # noqa: E402
-from pipelines.params import from_document, merged, to_yaml  # noqa: E402
+from pipelines.params import from_document, merge_parameters, to_yaml  # noqa: E402
 
 OUTPUTS = ("model.safetensors", "config.json", "history.jsonl")
 SMALL = [
@@ -45,7 +45,7 @@ PHASES = ("state", "step", "evaluation", "launch", "state", "evaluation", "step"
 
 def prepare(folder: Path, epochs: int) -> None:
     """A folder that `python -m pipelines.train` runs in, with a copy of the code: an edit meanwhile changes nothing."""
-    document = merged(ROOT, None, [*SMALL, f"train.epochs={epochs}"])
+    document = merge_parameters(ROOT, None, [*SMALL, f"train.epochs={epochs}"])
     for name in ("detr", "pipelines"):
         shutil.copytree(ROOT / name, folder / name, ignore=shutil.ignore_patterns("__pycache__"))
     (folder / "data/coco").mkdir(parents=True)

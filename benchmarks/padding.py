@@ -19,7 +19,7 @@ from detr.coco import load_annotations
 from detr.sampler import TrainSampler
 from detr.train_config import TrainConfig
 from detr.transforms import TrainTransform
-from pipelines.params import from_document, merged
+from pipelines.params import from_document, merge_parameters
 
 BATCH = 64
 WINDOW = 1024  # train.group_window of presets/coco-detr-r50-fast.yaml
@@ -68,7 +68,9 @@ def main() -> None:
     if arguments.annotations:
         sizes_hw = load_annotations(arguments.annotations).sizes_hw
     sizes_hw = np.resize(sizes_hw, (2048 if arguments.quick else 118_287, 2))  # repeats them
-    transform = TrainTransform(from_document(merged(ROOT, "coco-detr-r50", []), "train", TrainConfig).transform, seed=0)
+    transform = TrainTransform(
+        from_document(merge_parameters(ROOT, "coco-detr-r50", []), "train", TrainConfig).transform, seed=0
+    )
     started = time.perf_counter()
     views_hw = transform.view_sizes(sizes_hw, 0)
     figures: dict[str, float] = {"images": len(views_hw), "seconds, sizes of views": time.perf_counter() - started}

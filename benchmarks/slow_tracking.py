@@ -38,11 +38,11 @@ def train(data: Path, epochs: int, tracked: bool) -> dict[str, float]:
     from detr.train import fit
     from detr.train_config import TrainConfig
     from detr.transforms import TrainTransform
-    from pipelines.params import from_document, merged
+    from pipelines.params import from_document, merge_parameters
     from pipelines.registry.mirror import Mirror
 
     torch.set_num_threads(1)
-    document = merged(ROOT, None, [f"train.epochs={epochs}", "train.log_steps=2", "train.evaluate_epochs=0"])
+    document = merge_parameters(ROOT, None, [f"train.epochs={epochs}", "train.log_steps=2", "train.evaluate_epochs=0"])
     config = from_document(document, "train", TrainConfig)
     annotations = load_annotations(data / "instances_train.json")
     dataset = CocoDataset(annotations, open_images(data / "train.zip"), TrainTransform(config.transform, config.seed))
@@ -75,9 +75,9 @@ def compare(rounds: int, epochs: int, folder: Path) -> dict[str, list[dict[str, 
     """The measurements of each side, round by round; the first side of a round is another one each time."""
     from pipelines.data.shapes import write_shapes
     from pipelines.download import DownloadParams
-    from pipelines.params import from_document, merged
+    from pipelines.params import from_document, merge_parameters
 
-    document = merged(ROOT, None, [f"download.shapes.num_train={NUM_IMAGES}", "download.shapes.num_val=1"])
+    document = merge_parameters(ROOT, None, [f"download.shapes.num_train={NUM_IMAGES}", "download.shapes.num_val=1"])
     write_shapes(from_document(document, "download", DownloadParams).shapes, folder)
     found: dict[str, list[dict[str, float]]] = {side: [] for side in SIDES}
     with socket.socket() as silent, socket.socket() as taken:

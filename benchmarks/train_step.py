@@ -52,7 +52,7 @@ from detr.model import DETR, ModelConfig
 from detr.train_config import TrainConfig
 from detr.transforms import EvalTransform, TrainTransform
 from pipelines.data.shapes import ShapesParams, write_shapes
-from pipelines.params import from_document, merged
+from pipelines.params import from_document, merge_parameters
 
 PARTS = ("data", "forward", "matcher", "loss", "backward", "optimizer")
 PASSES = 3  # over the loaders
@@ -89,7 +89,7 @@ class Setup:
 def prepare(preset: str, arguments: argparse.Namespace, folder: Path) -> Setup:
     demo = preset == "demo"
     quick = ["train.transform.scales=[128]"] if arguments.quick and not demo else []
-    document = merged(ROOT, None if demo else preset, [*quick, *arguments.set])
+    document = merge_parameters(ROOT, None if demo else preset, [*quick, *arguments.set])
     train = from_document(document, "train", TrainConfig)
     paper = arguments.sizes == "paper"
     batch = arguments.batch or (train.micro_batch if demo else 8 if DEVICE.type == "cuda" else 2)

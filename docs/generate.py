@@ -10,8 +10,8 @@ from typing import Any
 
 from detr.config import Key, read_keys
 from pipelines.agreement import KINDS as SECTIONS
-from pipelines.data.rules import KINDS, ValidateParams, rules
-from pipelines.params import from_document, merged
+from pipelines.data.rules import KINDS, ValidateParams, make_rules
+from pipelines.params import from_document, merge_parameters
 
 ROOT = Path(__file__).parent.parent
 PAPER = "coco-detr-r50"
@@ -89,18 +89,18 @@ def describe_section(name: str, kind: type, demo: Any, paper: Any) -> Iterator[s
 
 
 def write_parameters() -> str:
-    demo, paper = merged(ROOT, None, []), merged(ROOT, PAPER, [])
+    demo, paper = merge_parameters(ROOT, None, []), merge_parameters(ROOT, PAPER, [])
     lines = (line for name, kind in SECTIONS.items() for line in describe_section(name, kind, demo[name], paper[name]))
     return HEAD + "\n".join(lines) + "\n"
 
 
 def write_rules() -> str:
     """Returns the table of the gate's rules, as the committed params.yaml has them."""
-    document = merged(ROOT, None, [])
+    document = merge_parameters(ROOT, None, [])
     config = from_document(document, "validate", ValidateParams)
     lines = ["| rule | table | level | what must hold | may be tolerated | demo |", "|---|---|---|---|---|---|"]
     for kind in KINDS:
-        for rule in rules(config, kind, document["model"]["num_queries"]):
+        for rule in make_rules(config, kind, document["model"]["num_queries"]):
             tolerable = "yes" if rule.column and rule.tolerable else "no"
             demo = f"`{config.tolerated[rule.name]}`" if rule.name in config.tolerated else ""
             lines.append(f"| `{rule.name}` | {kind} | {rule.level} | {rule.meaning} | {tolerable} | {demo} |")

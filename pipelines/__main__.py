@@ -19,10 +19,10 @@ from pipelines.labels import say_metric
 from pipelines.registry import tracking
 from pipelines.retraining import readiness
 from pipelines.stage import command
-from pipelines.surroundings import QUIET, past_proxies
+from pipelines.surroundings import QUIET, bypass_proxies
 from pipelines.workspace import interruption, worktree
 from pipelines.workspace.git import check_repository, git, is_dirty
-from pipelines.workspace.overrides import parameters
+from pipelines.workspace.overrides import check_parameters
 from pipelines.workspace.processes import signal_group, start_tied
 
 PAGES = {"docs": Path("scratch/data_docs"), "dataset": Path("artifacts/validate/dataset")}
@@ -45,14 +45,14 @@ def run_pipeline(arguments: argparse.Namespace) -> None:
         check_repository(root)
     dirty = not here and is_dirty(root)
     if not dirty:  # else the code of the commit checks what it has
-        document = parameters(root, preset, overrides)
+        document = check_parameters(root, preset, overrides)
         check(document, warn=here)  # elsewhere the flow does
         readiness.require_source(root, document, arguments.refresh)
     os.environ["PREFECT_HOME"] = os.environ.get("PREFECT_HOME") or str(root / ".prefect")
     os.environ.setdefault("PREFECT_SERVER_EPHEMERAL_STARTUP_TIMEOUT_SECONDS", "120")
     readiness.check(root)
     if here:
-        with worktree.only_one(root, lambda line: print(line, flush=True)):
+        with worktree.hold_run_lock(root, lambda line: print(line, flush=True)):
             from pipelines.retraining import flow, terminal
 
             terminal.run(flow.pipeline, "params.yaml", root, arguments.refresh)
@@ -101,7 +101,7 @@ def serve_ui(arguments: argparse.Namespace) -> None:
     pages = root / PAGES.get(which, "")
     if not pages.exists():
         raise ValueError(f"{pages} does not exist; run the pipeline first: python -m pipelines run")
-    database = tracking.database_of(tracking.tracking_uri()) or root / "mlflow.db"
+    database = tracking.find_database(tracking.get_tracking_uri()) or root / "mlflow.db"
     store = f"{tracking.SQLITE}{database}"
     if which == "mlflow":
         from pipelines.registry.database import prepare_database
@@ -115,7 +115,7 @@ def serve_ui(arguments: argparse.Namespace) -> None:
     env = os.environ | QUIET | {"MLFLOW_BACKEND_STORE_URI": store, "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"}
     env.setdefault("PREFECT_HOME", str(root / ".prefect"))
     env["PREFECT_API_URL"] = f"http://127.0.0.1:{port}/api"  # what its page asks
-    env.setdefault(services.ORIGINS, services.origins(services.HOST, port))
+    env.setdefault(services.ORIGINS, services.list_origins(services.HOST, port))
     server = start_tied(module, env)
     try:
         sys.exit(server.wait())
@@ -131,13 +131,13 @@ def start_services(arguments: argparse.Namespace) -> None:
     urls, died = services.up(Path.cwd(), arguments.prefect_port, arguments.mlflow_port, host)
     python = os.path.relpath(sys.executable)
     settings = {"PREFECT_API_URL": f"{urls['Prefect']}/api", "MLFLOW_TRACKING_URI": urls["MLflow"]}
-    settings |= {"DO_NOT_TRACK": "true"} | past_proxies(host)
+    settings |= {"DO_NOT_TRACK": "true"} | bypass_proxies(host)
     for line in died:
         print(f"Run        {line}")
     print(f"""\
 Prefect    {urls["Prefect"]}    runs; start one with a form: Deployments, on-demand, Run
 MLflow     {urls["MLflow"]}    models and their training
-Logs       {services.log_of(Path(), "{prefect,mlflow,worker}")}
+Logs       {services.find_log(Path(), "{prefect,mlflow,worker}")}
 Data Docs  {python} -m pipelines ui docs       the dataset's page: ui dataset
 Stop       {python} -m pipelines down          a training goes on with the next `up`
 
@@ -158,20 +158,20 @@ def print_data(arguments: argparse.Namespace) -> None:
     root = Path.cwd()
     opened = partial(history.open_version, root)
     if arguments.old is not None:
-        one, other = (history.data_version(root, ref) for ref in (arguments.old, arguments.new))
-        document = changes.difference(one, other, opened)
+        one, other = (history.read_data_version(root, ref) for ref in (arguments.old, arguments.new))
+        document = changes.find_changes(one, other, opened)
         print(json.dumps(document, indent=1) if arguments.json else changes.report(document))
         return
-    found, here = history.data_versions(root)
+    found, here = history.list_data_versions(root)
     store = root / "scratch" / "data_counts.json"
     known = json.loads(store.read_text(encoding="utf-8")) if store.exists() else {}
     rows = [versions.describe(version, opened, known) | {"current": version is here} for version in found]
     write_json(store, known)
-    print(json.dumps(rows, indent=1) if arguments.json else versions.overview(rows))
+    print(json.dumps(rows, indent=1) if arguments.json else versions.format_overview(rows))
 
 
 def print_params(arguments: argparse.Namespace) -> None:
-    document = params.merged(Path.cwd(), arguments.preset, arguments.overrides)
+    document = params.merge_parameters(Path.cwd(), arguments.preset, arguments.overrides)
     check(document)
     print(params.to_yaml(document), end="")
 
@@ -201,9 +201,9 @@ def reproduce_version(arguments: argparse.Namespace) -> None:
 
 
 def print_table(arguments: argparse.Namespace) -> None:
-    from pipelines.registry.paper_table import table
+    from pipelines.registry.paper_table import write_table
 
-    print(table(Path.cwd(), arguments.quick))
+    print(write_table(Path.cwd(), arguments.quick))
 
 
 def stop_services(_: argparse.Namespace) -> None:
@@ -248,7 +248,7 @@ def main() -> None:
         return
 
     def act() -> None:
-        with interruption.heeded():
+        with interruption.heed_signals():
             VERBS[arguments.verb](arguments)
 
     command(act)

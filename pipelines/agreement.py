@@ -12,7 +12,7 @@ from detr.train_config import TrainConfig
 from pipelines.data.shapes import CATEGORIES
 from pipelines.download import DownloadParams
 from pipelines.figures import EvaluateParams
-from pipelines.params import from_document, nearest, read_yaml
+from pipelines.params import find_nearest, from_document, read_yaml
 from pipelines.register import RegisterParams
 from pipelines.stage import command
 from pipelines.validate import ValidateParams
@@ -76,7 +76,7 @@ def find_contradictions(
         for name in register.protected:
             if name not in CATEGORIES.values():
                 known = sorted(CATEGORIES.values())
-                yield f"register.protected names {name!r}, no category of the drawn shapes{nearest(name, known)}"
+                yield f"register.protected names {name!r}, no category of the drawn shapes{find_nearest(name, known)}"
 
 
 def _too_few_images(download: DownloadParams, train: TrainConfig) -> Iterator[str]:

@@ -16,8 +16,8 @@ from detr.annotation_file import Entries, as_utf8, parse
 from detr.config import Key, check_keys
 from pipelines import params
 from pipelines.data import looks
-from pipelines.data.archive import check_space, copy, extract, opened, pack
-from pipelines.data.fetch import Remote, claimed, fetch_all, shown, sizes_of
+from pipelines.data.archive import check_space, copy, extract, open_checked, pack
+from pipelines.data.fetch import Remote, ask_sizes, claim, fetch_all, redact_url
 from pipelines.data.layout import DATA, FILES
 from pipelines.data.shapes import ShapesParams, write_shapes
 from pipelines.data.sources import (
@@ -56,7 +56,7 @@ class DownloadParams:
         check_keys(self, "download")
         for place, digest in self.sha256.items():
             if len(digest) != 64:
-                raise ValueError(f"download.sha256 of {shown(place)} has {len(digest)} characters, expected 64")
+                raise ValueError(f"download.sha256 of {redact_url(place)} has {len(digest)} characters, expected 64")
         for url in (*self.mirrors, *(mirror for mirrors in self.mirrors.values() for mirror in mirrors)):
             if not is_url(url):
                 raise ValueError(f"download.mirrors has {url!r}, expected the beginning of an http or https URL")
@@ -94,8 +94,8 @@ def download(config: DownloadParams, data: Path, downloads: Path) -> None:
         return
     source = config.source if isinstance(config.source, FileSources) else sources_in(config.source)
     remotes = _remotes(config, source)
-    with claimed(remotes, downloads):
-        sizes = sizes_of(remotes)
+    with claim(remotes, downloads):
+        sizes = ask_sizes(remotes)
         missing = [(downloads, remote.missing_in(downloads, sizes[remote.url])) for remote in remotes]
         check_space([*missing, (data, _copied(config, source, sizes, downloads, data))])
         fetched = fetch_all(remotes, downloads, sizes)
@@ -163,10 +163,10 @@ def _copied(config: DownloadParams, source: FileSources, sizes: dict[str, int], 
 def _find(place: str, fetched: dict[str, Path], unpacked: Path) -> Found:
     """The file of a place, fetched before; when it is a member of a zip, it is unpacked to the path `unpacked`."""
     address, member = split_place(place)
-    found = Found(fetched.get(address, Path(address)), shown(address), address in fetched)
+    found = Found(fetched.get(address, Path(address)), redact_url(address), address in fetched)
     if not member:
         return found
-    with opened(found.path, found.name) as archive:
+    with open_checked(found.path, found.name) as archive:
         if member not in archive.namelist():
             raise ValueError(f"{found.name} holds no {member}; it holds {', '.join(archive.namelist()[:10])}")
         extract(archive, member, unpacked)
@@ -225,7 +225,7 @@ def _take_images(found: Found, target: Path, wanted: set[str] | None) -> None:
             raise ValueError(f"{found.name} holds {odd[0]!r}, whose name is no UTF-8; rename it, there and in the JSON")
         pack(kept(sizes), lambda name: _open_picture(found.path / name, sizes[name]), target)
         return
-    with opened(found.path, found.name) as archive:
+    with open_checked(found.path, found.name) as archive:
         members = [entry for entry in archive.infolist() if not entry.is_dir()]
         if wanted is None and all(entry.compress_type == zipfile.ZIP_STORED for entry in members):
             _put(found, target)
@@ -248,7 +248,7 @@ def main() -> None:
     seen = looks.look_at_files(Path(), document)
     download(config, DATA, DOWNLOADS)
     if config.source != "shapes":
-        looks.keep_taken(looks.record_of(Path(), document), seen, {})
+        looks.keep_taken(looks.find_record(Path(), document), seen, {})
 
 
 if __name__ == "__main__":

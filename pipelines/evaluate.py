@@ -35,7 +35,7 @@ from pipelines import figures, params
 from pipelines.data.layout import DATA
 from pipelines.figures import EvaluateParams
 from pipelines.files import write_json
-from pipelines.labels import ABSENT, drawable, picture_font, say_metric
+from pipelines.labels import ABSENT, make_drawable, picture_font, say_metric
 from pipelines.progress import Progress
 from pipelines.stage import command
 
@@ -81,9 +81,9 @@ def evaluate(config: EvaluateParams, data: Path, model_folder: Path, output: Pat
     shutil.rmtree(plots, ignore_errors=True)
     plots.mkdir()
     names = list(annotations.category_names)
-    figures.precision_recall(read_precision(judges[-1]), names, plots / "precision_recall.png")
-    figures.limits(errors, plots / "errors.png")
-    figures.confusion(confusions, names, plots / "confusion.png")
+    figures.draw_precision_recall(read_precision(judges[-1]), names, plots / "precision_recall.png")
+    figures.draw_limits(errors, plots / "errors.png")
+    figures.draw_confusion(confusions, names, plots / "confusion.png")
     draw_images(rank_images(matches), dataset, layers[-1], config, plots)
     print(", ".join(f"{name} {say_metric(value)}" for name, value in metrics.items()), flush=True)
 
@@ -153,7 +153,7 @@ def draw_images(
     if len(dataset):
         boxes = slot_boxes(detections, record.sizes_hw)
         write_png(draw_slots(boxes, range(min(NUM_SLOTS, boxes.shape[1]))), str(folder / "slots.png"))
-    names, font = drawable(record.category_names), picture_font(record.category_names)
+    names, font = make_drawable(record.category_names), picture_font(record.category_names)
     by_id = np.argsort(record.image_ids)
     for kind, indices in zip(("worst", "best"), ranked, strict=True):
         for number, index in enumerate(by_id[indices[: config.num_pictures]].tolist()):

@@ -9,7 +9,7 @@ from typing import Annotated, Any
 import numpy as np
 
 from detr.config import Key, check_keys
-from pipelines.labels import drawable, drawn_plainly
+from pipelines.labels import draw_plainly, make_drawable
 
 MAX_CURVES = 20
 
@@ -38,18 +38,18 @@ def save_figure(
     os.environ["MPLBACKEND"] = "Agg"  # a notebook may have left one that is not here
     from matplotlib.figure import Figure
 
-    with drawn_plainly(names):
+    with draw_plainly(names):
         figure = Figure(size, dpi=120)
         paint(figure, figure.subplots())
         figure.tight_layout()
         figure.savefig(path, metadata={"Software": None})
 
 
-def precision_recall(precision: np.ndarray, names: list[str], path: Path) -> None:
+def draw_precision_recall(precision: np.ndarray, names: list[str], path: Path) -> None:
     """Precision over recall at IoU 0.50 for at most 20 categories, and the mean of all; `precision` is COCO's array."""
 
     def paint(figure: Any, axes: Any) -> None:
-        shown = drawable(names)
+        shown = make_drawable(names)
         recall, curves = np.linspace(0, 1, precision.shape[1]), precision[0, :, :, 0, 2]  # [101, C]
         present = curves[0] > -1
         for k in np.flatnonzero(present)[:MAX_CURVES]:
@@ -62,7 +62,7 @@ def precision_recall(precision: np.ndarray, names: list[str], path: Path) -> Non
     save_figure(path, (6, 4.5), paint, names)
 
 
-def limits(found: dict[str, tuple[float, int]], path: Path) -> None:
+def draw_limits(found: dict[str, tuple[float, int]], path: Path) -> None:
     """What each kind of error costs, as `detr.metrics.measure_errors` gives it."""
 
     def paint(figure: Any, axes: Any) -> None:
@@ -75,15 +75,15 @@ def limits(found: dict[str, tuple[float, int]], path: Path) -> None:
     save_figure(path, (6.5, 3.2), paint)
 
 
-def confusion(counts: np.ndarray, names: list[str], path: Path) -> None:
+def draw_confusion(counts: np.ndarray, names: list[str], path: Path) -> None:
     """Shares of each row of `detr.metrics.count_confusions`, with numbers where they can be read."""
 
     def paint(figure: Any, axes: Any) -> None:
         shares = counts / np.maximum(counts.sum(axis=1, keepdims=True), 1)
         axes.imshow(shares, cmap="Blues", vmin=0, vmax=1)
         ticks, size = range(len(counts)), max(3, 9 - len(counts) / 10)
-        axes.set_xticks(ticks, [*drawable(names), "background"], rotation=90, fontsize=size)
-        axes.set_yticks(ticks, [*drawable(names), "background"], fontsize=size)
+        axes.set_xticks(ticks, [*make_drawable(names), "background"], rotation=90, fontsize=size)
+        axes.set_yticks(ticks, [*make_drawable(names), "background"], fontsize=size)
         if len(counts) <= 25:
             for row, column in np.ndindex(*counts.shape):
                 colour = "white" if shares[row, column] > 0.5 else "black"

@@ -23,10 +23,10 @@ def shorten(name: str) -> str:
     return plain if len(plain) <= LONGEST else f"{plain[: LONGEST - 3]}..."
 
 
-def drawable(names: Iterable[str]) -> list[str]:
+def make_drawable(names: Iterable[str]) -> list[str]:
     """Labels for names. A letter that no font here has is its code point, as U+884C."""
     names = list(names)
-    known = set(LATIN) if is_latin(names) else set().union(*map(letters_of, fonts_for(tuple(names))))
+    known = set(LATIN) if is_latin(names) else set().union(*map(read_letters, find_fonts(tuple(names))))
     return [label(name, known) for name in names]
 
 
@@ -42,21 +42,21 @@ def label(name: str, known: set[str]) -> str:
 
 
 @cache
-def fonts_for(names: tuple[str, ...]) -> tuple[str, ...]:
+def find_fonts(names: tuple[str, ...]) -> tuple[str, ...]:
     """Files of fonts that together have the letters of names: matplotlib's own, and what is installed and adds some."""
     from matplotlib.font_manager import findfont, fontManager
 
     found = [str(findfont(FONT))]
-    missing = set("".join(map(shorten, names))) - letters_of(found[0])
+    missing = set("".join(map(shorten, names))) - read_letters(found[0])
     for entry in sorted(fontManager.ttflist, key=lambda entry: (entry.name, entry.fname)) if missing else ():
-        if missing & letters_of(entry.fname) and "LastResort" not in entry.fname:
+        if missing & read_letters(entry.fname) and "LastResort" not in entry.fname:
             found.append(entry.fname)
-            missing -= letters_of(entry.fname)
+            missing -= read_letters(entry.fname)
     return tuple(found)
 
 
 @cache
-def letters_of(font: str) -> set[str]:
+def read_letters(font: str) -> set[str]:
     """The letters that a font file has as outlines; none where it cannot be opened, or is of coloured pictures."""
     from matplotlib.ft2font import FT2Font
 
@@ -68,7 +68,7 @@ def letters_of(font: str) -> set[str]:
 
 
 @contextmanager
-def drawn_plainly(names: Iterable[str] = ()) -> Iterator[None]:
+def draw_plainly(names: Iterable[str] = ()) -> Iterator[None]:
     """Draws as everywhere: by none of a person's own settings of matplotlib, with no mathematics in labels.
 
     `names` are drawn in fonts that have their letters.
@@ -76,7 +76,7 @@ def drawn_plainly(names: Iterable[str] = ()) -> Iterator[None]:
     import matplotlib
     from matplotlib.font_manager import FontProperties
 
-    families: list[Any] = [FontProperties(fname=path).get_name() for path in fonts_for(tuple(names))]
+    families: list[Any] = [FontProperties(fname=path).get_name() for path in find_fonts(tuple(names))]
     with matplotlib.rc_context():
         matplotlib.rcdefaults()
         matplotlib.rcParams |= {"backend": "Agg", "text.parse_math": False, "font.family": families}
@@ -88,4 +88,4 @@ def picture_font(names: Iterable[str]) -> str | None:
     if is_latin(names := list(names)):
         return None
     letters = set("".join(map(shorten, names)))
-    return max(fonts_for(tuple(names)), key=lambda font: len(letters & letters_of(font)))
+    return max(find_fonts(tuple(names)), key=lambda font: len(letters & read_letters(font)))

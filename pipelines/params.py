@@ -52,20 +52,20 @@ def from_document(document: Any, section: str, kind: type[T]) -> T:
     document = YAML(typ="safe", pure=True).load(to_yaml(document))
     for name in document:
         if name not in SECTIONS:
-            raise ValueError(f"params.yaml has an unknown section {name!r}{nearest(name, SECTIONS)}")
+            raise ValueError(f"params.yaml has an unknown section {name!r}{find_nearest(name, SECTIONS)}")
     if section not in document:
         raise ValueError(f"params.yaml lacks the section {section!r}")
     return typing.cast(T, _convert(document[section], kind, section))
 
 
-def checked(document: Any, section: str, kinds: Mapping[str, Any]) -> Any:
+def check_section(document: Any, section: str, kinds: Mapping[str, Any]) -> Any:
     """A section of any commit's params.yaml, of which only the keys in `kinds` are looked at. Errors as in `load`."""
     found = document.get(section)
     if not isinstance(found, dict):
-        raise ValueError(f"params.yaml lacks the section {section!r}{nearest(section, document)}")
+        raise ValueError(f"params.yaml lacks the section {section!r}{find_nearest(section, document)}")
     for key, kind in kinds.items():
         if key not in found:
-            raise ValueError(f"{section} lacks the key {key!r}{nearest(key, found)}")
+            raise ValueError(f"{section} lacks the key {key!r}{find_nearest(key, found)}")
         _convert(found[key], kind, f"{section}.{key}")
     return found
 
@@ -85,10 +85,10 @@ def _convert(value: Any, kind: Any, where: str) -> Any:
     hints = typing.get_type_hints(kind)
     for key in value:
         if key not in hints:
-            raise ValueError(f"{where} has an unknown key {key!r}{nearest(key, hints)}")
+            raise ValueError(f"{where} has an unknown key {key!r}{find_nearest(key, hints)}")
     for key in hints:
         if key not in value:
-            raise ValueError(f"{where} lacks the key {key!r}{nearest(key, [k for k in value if k not in hints])}")
+            raise ValueError(f"{where} lacks the key {key!r}{find_nearest(key, [k for k in value if k not in hints])}")
     return kind(**{key: _convert(value[key], hints[key], f"{where}.{key}") for key in hints})  # type: ignore[operator]
 
 
@@ -97,12 +97,12 @@ def is_utf8(text: str) -> bool:
     return not any("\ud800" <= letter <= "\udfff" for letter in text)
 
 
-def nearest(name: str, choices: Iterable[str]) -> str:
+def find_nearest(name: str, choices: Iterable[str]) -> str:
     near = difflib.get_close_matches(str(name), list(choices), n=1)
     return f"; did you mean {near[0]!r}?" if near else f"; known: {', '.join(choices)}" if choices else ""
 
 
-def merged(root: Path, preset: str | None, overrides: Iterable[str]) -> Any:
+def merge_parameters(root: Path, preset: str | None, overrides: Iterable[str]) -> Any:
     """`root`/params.yaml with a preset (`presets/NAME.yaml`) and then `section.key=value` overrides on top.
 
     A preset holds only what differs; `extends: OTHER` merges that preset first. Nothing can be added that
@@ -158,7 +158,7 @@ def _parse(override: str, text: str) -> Any:
 def _merge_preset(document: Any, folder: Path, name: str) -> None:
     known = sorted(path.stem for path in folder.glob("*.yaml"))
     if name not in known:
-        raise ValueError(f"there is no preset {name!r}{nearest(name, known)}")
+        raise ValueError(f"there is no preset {name!r}{find_nearest(name, known)}")
     overlay = read_yaml(folder / f"{name}.yaml")
     parent = overlay.pop("extends", None)
     if parent is not None:
@@ -169,7 +169,7 @@ def _merge_preset(document: Any, folder: Path, name: str) -> None:
 def _overlay(base: Any, overlay: Any, where: str) -> None:
     for key, value in overlay.items():
         if key not in base:
-            raise ValueError(f"{where}: there is no key {key!r} to override{nearest(key, base)}")
+            raise ValueError(f"{where}: there is no key {key!r} to override{find_nearest(key, base)}")
         if isinstance(value, dict) and isinstance(base[key], dict) and base[key]:
             _overlay(base[key], value, f"{where}: {key}")
         else:

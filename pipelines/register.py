@@ -23,10 +23,10 @@ from pipelines.registry.lineage import (
     VALIDATED,
     ask_git,
     collect_lineage,
-    commit_in,
+    read_commit,
 )
 from pipelines.registry.packaging import log_version
-from pipelines.registry.turns import turn
+from pipelines.registry.turns import take_turn
 from pipelines.stage import command
 
 OUTPUT = Path("artifacts/register")
@@ -48,17 +48,17 @@ def register(config: RegisterParams, output: Path) -> None:
     client = tracking.connect()
     mark = json.loads((TRAINED / "config.json").read_text(encoding="utf-8"))["fingerprint"]
     metrics = json.loads((EVALUATED / "metrics.json").read_text(encoding="utf-8"))
-    with aliases.plainly("the registration"), turn(client) as check:
+    with aliases.explain_errors("the registration"), take_turn(client) as check:
         aliases.finish_rollback(client, check)
         run_id = tracking.find_run(client, mark, f"train {mark}")
         publish(client, run_id, mark, metrics, lineage, diff)
-        version = aliases.version_with(client, lineage["weights_sha256"], TRAINED / "config.json")
+        version = aliases.find_version_of(client, lineage["weights_sha256"], TRAINED / "config.json")
         if version is None:
-            client.log_metric(run_id, "images_per_second", speed())
+            client.log_metric(run_id, "images_per_second", measure_speed())
             tags = lineage | {name: str(value) for name, value in metrics.items()}
             check()
             version = log_version(run_id, TRAINED, example_image(), tags | {"fingerprint": mark, "run_id": run_id})
-        elif commit_in(version.tags) is None and commit_in(lineage):  # git refused when it was registered
+        elif read_commit(version.tags) is None and read_commit(lineage):  # git refused when it was registered
             for name, value in lineage.items():
                 if name.startswith("git_"):
                     client.set_model_version_tag(tracking.MODEL, version.version, name, value)
@@ -115,7 +115,7 @@ def publish(client: Any, run_id: str, mark: str, metrics: dict[str, float], line
     for path in sorted(path for path in EVALUATED.rglob("*") if path.is_file()):
         results.update(tracking.sha256(path).encode())
     known = client.get_run(run_id).data.tags
-    if known.get("published") == results.hexdigest() and (commit_in(known) or not commit_in(lineage)):
+    if known.get("published") == results.hexdigest() and (read_commit(known) or not read_commit(lineage)):
         return
     numbers = metrics | class_metrics(EVALUATED / "per_class.csv")
     seconds = training_seconds(history, timings, int(document["train"]["batch_size"]))
@@ -162,7 +162,7 @@ def training_seconds(history: list[dict[str, float]], timings: list[dict[str, fl
     return sum((step - before) * batch_size / rate[step] for before, step in zip([0, *steps], steps, strict=False))
 
 
-def speed() -> float:
+def measure_speed() -> float:
     """Images per second of this model on this machine, one at a time, at the size of the first validation image."""
     import torch
 

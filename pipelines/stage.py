@@ -17,7 +17,7 @@ CHECKED = Path("scratch/checked")  # the digest of a params.yaml that is right, 
 EXPECTED = (ValueError, OSError, ArithmeticError, RuntimeError)
 
 
-def project() -> Path:
+def find_project() -> Path:
     """The current folder; in one that DVC makes for an experiment and removes afterwards, the clone that it is of."""
     here = Path.cwd()
     return next((one.parents[2] for one in here.parents if one.parts[-3:] == (".dvc", "tmp", "exps")), here)
@@ -25,7 +25,7 @@ def project() -> Path:
 
 def share_scratch() -> None:
     """Gives one of DVC's experiments the clone's scratch/, which stays when its own folder is removed."""
-    kept, own = project() / "scratch", Path.cwd() / "scratch"
+    kept, own = find_project() / "scratch", Path.cwd() / "scratch"
     if kept != own and not own.exists():
         kept.mkdir(exist_ok=True)
         with contextlib.suppress(FileExistsError):

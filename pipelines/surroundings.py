@@ -39,7 +39,7 @@ def settle() -> None:
     use_utf8()
     forget_launchers()
     forget_proxies()
-    own = own_environment() | past_proxies(HOST)
+    own = own_environment() | bypass_proxies(HOST)
     for name in os.environ.keys() - own.keys():
         del os.environ[name]
     os.environ.update(own)
@@ -48,10 +48,10 @@ def settle() -> None:
 def own_environment() -> dict[str, str]:
     """The environment for what we start: all telemetry off, no git but that of the folder it works in, a user."""
     env = {name: value for name, value in os.environ.items() if name not in OF_A_CALLER}
-    return env | QUIET | unknown_user()
+    return env | QUIET | find_user()
 
 
-def unknown_user() -> dict[str, str]:
+def find_user() -> dict[str, str]:
     """The variables by which DVC, Prefect and PyTorch know a user whom this machine does not: a name, a home folder."""
     found = {}
     try:
@@ -100,7 +100,7 @@ def forget_proxies() -> None:
             )
 
 
-def past_proxies(host: str) -> dict[str, str]:
+def bypass_proxies(host: str) -> dict[str, str]:
     """The variables that have requests to the servers here pass by a proxy, where the environment has one."""
     known = os.environ.get("no_proxy") or os.environ.get("NO_PROXY") or HOST
     if known == "*" or not set(PROXIES) & {name.lower() for name in os.environ}:

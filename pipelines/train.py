@@ -36,7 +36,7 @@ from pipelines.imports import trace_imports
 from pipelines.launch import PREEMPTED, die_with_parent, launch, record_failure
 from pipelines.locks import hold_lock
 from pipelines.registry.mirror import Mirror
-from pipelines.registry.tracking import require_known, sha256, tracking_uri
+from pipelines.registry.tracking import get_tracking_uri, require_known, sha256
 from pipelines.stage import EXPECTED, command
 from pipelines.training_log import Log
 
@@ -45,7 +45,7 @@ OUTPUT = Path("artifacts/train")
 SCRATCH = Path("scratch")
 
 
-def fingerprint(model: ModelConfig, config: TrainConfig, data_digest: str) -> str:
+def compute_fingerprint(model: ModelConfig, config: TrainConfig, data_digest: str) -> str:
     """A digest of parameters, data, local weights and code: equal ones give equal bits on equal hardware.
 
     The code is this file, the log's, and what they import of the library.
@@ -80,12 +80,12 @@ def train(
     if Path(config.initial_weights).resolve() == output.resolve():
         given = f"train.initial_weights is {config.initial_weights}"
         raise ValueError(f"{given}, which this training replaces; copy it elsewhere first")
-    mark = fingerprint(model_config, config, json.loads(passed.read_text(encoding="utf-8"))["data"])
+    mark = compute_fingerprint(model_config, config, json.loads(passed.read_text(encoding="utf-8"))["data"])
     folder = scratch / mark
     size = InputSize(config.transform.scales[-1], config.transform.max_size, config.size_multiple)
     with alone_in(folder) if process.is_main else nullcontext():
         dataset, held_out = open_datasets(config, data, size)
-        model = build(model_config, config, len(dataset.annotations.category_ids))
+        model = build_initial(model_config, config, len(dataset.annotations.category_ids))
         state, log = None, None
         if process.is_main:
             state = load_state(folder / "state")
@@ -119,7 +119,7 @@ def open_datasets(config: TrainConfig, data: Path, size: InputSize) -> tuple[Coc
     )
 
 
-def build(model_config: ModelConfig, config: TrainConfig, num_classes: int) -> DETR:
+def build_initial(model_config: ModelConfig, config: TrainConfig, num_classes: int) -> DETR:
     """The model with the weights that it begins with."""
     torch.manual_seed(config.seed)
     if config.initial_weights == "none":
@@ -221,7 +221,7 @@ def work() -> None:
     request.listen()
     with join_process_group() as process:
         try:
-            done = train(*sections(), DATA, PASSED, OUTPUT, SCRATCH, request, process)
+            done = train(*read_sections(), DATA, PASSED, OUTPUT, SCRATCH, request, process)
         except Exception as error:
             record_failure(error)
             sys.exit(1)
@@ -229,15 +229,15 @@ def work() -> None:
         sys.exit(PREEMPTED)
 
 
-def sections() -> tuple[ModelConfig, TrainConfig]:
+def read_sections() -> tuple[ModelConfig, TrainConfig]:
     return params.load("model", ModelConfig), params.load("train", TrainConfig)
 
 
 def main() -> None:
     """Downloads and parses what is needed once on this node, before its processes start, and trains."""
     StopRequest().listen()  # until torchrun listens itself
-    require_known(tracking_uri())
-    config = sections()[1]
+    require_known(get_tracking_uri())
+    config = read_sections()[1]
     fetch_weights(config.initial_weights)
     for path in DATA.glob("instances_*.json"):
         load_annotations(path)

@@ -20,7 +20,7 @@ from detr.metrics import compute_coco_metrics
 from detr.train import Report
 from detr.train_config import TrainConfig
 from detr.visualize import beside_truth
-from pipelines.labels import drawable, picture_font, say_metric
+from pipelines.labels import make_drawable, picture_font, say_metric
 from pipelines.progress import Progress
 from pipelines.registry.mirror import Mirror
 from pipelines.stage import explain
@@ -117,7 +117,7 @@ class Log:
         if self.config.keep == "best" and row["AP"] > highest:
             self.best = {name: value.detach().cpu().clone() for name, value in report.model.state_dict().items()}
         names = self.held_out.annotations.category_names
-        drawn, font = drawable(names), picture_font(names)
+        drawn, font = make_drawable(names), picture_font(names)
         for index in range(min(NUM_PICTURES, len(self.held_out))):
             path = self.folder / "pictures" / f"epoch_{report.epoch + 1:03d}_{index}.png"
             path.parent.mkdir(exist_ok=True)

@@ -9,11 +9,11 @@ from typing import Any
 import pandas as pd
 
 from pipelines import params
-from pipelines.data.distribution import distances, statistics
+from pipelines.data.distribution import compute_distances, compute_statistics
 from pipelines.data.layout import DATA, DOCS_DIGEST, FILES
 from pipelines.data.page import write_page
 from pipelines.data.pictures import pictures_of
-from pipelines.data.rules import Rule, ValidateParams, describe, rules
+from pipelines.data.rules import Rule, ValidateParams, describe, make_rules
 from pipelines.data.tables import tabulate
 from pipelines.files import write_json
 from pipelines.progress import Progress
@@ -37,15 +37,15 @@ def validate(
     output.mkdir(parents=True, exist_ok=True)
     (output / "passed.json").unlink(missing_ok=True)
     tables = tabulate(data, config.box_tolerance_pixels, config.decoded_share)
-    counts = statistics(tables)
+    counts = compute_statistics(tables)
     judged = dict(tables)
     if champions is not None:
-        apart = distances(counts, champions)
+        apart = compute_distances(counts, champions)
         judged["champion_drift"] = pd.DataFrame({"entry": list(apart), "distance": list(apart.values())})
-    context = quiet_context()
+    context = make_context()
     report = judge(config, judged, num_queries, context)
     render(context, data_docs)
-    data_digest = digest(data)
+    data_digest = compute_digest(data)
     (data_docs / DOCS_DIGEST).write_text(data_digest, encoding="utf-8")
     write_json(output / "report.json", [row for row in report if row["table"] != "champion_drift"])
     for row in report:
@@ -67,7 +67,7 @@ def validate(
     write_json(output / "passed.json", {"data": data_digest})
 
 
-def digest(data: Path) -> str:
+def compute_digest(data: Path) -> str:
     """The SHA-256 of the four files together; of a folder in an archive's place, of its files and their names."""
     total = hashlib.sha256()
     for name in FILES:
@@ -91,10 +91,10 @@ def judge(
     for table, frame in Progress(tables.items(), "validate", len(tables), "table"):
         suite = gx.ExpectationSuite(name=table)
         asked = {}
-        for rule in rules(config, table.partition("_")[2], num_queries):
+        for rule in make_rules(config, table.partition("_")[2], num_queries):
             if not rule.column or rule.column in frame:
                 asked[rule.name] = rule, config.tolerated.get(rule.name, 0)
-                suite.add_expectation(expectation(rule, len(frame), asked[rule.name][1]))
+                suite.add_expectation(make_expectation(rule, len(frame), asked[rule.name][1]))
         definition = context.validation_definitions.add(
             gx.ValidationDefinition(
                 name=table,
@@ -138,7 +138,7 @@ def _show_examples(result: dict[str, Any], column: str, row: dict[str, Any]) -> 
         }
 
 
-def expectation(rule: Rule, num_rows: int, tolerated: int) -> Any:
+def make_expectation(rule: Rule, num_rows: int, tolerated: int) -> Any:
     """The rule as Great Expectations has it."""
     import great_expectations.expectations as gxe
 
@@ -156,7 +156,7 @@ def expectation(rule: Rule, num_rows: int, tolerated: int) -> Any:
     return gxe.ExpectColumnValuesToBeInSet(value_set=values, **common)
 
 
-def quiet_context() -> Any:
+def make_context() -> Any:
     """A Great Expectations context in memory, whose stores never grow, without progress bars and data docs."""
     import great_expectations as gx
     from great_expectations.data_context.types.base import ProgressBarsConfig
@@ -209,7 +209,7 @@ def _row(table: str, frame: pd.DataFrame, rule: Rule, tolerated: int, result: An
 def champions_statistics() -> dict[str, Any] | None:
     """The statistics of the data that the champion was trained on, or None, said, where they cannot be had."""
     try:
-        return aliases.champions_file("validate/statistics.json")
+        return aliases.read_champions_file("validate/statistics.json")
     except ValueError as error:
         print(f"warning: drift from the champion's data is not judged: {error}", flush=True)
         return None

@@ -104,8 +104,8 @@ def register(place):
 def run(root, name, seed, ends=lambda: None, registered=False, ref="HEAD"):
     """A retraining in its worktree; `ends` may end it before its end. Its branch."""
     with (
-        worktree.only_one(root, print),
-        worktree.worktree(root, name, ref, partial(parameters, seed)) as (place, branch),
+        worktree.hold_run_lock(root, print),
+        worktree.make_worktree(root, name, ref, partial(parameters, seed)) as (place, branch),
     ):
         call(place, "dvc", "--wait-for-lock", "repro")
         worktree.keep_results(place)

@@ -24,7 +24,7 @@ from detr.matcher import match_targets
 from detr.optimizer import build_optimizer
 from detr.postprocess import postprocess
 from detr.train_config import TrainConfig
-from pipelines.params import from_document, merged
+from pipelines.params import from_document, merge_parameters
 
 ROOT = Path(__file__).parent.parent
 FOLDER = Path(__file__).parent / "golden"
@@ -130,7 +130,7 @@ def theirs(variant: str, dtype: torch.dtype) -> dict[str, torch.Tensor]:
 
 def ours(variant: str, dtype: torch.dtype) -> dict[str, torch.Tensor]:
     """The same numbers of this code, under the same names."""
-    train = from_document(merged(ROOT, f"coco-{variant}", []), "train", TrainConfig)
+    train = from_document(merge_parameters(ROOT, f"coco-{variant}", []), "train", TrainConfig)
     model = authors.paper_model(variant, dropout=0.0, attention_dropout=0.0).to(dtype)
     with torch.no_grad():
         for name, value in model.state_dict().items():

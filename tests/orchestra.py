@@ -17,8 +17,8 @@ from typing import Any
 import psutil
 import requests
 
-from pipelines.retraining.services import SERVICE, marked
-from pipelines.workspace.processes import environment
+from pipelines.retraining.services import SERVICE, find_marked
+from pipelines.workspace.processes import read_environment
 from tests import warm
 from tests.projects import commit
 from tests.running import call, free_port
@@ -179,7 +179,9 @@ class Services:
 
     def kill_services(self, *services: str) -> None:
         """Kills all processes of these services, of all where none is named."""
-        found = [one for one in marked(self.project) if not services or environment(one).get(SERVICE) in services]
+        found = [
+            one for one in find_marked(self.project) if not services or read_environment(one).get(SERVICE) in services
+        ]
         for process in found:
             with contextlib.suppress(psutil.Error):
                 process.kill()
@@ -231,7 +233,7 @@ class Services:
         return call(self.project, "python", "-m", "pipelines", "down")
 
     def assert_nothing_runs(self) -> None:
-        assert [" ".join(process.cmdline()) for process in marked(self.project)] == []
+        assert [" ".join(process.cmdline()) for process in find_marked(self.project)] == []
         for port in self.ports:
             with socket.socket() as probe:
                 assert probe.connect_ex(("127.0.0.1", int(port))), f"something listens on {port}"
@@ -320,7 +322,7 @@ def branch(project: Path, name: str, change: Callable[[], Any], start: str = "ma
 
 def listeners(project: Path, *services: str) -> set[tuple[str, str]]:
     """Where the processes of a project listen: addresses and ports."""
-    processes = (one for one in marked(project) if not services or environment(one)[SERVICE] in services)
+    processes = (one for one in find_marked(project) if not services or read_environment(one)[SERVICE] in services)
     found = (process.net_connections("inet") for process in processes)
     return {(c.laddr.ip, str(c.laddr.port)) for of in found for c in of if c.status == psutil.CONN_LISTEN}
 
@@ -333,7 +335,7 @@ def connections(project: Path) -> Iterator[set[str]]:
 
     def look() -> None:
         while not stop.wait(1):
-            for process in marked(project):
+            for process in find_marked(project):
                 with contextlib.suppress(psutil.Error):
                     found.update(c.raddr.ip for c in process.net_connections("inet") if c.raddr)
             found.difference_update([ip for ip in found if ip_address(ip.removeprefix("::ffff:")).is_loopback])

@@ -22,7 +22,7 @@ from detr.train_config import TrainConfig
 from detr.transforms import TransformConfig
 from pipelines.data.rules import ValidateParams
 from pipelines.data.shapes import ShapesParams
-from pipelines.params import from_document, merged, read_yaml, to_yaml
+from pipelines.params import from_document, merge_parameters, read_yaml, to_yaml
 from pipelines.registry.database import relocate
 from tests.running import ROOT, call
 
@@ -104,7 +104,7 @@ SHAPES = ShapesParams(
 
 def validate_params(tolerated: int | None = None, **changes: object) -> ValidateParams:
     """The parameters of params.yaml, with one number tolerated of every rule and other changes."""
-    params = from_document(merged(ROOT, None, []), "validate", ValidateParams)
+    params = from_document(merge_parameters(ROOT, None, []), "validate", ValidateParams)
     if tolerated is not None:
         params = replace(params, tolerated=dict.fromkeys(params.tolerated, tolerated))
     return replace(params, **changes)
@@ -143,7 +143,7 @@ def _copy_project(folder: Path, overrides: Sequence[str]) -> None:
                 (folder / name).parent.joinpath("__pycache__").mkdir(exist_ok=True)
                 shutil.copy2(compiled, cache_from_source(folder / name))
     (folder / "dvc.lock").unlink(missing_ok=True)
-    (folder / "params.yaml").write_text(to_yaml(merged(ROOT, None, [*TINY, *overrides])), encoding="utf-8")
+    (folder / "params.yaml").write_text(to_yaml(merge_parameters(ROOT, None, [*TINY, *overrides])), encoding="utf-8")
     call(folder, "git", "init", "--quiet", "--initial-branch=main")
 
 
@@ -220,7 +220,7 @@ def detections_like(annotations: Path, shift: float, seed: int = 0, lost: str | 
 
 def trained_project(folder: Path, data: Path, mark: str, detections: list[dict], **register: object) -> Path:
     """What the register stage reads, of a small untrained model with its own weights and the given detections."""
-    document = merged(ROOT, None, TINY)
+    document = merge_parameters(ROOT, None, TINY)
     document["register"] |= register
     for name in ("validate/dataset", "evaluate/plots", "train"):
         (folder / "artifacts" / name).mkdir(parents=True)

@@ -145,7 +145,7 @@ def evaluate(params: dict) -> None:
 
 def register(params: dict) -> None:
     from pipelines.registry import aliases, tracking
-    from pipelines.registry.turns import turn
+    from pipelines.registry.turns import take_turn
 
     def git(*arguments: str) -> str:
         return subprocess.run(["git", *arguments], capture_output=True, encoding="utf-8", check=False).stdout.strip()
@@ -154,9 +154,9 @@ def register(params: dict) -> None:
     fingerprint = json.loads((TRAINED / "config.json").read_text(encoding="utf-8"))["fingerprint"]
     metrics = json.loads((EVALUATED / "metrics.json").read_text(encoding="utf-8"))
     weights = tracking.sha256(TRAINED / "model.safetensors")
-    with aliases.plainly("the registration"), turn(client) as check:
+    with aliases.explain_errors("the registration"), take_turn(client) as check:
         run_id = tracking.find_run(client, fingerprint, f"train {fingerprint}")
-        version = next((v for v in tracking.versions(client) if v.tags["weights_sha256"] == weights), None)
+        version = next((v for v in tracking.list_versions(client) if v.tags["weights_sha256"] == weights), None)
         if version is None:
             tracking.log_params(client, run_id, {name: params[name] for name in ("model", "train")})
             for path, place in (("dvc.lock", None), (VALIDATED / "statistics.json", "validate")):
@@ -175,7 +175,7 @@ def register(params: dict) -> None:
             version = registry_version(client, source, run_id, tags)
         alias = version.tags.get("decision", "held back")
         if alias == "held back":
-            champion = aliases.champion(client)
+            champion = aliases.get_champion(client)
             better = champion is None or float(champion.tags["AP"]) < metrics["AP"]
             alias = "champion" if better and params["register"]["promote"] else "challenger"
             aliases.place(client, version, alias, check)

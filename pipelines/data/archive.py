@@ -48,7 +48,7 @@ def copy(source: Path, target: Path) -> None:
 
 
 @contextmanager
-def opened(path: Path, name: str) -> Iterator[zipfile.ZipFile]:
+def open_checked(path: Path, name: str) -> Iterator[zipfile.ZipFile]:
     """The archive, once all its entries are known to be harmless; messages call it `name`.
 
     Raises ValueError that names the first entry that is not, and for an archive that is cut or damaged, also

@@ -12,17 +12,17 @@ from pipelines.data.versions import (
     DataVersion,
     Opened,
     Table,
-    aligned,
+    add_pictures,
+    align_columns,
+    format_title,
     read,
     tabulate,
-    title_of,
-    with_pictures,
 )
 
 NUM_IDS = 10  # printed of each kind of change
 
 
-def difference(old: DataVersion, new: DataVersion, opened: Opened) -> dict[str, Any]:
+def find_changes(old: DataVersion, new: DataVersion, opened: Opened) -> dict[str, Any]:
     """What changed from one version to another, per split, as JSON.
 
     Images, annotations and categories are told apart by id. An image is altered where its file name, its size or the
@@ -40,8 +40,8 @@ def difference(old: DataVersion, new: DataVersion, opened: Opened) -> dict[str, 
         if old.files[annotations] != new.files[annotations]:
             after = tabulate(read(new, annotations, opened, Document), f"{DATA}/{annotations} of {new.title}")
         if old.files[archive] != new.files[archive]:
-            before = before | {"images": with_pictures(before["images"], old, archive, opened)}
-            after = after | {"images": with_pictures(after["images"], new, archive, opened)}
+            before = before | {"images": add_pictures(before["images"], old, archive, opened)}
+            after = after | {"images": add_pictures(after["images"], new, archive, opened)}
         document[split] = _compare(before, after)
     return document
 
@@ -70,7 +70,7 @@ def _change(old: Table, new: Table) -> Change:
 
 
 def _compare(before: dict[str, Table], after: dict[str, Table]) -> dict[str, Any]:
-    """A split of `difference`."""
+    """A split of `find_changes`."""
     changes = {name: _change(before[name], after[name]) for name in before}
     document: dict[str, Any] = {}
     for name, change in changes.items():
@@ -112,16 +112,16 @@ def _classes(old: Table, new: Table, change: Change, names: list[dict[int, str]]
 
 
 def report(document: dict[str, Any]) -> str:
-    """A `difference` as text: per split a table of its counts and classes, and the first ids of each kind of change."""
+    """What `find_changes` returns as text: per split counts, classes, and the first ids of each kind of change."""
     columns = ("before", "after", "added", "removed", "altered")
-    parts = [f"from {title_of(**document['old'])} to {title_of(**document['new'])}"]
+    parts = [f"from {format_title(**document['old'])} to {format_title(**document['new'])}"]
     for split in SPLITS:
         lines, kinds = [[split, *columns]], document[split]
         for name in Entries.__struct_fields__:
             values = (kinds[name][column] for column in columns)
             lines.append([name, *(str(len(v) if isinstance(v, list) else v) for v in values)])
         lines += [[f"  {c['id']} {c['name'] or '?'}", *(str(c[name]) for name in columns)] for c in kinds["classes"]]
-        parts += ["", aligned(lines)]
+        parts += ["", align_columns(lines)]
         for name in ("images", "annotations"):
             for kind in columns[2:]:
                 if ids := kinds[name][kind]:

@@ -18,7 +18,7 @@ LIMITS: dict[str, list[float]] = {  # upper bounds of the bins, but for a last o
 }
 
 
-def statistics(tables: dict[str, pd.DataFrame]) -> dict[str, dict[str, Any]]:
+def compute_statistics(tables: dict[str, pd.DataFrame]) -> dict[str, dict[str, Any]]:
     """Per split: numbers of images, annotations, crowds and empty images, and counts by class and by bin.
 
     Crowds and boxes without area count in the first numbers only. A pure function of the data.
@@ -62,8 +62,8 @@ def _binned(values: np.ndarray, limits: list[float]) -> dict[str, int]:
     return dict(zip(names, counts.tolist(), strict=True))
 
 
-def distances(ours: dict[str, dict[str, Any]], theirs: dict[str, dict[str, Any]]) -> dict[str, float]:
-    """How far two `statistics` are apart, by "SPLIT DISTRIBUTION": Jensen-Shannon distances in 0..1.
+def compute_distances(ours: dict[str, dict[str, Any]], theirs: dict[str, dict[str, Any]]) -> dict[str, float]:
+    """How far two `compute_statistics` are apart, by "SPLIT DISTRIBUTION": Jensen-Shannon distances in 0..1.
 
     What two samples of one distribution differ by chance is taken off: (k - 1) (1/n + 1/m) / (8 ln 2) of the
     divergence in bits for n and m things in k bins (Lin 1991; its second-order term).

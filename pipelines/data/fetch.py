@@ -61,13 +61,13 @@ class Remote:
         return max(0, size - (part.stat().st_size if part.exists() else 0))
 
 
-def shown(text: object) -> str:
+def redact_url(text: object) -> str:
     """Text without the users, passwords and query strings of the URLs in it."""
     return re.sub(r"(?<=//)[^/\s'\"]*@|\?[^\s#'\"]*", "", str(text))
 
 
 @contextmanager
-def claimed(remotes: Sequence[Remote], folder: Path) -> Iterator[None]:
+def claim(remotes: Sequence[Remote], folder: Path) -> Iterator[None]:
     """Holds what is fetched of `remotes` into `folder` for this process, and removes it when the block ends well.
 
     A process that wants one of the same files says so and waits. A lock dies with its process.
@@ -82,10 +82,10 @@ def claimed(remotes: Sequence[Remote], folder: Path) -> Iterator[None]:
 
 
 def say_who_fetches(remote: Remote, holder: str) -> None:
-    print(f"{holder} is fetching {shown(remote.url)}; waiting for it to end", file=sys.stderr, flush=True)
+    print(f"{holder} is fetching {redact_url(remote.url)}; waiting for it to end", file=sys.stderr, flush=True)
 
 
-def sizes_of(remotes: Sequence[Remote]) -> dict[str, int]:
+def ask_sizes(remotes: Sequence[Remote]) -> dict[str, int]:
     """Bytes by URL, as a server tells them without sending the file; 0 where none does."""
 
     def size_of(remote: Remote) -> int:
@@ -101,7 +101,7 @@ def sizes_of(remotes: Sequence[Remote]) -> dict[str, int]:
 
 
 def fetch_all(remotes: Sequence[Remote], folder: Path, sizes: dict[str, int]) -> dict[str, Path]:
-    """The files by URL, whole, with the right checksum and on the disk, in a `folder` that is `claimed`.
+    """The files by URL, whole, with the right checksum and on the disk, in a `folder` that is `claim`.
 
     It goes on from what is there already. The first failure stops the others, and what has come stays for the
     next run. Raises ValueError that names every address that was tried.
@@ -121,7 +121,7 @@ def fetch_all(remotes: Sequence[Remote], folder: Path, sizes: dict[str, int]) ->
 def _fetch(remote: Remote, folder: Path, size: int, stop: threading.Event) -> Path:
     path = remote.file_in(folder, "part")
     failures: list[str] = []
-    with Progress(None, f"fetch {shown(remote.url).rpartition('/')[2]}", size or math.inf, "B") as bar:
+    with Progress(None, f"fetch {redact_url(remote.url).rpartition('/')[2]}", size or math.inf, "B") as bar:
         bar.unit_scale = True
         with Part(path, bar, stop) as part:
             for address in remote.addresses:
@@ -129,7 +129,7 @@ def _fetch(remote: Remote, folder: Path, size: int, stop: threading.Event) -> Pa
                     _fetch_from(address, part, remote.sha256)
                     return path
                 except AddressFailed as error:
-                    failures.append(f"{shown(address)} {error}")
+                    failures.append(f"{redact_url(address)} {error}")
                     part.say(f"{failures[-1]}; {len(remote.addresses) - len(failures)} more addresses to try")
     raise ValueError("; ".join(failures))
 
@@ -141,12 +141,12 @@ def _fetch_from(address: str, part: Part, sha256: str) -> None:
         part.sync()
         got = part.digest.hexdigest()
         if not sha256:
-            part.say(f"{shown(address)} has sha256 {got}; with that in download.sha256 it would be checked")
+            part.say(f"{redact_url(address)} has sha256 {got}; with that in download.sha256 it would be checked")
         if sha256 in ("", got):
             return
         part.restart(UNKNOWN)
         if chance == 1:
-            part.say(f"{shown(address)} has sha256 {got}, expected {sha256}; fetching it once more")
+            part.say(f"{redact_url(address)} has sha256 {got}, expected {sha256}; fetching it once more")
     raise AddressFailed(f"has sha256 {got}, expected {sha256}; fetch it again or correct download.sha256")
 
 
@@ -168,7 +168,7 @@ def _transfer(address: str, part: Part, sha256: str) -> None:
                     "check the address and the network, and run again to go on from there"
                 ) from error
             pause = retry.get_backoff_time() if error.pause is None else error.pause
-        part.say(f"{shown(address)}: {state}; going on in {pause:.1f} s")
+        part.say(f"{redact_url(address)}: {state}; going on in {pause:.1f} s")
         if part.stop.wait(pause):
             raise Stopped
 
@@ -192,12 +192,12 @@ def _attempt(address: str, part: Part, sha256: str) -> None:
             for block in iter(lambda: answer.raw.read1(BLOCK), b""):
                 part.append(block)
     except (InvalidURL, InvalidSchema, InvalidHeader, TooManyRedirects) as error:
-        raise AddressFailed(f"cannot be fetched: {shown(error)}; check the address") from error
+        raise AddressFailed(f"cannot be fetched: {redact_url(error)}; check the address") from error
     except (requests.RequestException, urllib3.exceptions.HTTPError) as error:
         cause = _cause(error)
         if isinstance(cause, ssl.SSLCertVerificationError):
             raise AddressFailed(f"has a certificate that is not good: {cause.verify_message}; use a mirror") from error
-        raise Interrupted(shown(cause)) from error
+        raise Interrupted(redact_url(cause)) from error
     if part.size > total > 0:
         part.restart(UNKNOWN)
         raise Interrupted("it sends more than there is")

@@ -15,7 +15,7 @@ import msgspec
 import requests
 
 from pipelines import params
-from pipelines.data.fetch import AS_IT_IS, shown
+from pipelines.data.fetch import AS_IT_IS, redact_url
 from pipelines.data.sources import PICTURES, addresses, is_url, pictures_in, sources_in, split_place
 from pipelines.files import write_json
 
@@ -38,11 +38,11 @@ class Taken:
 def look(root: Path, document: Any, but: Collection[str] = ()) -> Look:
     """What the download stage would take, as its places tell it now, `but` some; of `shapes`, the parameters."""
     kinds = {"source": str | dict[str, str], "max_images": int, "mirrors": dict[str, list[str]], "shapes": dict}
-    download = params.checked(document, "download", kinds)
+    download = params.check_section(document, "download", kinds)
     if download["source"] == "shapes":
         return {"download.shapes": dict(download["shapes"])}
     seen: Look = {"download": {"max_images": download["max_images"]}}
-    places = {name: place for name, place in places_of(root, download["source"]).items() if name not in but}
+    places = {name: place for name, place in find_places(root, download["source"]).items() if name not in but}
     if not places:
         return seen
     with ThreadPoolExecutor(len(places)) as pool:
@@ -50,7 +50,7 @@ def look(root: Path, document: Any, but: Collection[str] = ()) -> Look:
         return seen | {f"download.source.{name}": one for name, one in zip(places, found, strict=True)}
 
 
-def places_of(root: Path, source: str | Mapping[str, str]) -> dict[str, str]:
+def find_places(root: Path, source: str | Mapping[str, str]) -> dict[str, str]:
     """The four places of a source that is not `shapes`, by their names. Raises ValueError."""
     return asdict(sources_in(source, root)) if isinstance(source, str) else dict(source)
 
@@ -58,7 +58,7 @@ def places_of(root: Path, source: str | Mapping[str, str]) -> dict[str, str]:
 def _look_at(root: Path, place: str, mirrors: dict[str, list[str]]) -> dict[str, Any]:
     if is_url(place):
         address = split_place(place)[0]
-        return {"place": shown(place)} | _ask_any(addresses(address, mirrors))
+        return {"place": redact_url(place)} | _ask_any(addresses(address, mirrors))
     return {"place": place} | look_at_path(root / split_place(place, root)[0])
 
 
@@ -103,11 +103,11 @@ def _ask_any(places: Collection[str]) -> dict[str, Any]:
     failures = []
     for address in places:
         try:
-            return {"address": shown(address)} | _ask(address)
+            return {"address": redact_url(address)} | _ask(address)
         except requests.RequestException as error:
-            failures.append(f"{shown(address)} cannot be reached: {shown(error)}")
+            failures.append(f"{redact_url(address)} cannot be reached: {redact_url(error)}")
         except ValueError as error:
-            failures.append(f"{shown(address)} {error}")
+            failures.append(f"{redact_url(address)} {error}")
     raise ValueError("; ".join(failures))
 
 
@@ -132,7 +132,7 @@ def _ask(address: str) -> dict[str, Any]:
     raise ValueError(failure)
 
 
-def changes(before: Look, now: Look) -> list[str]:
+def describe_changes(before: Look, now: Look) -> list[str]:
     """In words, what two looks saw differently. Of two mirrors of one place, only the sizes are compared."""
     lines = []
     for name in dict.fromkeys([*before, *now]):
@@ -147,10 +147,10 @@ def changes(before: Look, now: Look) -> list[str]:
 def is_as_it_was(before: Look, now: Look) -> bool:
     """Whether nothing differs between two looks, times of writing and places on the disk of local files among it."""
     exact = [{name: one[EXACT] for name, one in seen.items() if EXACT in one} for seen in (before, now)]
-    return not changes(before, now) and exact[0] == exact[1]
+    return not describe_changes(before, now) and exact[0] == exact[1]
 
 
-def record_of(root: Path, document: Any) -> Path:
+def find_record(root: Path, document: Any) -> Path:
     """Where it is kept what the data of these parameters was taken from."""
     chosen = json.dumps([document["download"][key] for key in ("source", "max_images")])
     return root / RECORDS / f"{hashlib.sha256(chosen.encode()).hexdigest()[:16]}.json"
@@ -171,7 +171,7 @@ def keep_taken(record: Path, seen: Look, md5s: dict[str, str], at: str | None = 
 def look_at_files(root: Path, document: Any) -> Look:
     """`look`, without what is on the web."""
     source = document["download"]["source"]
-    remote = [] if source == "shapes" else [k for k, place in places_of(root, source).items() if is_url(place)]
+    remote = [] if source == "shapes" else [k for k, place in find_places(root, source).items() if is_url(place)]
     return look(root, document, remote)
 
 
@@ -179,7 +179,7 @@ def warn_of_other_source(root: Path) -> None:
     """Prints a warning where files that the data was taken from have changed since."""
     try:
         document = params.read_yaml(root / "params.yaml")
-        taken, now = read_taken(record_of(root, document)), look_at_files(root, document)
+        taken, now = read_taken(find_record(root, document)), look_at_files(root, document)
     except (ValueError, OSError):  # that it is gone changes nothing
         return
     if taken and not is_as_it_was({name: one for name, one in taken.seen.items() if name in now}, now):

@@ -14,9 +14,9 @@ import pandas as pd
 from PIL import Image, ImageDraw
 
 from detr.pixels import decode_pixels
-from pipelines.data.pictures import find, members, open_archive, pictures_of, read
+from pipelines.data.pictures import find, list_members, open_archive, pictures_of, read
 from pipelines.data.tables import SPLITS
-from pipelines.labels import drawable, drawn_plainly
+from pipelines.labels import draw_plainly, make_drawable
 
 CELL = 192  # pixels of a picture on a contact sheet, per side
 COLUMNS = 6
@@ -41,7 +41,7 @@ def write_page(
     """
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
-    with drawn_plainly(counts["train"]["class"]):
+    with draw_plainly(counts["train"]["class"]):
         _draw_charts(folder, counts)
     sheets = _draw_sheets(folder, pictures_of(data, "train"), tables, num_examples)
     rows = ["images", "annotations", "crowds", "images_without_objects"]
@@ -79,7 +79,7 @@ def _draw_charts(folder: Path, counts: dict[str, dict[str, Any]]) -> None:
     names = [name for name, _ in by_class]
     figure = Figure((12, 4), dpi=100, layout="constrained")
     axes = figure.subplots()
-    _bars(axes, drawable(names), [[counts[split]["class"].get(name, 0) for name in names] for split in SPLITS])
+    _bars(axes, make_drawable(names), [[counts[split]["class"].get(name, 0) for name in names] for split in SPLITS])
     axes.set(yscale="log" if by_class and by_class[0][1] > 1000 else "linear", ylabel="objects")
     axes.tick_params(axis="x", labelrotation=90, labelsize=8 if len(names) <= 100 else 4)
     save(figure, "classes.png")
@@ -127,7 +127,8 @@ def _draw_sheets(folder: Path, path: Path, tables: dict[str, pd.DataFrame], num_
             chosen[name] = f"class_{category}.jpg", picked, mine[mine["owner"].isin(picked)]
     rows = sorted({int(row) for _, picked, _ in chosen.values() for row in picked})
     found = {
-        row: first for row, (first, *_) in zip(rows, find(images["file_name"].iloc[rows], members(path)), strict=True)
+        row: first
+        for row, (first, *_) in zip(rows, find(images["file_name"].iloc[rows], list_members(path)), strict=True)
     }
     with open_archive(path) as archive:
         for file, picked, mine in chosen.values():

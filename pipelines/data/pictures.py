@@ -59,7 +59,7 @@ def pictures_of(data: Path, split: str) -> Path:
     return folder if folder.is_dir() and not archive.exists() else archive
 
 
-def members(path: Path) -> list[Member]:
+def list_members(path: Path) -> list[Member]:
     """The files of a zip, or those below a folder. Raises ValueError for a zip that is torn."""
     if path.is_dir():
         files = sorted(p for p in path.rglob("*") if p.is_file())
@@ -91,7 +91,7 @@ def find(names: Iterable[str], held: Iterable[Member]) -> list[list[Member]]:
     return [by_path.get(name) or by_name.get(name, []) for name in names]
 
 
-def nearest(names: Sequence[str], held: Sequence[str]) -> list[str]:
+def find_nearest(names: Sequence[str], held: Sequence[str]) -> list[str]:
     """What is held and may have been meant by each name, which is not; "" where nothing is like it.
 
     Names are alike that differ in their folder, in case, in how a letter or a separator is written, or in their ending;

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from typing import Annotated, Any, NamedTuple
 
 from detr.config import Key, check_keys
-from pipelines.params import nearest
+from pipelines.params import find_nearest
 
 LONGEST = 40  # times a picture's short side; as long as that, 1333 pixels are one cell of 32 pixels wide
 KINDS = ("images", "annotations", "categories", "archive", "drift")
@@ -30,11 +30,11 @@ class ValidateParams:
 
     def __post_init__(self) -> None:
         check_keys(self, "validate")
-        judging = [rule for kind in KINDS for rule in rules(self, kind, 0) if rule.column]
+        judging = [rule for kind in KINDS for rule in make_rules(self, kind, 0) if rule.column]
         names, needed = [rule.name for rule in judging], {rule.name for rule in judging if not rule.tolerable}
         for name in self.tolerated:
             if name not in names:
-                raise ValueError(f"validate.tolerated has an unknown key {name!r}{nearest(name, names)}")
+                raise ValueError(f"validate.tolerated has an unknown key {name!r}{find_nearest(name, names)}")
         for name in names:
             if name not in self.tolerated:
                 raise ValueError(f"validate.tolerated lacks the key {name!r}")
@@ -66,7 +66,7 @@ PICTURE = "{file_name!r} {picture_problem}"
 ENTRY = "annotations[{row}] of {file_name!r}"
 
 
-def rules(config: ValidateParams, kind: str, num_queries: int) -> list[Rule]:
+def make_rules(config: ValidateParams, kind: str, num_queries: int) -> list[Rule]:
     """The rules of the tables of images, annotations, categories, archive or drift."""
     judge = {"images": _of_images, "annotations": _of_annotations, "categories": _of_categories}
     if kind in judge:

@@ -56,7 +56,7 @@ class ShapesParams:
             )
 
 
-def outline(category: str, size: tuple[float, float], angle: float) -> np.ndarray:
+def compute_outline(category: str, size: tuple[float, float], angle: float) -> np.ndarray:
     """Corner points [n, 2] of a shape of `size` (width, height), around the origin, turned by `angle` radians."""
     if category == "ellipse":
         turns = np.linspace(0, 2 * np.pi, 40, endpoint=False)
@@ -124,7 +124,7 @@ class Scene:
 
     def _turned(self, category_id: int, size: tuple[float, float]) -> np.ndarray:
         """A supersampled outline at a random angle, around the origin."""
-        return outline(CATEGORIES[category_id], size, self.rng.uniform(-0.4, 0.4)) * SUPERSAMPLE
+        return compute_outline(CATEGORIES[category_id], size, self.rng.uniform(-0.4, 0.4)) * SUPERSAMPLE
 
     def _paint(self, points: np.ndarray, thing: Drawn) -> bool:
         """Paints a polygon [n, 2] as a part of `thing`, unless it would hide too much of another one."""

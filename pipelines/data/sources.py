@@ -8,7 +8,7 @@ from pathlib import Path
 from stat import S_ISREG
 from typing import Annotated
 
-from pipelines.data.fetch import shown
+from pipelines.data.fetch import redact_url
 
 OTHERS = (".avif", ".bmp", ".gif", ".heic", ".heif", ".jp2", ".jxl", ".tif", ".tiff", ".webp")
 PICTURES = (".jpg", ".jpeg", ".png", *OTHERS)  # what is taken out of a folder: the gate tells what cannot be used
@@ -28,7 +28,7 @@ def sources_in(place: str, root: Path = Path()) -> FileSources:
     """The four files of a folder that `root` has; images as {train,val}.zip or folders {train,val}/."""
     if is_url(place) or not (root / place).is_dir():
         what = "one URL" if is_url(place) else "a file" if (root / place).exists() else "no such folder"
-        raise ValueError(f"download.source is {shown(place)!r}: {what}; give shapes, a folder, or four files")
+        raise ValueError(f"download.source is {redact_url(place)!r}: {what}; give shapes, a folder, or four files")
     places: dict[str, str] = {}
     for split in ("train", "val"):
         annotations = Path(place) / f"instances_{split}.json"
@@ -120,6 +120,7 @@ def is_url(place: str) -> bool:
     scheme, separator, _ = place.partition("://")
     if separator and scheme.lower() not in ("http", "https"):
         raise ValueError(
-            f"{shown(place)} has the scheme {scheme!r}; http, https and local paths work: mount it, and give its path"
+            f"{redact_url(place)} has the scheme {scheme!r}; http, https and local paths work: mount it, and give its "
+            "path"
         )
     return bool(separator)

@@ -15,7 +15,7 @@ import pandas as pd
 from msgspec import UNSET
 
 from detr.annotation_file import READINGS, AnnotationEntry, CategoryEntry, ImageEntry, complain, read_document, take
-from pipelines.data.pictures import Member, Picture, find, inspect, members, nearest, pictures_of
+from pipelines.data.pictures import Member, Picture, find, find_nearest, inspect, list_members, pictures_of
 
 SPLITS = ("train", "val")
 EXTENSIONS = {"jpg": "JPEG", "jpeg": "JPEG", "png": "PNG"}
@@ -180,7 +180,7 @@ def _row_of(ids: pd.Series, wanted: pd.Series) -> np.ndarray:
 
 def _look_at_pictures(path: Path, images: pd.DataFrame, decoded_share: float) -> pd.DataFrame:
     """Adds to `images` what their pictures are; the table of the archive's members."""
-    held = members(path)
+    held = list_members(path)
     names = images["file_name"].fillna("").tolist()
     found = find(names, held)
     sampled = np.diff(np.floor(np.arange(len(names) + 1) * decoded_share)) > 0
@@ -230,7 +230,7 @@ def _twins(images: pd.DataFrame, repeated: pd.Series) -> list[str]:
 def _whereabouts(path: Path, names: list[str], found: list[list[Member]], held: list[Member]) -> list[str]:
     """Of each file name that is not there once: where it is, or which member is nearest."""
     rows = [row for row, members_ in enumerate(found) if not members_ and names[row]]
-    near = dict(zip(rows, nearest([names[row] for row in rows], [m.name for m in held]), strict=True))
+    near = dict(zip(rows, find_nearest([names[row] for row in rows], [m.name for m in held]), strict=True))
     said = []
     for row, members_ in enumerate(found):
         several = f"is {len(members_)} times in {path.name}: {', '.join(repr(m.name) for m in members_[:3])}"

@@ -46,13 +46,13 @@ class DataVersion:
 
     @property
     def title(self) -> str:
-        return title_of(self.commit, self.date)
+        return format_title(self.commit, self.date)
 
 
 Opened = Callable[[DataVersion, str], AbstractContextManager[BinaryIO]]
 
 
-def locked(lock: str, commit: str, date: str) -> DataVersion | None:
+def read_version(lock: str, commit: str, date: str) -> DataVersion | None:
     """The version of the data that the text of a dvc.lock names, or None where it names none."""
     try:
         stages = YAML(typ="safe").load(lock)["stages"]
@@ -127,7 +127,7 @@ def _texts(texts: Any) -> np.ndarray:
     return np.array([*texts], dtype=object)
 
 
-def with_pictures(images: Table, version: DataVersion, name: str, opened: Opened) -> Table:
+def add_pictures(images: Table, version: DataVersion, name: str, opened: Opened) -> Table:
     """The table with CRC-32 and length of each picture [N, 2], from the zip's directory; -1 where there is none."""
     try:
         with opened(version, f"{DATA}/{name}") as file, zipfile.ZipFile(file) as archive:
@@ -140,7 +140,7 @@ def with_pictures(images: Table, version: DataVersion, name: str, opened: Opened
     return images | {"picture": np.array(found, dtype=np.int64).reshape(-1, 2)}
 
 
-def overview(rows: list[dict[str, Any]]) -> str:
+def format_overview(rows: list[dict[str, Any]]) -> str:
     """Described versions as an aligned table, and below it why something in it is not known."""
     lines = [["  commit", "date", "digest", *Entries.__struct_fields__, "bytes"]]
     for row in rows:
@@ -152,14 +152,14 @@ def overview(rows: list[dict[str, Any]]) -> str:
     notes += [f"? {row['problem']}" for row in rows if row["problem"]]
     if not all(row["commit"] for row in rows):
         notes.append("- is in no commit yet: git add dvc.lock && git commit")
-    return "\n".join([aligned(lines), "", *notes])
+    return "\n".join([align_columns(lines), "", *notes])
 
 
-def title_of(commit: str | None, date: str | None) -> str:
+def format_title(commit: str | None, date: str | None) -> str:
     return f"{commit} ({date})" if commit else "the working tree"
 
 
-def aligned(lines: list[list[str]]) -> str:
+def align_columns(lines: list[list[str]]) -> str:
     """A table of text: the first column flush left, the others flush right."""
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
     return "\n".join(

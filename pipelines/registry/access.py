@@ -5,7 +5,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from pipelines.registry.tracking import LOGIN, MODEL, find_experiment, tracking_uri
+from pipelines.registry.tracking import LOGIN, MODEL, find_experiment, get_tracking_uri
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -26,7 +26,7 @@ def require_writable(client: "MlflowClient") -> None:
     except Exception as error:
         reason = " ".join(str(error).split())[:300]
         raise ValueError(
-            f"MLflow at {tracking_uri()} answers, but refuses what a run writes ({reason}); {LOGIN} of one who may "
+            f"MLflow at {get_tracking_uri()} answers, but refuses what a run writes ({reason}); {LOGIN} of one who may "
             "write there, see to its database, or unset MLFLOW_TRACKING_URI"
         ) from error
     require_store(experiment.artifact_location)

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from pipelines.registry import tracking
 from pipelines.registry.tracking import MODEL
-from pipelines.registry.turns import turn
+from pipelines.registry.turns import take_turn
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -18,17 +18,17 @@ if TYPE_CHECKING:
 CLASS_AP = "class_AP/"  # the prefix of the metrics of a run, by category
 
 
-def champion(client: "MlflowClient") -> "ModelVersion | None":
+def get_champion(client: "MlflowClient") -> "ModelVersion | None":
     """The version that serves, or None before the first registration."""
-    return with_alias(client, "champion")
+    return get_by_alias(client, "champion")
 
 
-def rival(alias: str | None) -> str:
+def name_rival(alias: str | None) -> str:
     """What the champion that a version was judged against is called once the version has its alias."""
     return "champion before" if alias == "champion" else "champion"
 
 
-def with_alias(client: "MlflowClient", alias: str) -> "ModelVersion | None":
+def get_by_alias(client: "MlflowClient", alias: str) -> "ModelVersion | None":
     from mlflow.exceptions import MlflowException
 
     try:
@@ -39,7 +39,7 @@ def with_alias(client: "MlflowClient", alias: str) -> "ModelVersion | None":
         raise
 
 
-def champions_file(path: str) -> Any:
+def read_champions_file(path: str) -> Any:
     """What a JSON file among the champion's artifacts holds, None before the first champion.
 
     Raises ValueError where MLflow does not answer or has no such file.
@@ -47,16 +47,16 @@ def champions_file(path: str) -> Any:
     if not tracking.is_there():
         return None
     client = tracking.connect()
-    best = champion(client)
+    best = get_champion(client)
     if best is None:
         return None
     try:
-        return json.loads(run_file(client, best.run_id, path))
+        return json.loads(read_run_file(client, best.run_id, path))
     except ValueError as error:
         raise ValueError(f"{path} of version {best.version}, the champion, cannot be read: {error}") from error
 
 
-def run_file(client: "MlflowClient", run_id: str | None, path: str) -> bytes:
+def read_run_file(client: "MlflowClient", run_id: str | None, path: str) -> bytes:
     """A file among a run's artifacts. Raises ValueError where it has none, or it cannot be had."""
     with tempfile.TemporaryDirectory() as folder:
         found = tracking.fetch_artifact(client, run_id, path, Path(folder)) if run_id else None
@@ -73,7 +73,7 @@ def has_files(client: "MlflowClient", version: "ModelVersion") -> bool:
     return any(file.path.endswith("MLmodel") for file in mlflow.artifacts.list_artifacts(artifact_uri=place))
 
 
-def class_aps(client: "MlflowClient", version: "ModelVersion") -> dict[str, float]:
+def read_class_aps(client: "MlflowClient", version: "ModelVersion") -> dict[str, float]:
     """AP by the name in metrics of each category with objects, none where the run is gone or of an older release."""
     from mlflow.exceptions import MlflowException
 
@@ -84,7 +84,7 @@ def class_aps(client: "MlflowClient", version: "ModelVersion") -> dict[str, floa
     return {name.removeprefix(CLASS_AP): ap for name, ap in metrics.items() if name.startswith(CLASS_AP) and ap >= 0}
 
 
-def version_with(client: "MlflowClient", weights_sha256: str, config: Path) -> "ModelVersion | None":
+def find_version_of(client: "MlflowClient", weights_sha256: str, config: Path) -> "ModelVersion | None":
     """The ready version that has these weights and answers as `config`, a config.json, says: its categories among it.
 
     None where none was registered before, or its files are gone.
@@ -112,7 +112,7 @@ def place(client: "MlflowClient", version: "ModelVersion", alias: str, check: Ca
 
     `check` is that of the turn. Killed anywhere and repeated it ends the same.
     """
-    before = champion(client)
+    before = get_champion(client)
     if alias == "champion" and before is not None and int(before.version) != int(version.version):
         check()
         client.set_registered_model_alias(MODEL, "previous_champion", str(before.version))
@@ -126,10 +126,10 @@ def rollback() -> str:
     One that was killed is completed by the next registration or rollback. Raises ValueError without a previous one.
     """
     client = tracking.connect_to_models()
-    with plainly("the rollback"), turn(client) as check:
+    with explain_errors("the rollback"), take_turn(client) as check:
         if finished := finish_rollback(client, check):
             return finished
-        best, before = champion(client), with_alias(client, "previous_champion")
+        best, before = get_champion(client), get_by_alias(client, "previous_champion")
         if best is None or before is None or best.version == before.version:
             now = f"version {best.version}" if best else "none"
             raise ValueError(f"there is no previous champion to go back to; the champion is {now}")
@@ -159,7 +159,7 @@ def finish_rollback(client: "MlflowClient", check: Callable[[], None]) -> str:
 
 
 @contextlib.contextmanager
-def plainly(what: str) -> Iterator[None]:
+def explain_errors(what: str) -> Iterator[None]:
     """Turns what MLflow raises into a ValueError of one line."""
     import requests
     from mlflow.exceptions import MlflowException
@@ -169,6 +169,6 @@ def plainly(what: str) -> Iterator[None]:
     except (MlflowException, requests.RequestException) as error:
         reason = " ".join(str(error).partition("[SQL")[0].split())[:300]
         raise ValueError(
-            f"{what} stopped, MLflow at {tracking.tracking_uri()} failed: {reason}; see to its server, its "
+            f"{what} stopped, MLflow at {tracking.get_tracking_uri()} failed: {reason}; see to its server, its "
             "database and the space of its artifact store, and run again: it goes on from there"
         ) from error

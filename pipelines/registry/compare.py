@@ -16,11 +16,11 @@ from pipelines import params
 from pipelines.data.layout import DATA
 from pipelines.figures import EvaluateParams, save_figure
 from pipelines.files import write_json
-from pipelines.labels import drawable
+from pipelines.labels import make_drawable
 from pipelines.registry import aliases, tracking
-from pipelines.registry.lineage import commit_in
-from pipelines.registry.markdown import table as markdown
-from pipelines.registry.version import Version, read, signed, text, unequal
+from pipelines.registry.lineage import read_commit
+from pipelines.registry.markdown import format_table as markdown
+from pipelines.registry.version import Version, find_unequal, format_signed, format_value, read
 
 FOLDER = Path("scratch/comparisons")
 METRICS = ("AP50", "AP75", "AP_small", "AP_medium", "AP_large", "AR_100")
@@ -43,14 +43,14 @@ def compare(root: Path, versions: list[str]) -> str:
     """
     config = params.from_document(params.read_yaml(root / "params.yaml"), "evaluate", EvaluateParams)
     client = tracking.connect_to_models()
-    other = "challenger" if aliases.with_alias(client, "challenger") else "previous_champion"
+    other = "challenger" if aliases.get_by_alias(client, "challenger") else "previous_champion"
     names = versions if len(versions) > 1 else ["champion", *(versions or [other])]
-    with aliases.plainly("the comparison"), tempfile.TemporaryDirectory() as temporary:
+    with aliases.explain_errors("the comparison"), tempfile.TemporaryDirectory() as temporary:
         found = [read(client, name, Path(temporary)) for name in names]
         if len({version.number for version in found}) < len(found):
             listed = " and ".join(f"{name} is version {v.number}" for name, v in zip(names, found, strict=True))
             raise ValueError(f"{listed}; give versions that differ: python -m pipelines compare A B")
-        document = compared(found, root, config)
+        document = build_comparison(found, root, config)
         folder = root / FOLDER / "-".join(str(version.number) for version in found)
         write_json(folder / "comparison.json", document)
         (folder / "comparison.md").write_text(report(document, len(document["classes"])) + "\n", encoding="utf-8")
@@ -60,7 +60,7 @@ def compare(root: Path, versions: list[str]) -> str:
     return f"{report(document, NUM_CLASSES)}\n\nAll classes, a picture and JSON: {folder.relative_to(root)}/"
 
 
-def compared(found: Sequence[Version], root: Path, config: EvaluateParams) -> dict[str, Any]:
+def build_comparison(found: Sequence[Version], root: Path, config: EvaluateParams) -> dict[str, Any]:
     """The comparison as a document; every list in it is in the order of the versions, None for what is not known."""
     first, *others = found
     notes, resampled, num_images = resample(found, root / DATA / "instances_val.json", config)
@@ -70,13 +70,16 @@ def compared(found: Sequence[Version], root: Path, config: EvaluateParams) -> di
         "titles": [version.title for version in found],
         "AP": aps,
         "confidence": config.confidence,
-        "interval": [limits(v, resampled.get(v.number), config.confidence, num_images) for v in found],
-        "difference": [None, *(difference(first, other, resampled, config.confidence, num_images) for other in others)],
+        "interval": [estimate_interval(v, resampled.get(v.number), config.confidence, num_images) for v in found],
+        "difference": [
+            None,
+            *(find_difference(first, other, resampled, config.confidence, num_images) for other in others),
+        ],
         "metrics": {name: [version.metrics.get(name) for version in found] for name in METRICS},
-        "classes": changes(found),
-        "params": unequal([version.params for version in found]),
-        "data": unequal([{"digest": v.tags.get("data_digest")} | v.statistics for v in found]),
-        "environment": unequal([{k: v for k, v in x.tags.items() if k not in OF_ITSELF} for x in found]),
+        "classes": list_changes(found),
+        "params": find_unequal([version.params for version in found]),
+        "data": find_unequal([{"digest": v.tags.get("data_digest")} | v.statistics for v in found]),
+        "environment": find_unequal([{k: v for k, v in x.tags.items() if k not in OF_ITSELF} for x in found]),
     }
     names = sorted({name for version in found for name in version.metrics if COST.fullmatch(name)})
     document["cost"] = {name: [version.metrics.get(name) for version in found] for name in names}
@@ -95,8 +98,8 @@ def resample(
         if other not in comparable
     ]
     wanted = first.data.files["instances_val.json"].md5 if first.data else None
-    if wanted is None or not truth.exists() or md5(truth) != wanted:
-        commit = commit_in(first.tags) or "its commit"
+    if wanted is None or not truth.exists() or compute_md5(truth) != wanted:
+        commit = read_commit(first.tags) or "its commit"
         notes.append(
             f"not paired: {truth} is not the ground truth that version {first.number} was evaluated on; "
             f"get it: git checkout {commit} && dvc checkout"
@@ -116,13 +119,13 @@ def resample(
     return notes, dict(zip(matches, rows, strict=True)), len(next(iter(matches.values())).objects)
 
 
-def md5(path: Path) -> str:
+def compute_md5(path: Path) -> str:
     """The digest by which DVC knows a file."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, lambda: hashlib.md5(usedforsecurity=False)).hexdigest()
 
 
-def limits(
+def estimate_interval(
     version: Version, resampled: np.ndarray | None, confidence: float, num_images: int
 ) -> tuple[float, float] | None:
     """The interval of a version's AP: that of its evaluation, else that of the resamples."""
@@ -131,7 +134,7 @@ def limits(
     return None if resampled is None else find_interval(resampled, confidence, num_images, lowest=0)
 
 
-def difference(
+def find_difference(
     first: Version, other: Version, resampled: dict[int, np.ndarray], confidence: float, num_images: int
 ) -> dict[str, Any] | None:
     """How much higher AP is than the first's; paired also its interval and p, from the same resampled images.
@@ -152,7 +155,7 @@ def difference(
     return gain | {"paired": True, "low": low, "high": high, "p": p, "significant": significant}
 
 
-def changes(found: Sequence[Version]) -> list[dict[str, Any]]:
+def list_changes(found: Sequence[Version]) -> list[dict[str, Any]]:
     """AP by class and its change from the first version, falling in the change of the last."""
     names = dict.fromkeys(name for version in found for name in version.classes)
     rows = []
@@ -189,7 +192,7 @@ def report(document: dict[str, Any], num_classes: int) -> str:
     rows = [
         ["AP", *fixed(document["AP"])],
         [f"{share} interval", *("-" if ends is None else " to ".join(fixed(ends)) for ends in document["interval"])],
-        [f"difference to {document['versions'][0]}", *of(lambda gain: signed(gain["AP"]))],
+        [f"difference to {document['versions'][0]}", *of(lambda gain: format_signed(gain["AP"]))],
         [f"its {share} interval", *of(paired)],
         ["", *of(verdict)],
         *([name, *of_objects(values)] for name, values in document["metrics"].items()),
@@ -198,16 +201,21 @@ def report(document: dict[str, Any], num_classes: int) -> str:
     classes = [row for row in document["classes"] if row["change"][-1] is not None]
     some = classes if len(classes) <= 2 * num_classes else [*classes[:num_classes], *classes[-num_classes:]]
     if some:
-        cells = ([r["name"], *fixed(r["AP"]), *(signed(gain) for gain in r["change"][1:])] for r in some)
+        cells = ([r["name"], *fixed(r["AP"]), *(format_signed(gain) for gain in r["change"][1:])] for r in some)
         titles = [*header[1:], *(f"{number} - {document['versions'][0]}" for number in document["versions"][1:])]
         parts += ["", f"AP of {len(some)} of {len(document['classes'])} classes, by the last change"]
         parts += ["", markdown([["class", *titles], *cells])]
     for key, title in (("params", "Parameters"), ("data", "Data"), ("environment", "Code, libraries and machine")):
         parts += ["", f"{title} that differ" if document[key] else f"{title}: nothing differs"]
         if document[key]:
-            parts += ["", markdown([header, *([name, *map(text, v)] for name, v in document[key].items())])]
+            parts += ["", markdown([header, *([name, *map(format_value, v)] for name, v in document[key].items())])]
     if document["cost"]:
-        parts += ["", "Cost", "", markdown([header, *([n, *map(text, v)] for n, v in document["cost"].items())])]
+        parts += [
+            "",
+            "Cost",
+            "",
+            markdown([header, *([n, *map(format_value, v)] for n, v in document["cost"].items())]),
+        ]
     return "\n".join(parts)
 
 
@@ -229,7 +237,7 @@ def draw(document: dict[str, Any], path: Path) -> None:
             known = sorted(known, key=lambda row: -abs(row["change"][k]))[:NUM_BARS]
             known.sort(key=lambda row: row["change"][k])
             values = [row["change"][k] for row in known]
-            names = drawable(row["name"] for row in known)
+            names = make_drawable(row["name"] for row in known)
             axis.barh(
                 range(len(names)), values, tick_label=names, color=["#3cb44b" if v > 0 else "#e6194b" for v in values]
             )

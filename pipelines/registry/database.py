@@ -46,7 +46,7 @@ def make_database(path: Path) -> None:
     partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
     try:
         client = mlflow.MlflowClient(f"sqlite:///{partial}", f"sqlite:///{partial}")
-        client.create_experiment(EXPERIMENT, artifacts_beside(path))
+        client.create_experiment(EXPERIMENT, find_artifacts(path))
         with suppress(FileExistsError):  # another process was faster
             os.link(partial, path)
     finally:
@@ -58,7 +58,7 @@ def quieten_mlflow() -> None:
         logging.getLogger(name).setLevel(logging.CRITICAL)  # errors are raised too, and told in one line
 
 
-def artifacts_beside(database: Path) -> str:
+def find_artifacts(database: Path) -> str:
     """Where the artifacts of a SQLite file lie."""
     return (database.parent / ARTIFACTS).as_uri()
 
@@ -72,7 +72,7 @@ def relocate(database: Path) -> str:
     here = database.resolve().parent
     try:
         with closing(sqlite3.connect(database, WAIT_SECONDS)) as store, store:
-            old = made_in(store)
+            old = find_origin(store)
             if old is None or old.resolve() == here or is_same(old / database.name, database):
                 return ""
             if (old / ARTIFACTS).exists() and not (here / ARTIFACTS).exists():
@@ -89,7 +89,7 @@ def relocate(database: Path) -> str:
     return f"{database} was made in {old}: {changed} places in it are in {here} now"
 
 
-def made_in(store: sqlite3.Connection) -> Path | None:
+def find_origin(store: sqlite3.Connection) -> Path | None:
     """The folder that the file was in when it was made, where its artifacts are files beside it."""
     if not columns(store, "experiments"):
         return None

@@ -12,7 +12,7 @@ from detr.annotation_file import read_truth
 from detr.bootstrap import Matches, bootstrap_ap, can_be_certain, compute_weighted_ap, find_interval, match_detections
 from detr.config import Key, check_keys
 from pipelines.labels import say_metric
-from pipelines.params import nearest
+from pipelines.params import find_nearest
 from pipelines.registry import aliases
 
 ROUNDING = 1e-9  # differences of APs below it are rounding
@@ -140,19 +140,21 @@ def check_protected(config: RegisterParams, annotations: Path) -> None:
     seen = {names[category_id] for category_id in truth.category_of[~truth.crowd].tolist()}
     for name in config.protected:
         if name not in names.values():
-            raise ValueError(f"register.protected names {name!r}, no category{nearest(name, sorted(names.values()))}")
+            raise ValueError(
+                f"register.protected names {name!r}, no category{find_nearest(name, sorted(names.values()))}"
+            )
         if name not in seen:
             raise ValueError(
                 f"register.protected names {name!r}, of which {annotations} has no object to judge it by; leave it out"
             )
 
 
-def names_of(annotations: Path) -> list[str]:
+def read_names(annotations: Path) -> list[str]:
     """Names of the categories by ascending id."""
     return [*read_truth(annotations).category_names]
 
 
-def ap_of_classes(matches: Matches, names: list[str]) -> dict[str, float]:
+def compute_class_ap(matches: Matches, names: list[str]) -> dict[str, float]:
     """AP of each category that has objects."""
     once = np.ones((len(matches.objects), 1))
     found = {}
@@ -171,12 +173,14 @@ def ap_of_classes(matches: Matches, names: list[str]) -> dict[str, float]:
     return found
 
 
-def judged(version: str, matches: Matches, resamples: np.ndarray, names: list[str], confidence: float) -> Judged:
+def compute_numbers(
+    version: str, matches: Matches, resamples: np.ndarray, names: list[str], confidence: float
+) -> Judged:
     """The numbers of a version whose detections are matched; `resamples` [R] are its APs."""
     num_images = len(matches.objects)
     ap = float(compute_weighted_ap(matches, np.ones((num_images, 1)))[0])
     low, high = find_interval(resamples, confidence, num_images, lowest=0)
-    return Judged(version, ap, low, high, ap_of_classes(matches, names), "its detections", num_images)
+    return Judged(version, ap, low, high, compute_class_ap(matches, names), "its detections", num_images)
 
 
 def judge(client: Any, version: Any, detections: list[dict], data: Path, config: RegisterParams) -> Decision:
@@ -187,12 +191,12 @@ def judge(client: Any, version: Any, detections: list[dict], data: Path, config:
     Where its files are gone, so that it cannot serve either, its place is free.
     """
     annotations = data / "instances_val.json"
-    names, own = names_of(annotations), match_detections(annotations, detections)
-    best = aliases.champion(client)
+    names, own = read_names(annotations), match_detections(annotations, detections)
+    best = aliases.get_champion(client)
 
     def alone() -> tuple[np.ndarray, Judged]:
         (resamples,) = bootstrap_ap([own], config.num_resamples, config.seed)
-        return resamples, judged(str(version.version), own, resamples, names, config.confidence)
+        return resamples, compute_numbers(str(version.version), own, resamples, names, config.confidence)
 
     if best is None:
         return decide(alone()[1], None, None, config)
@@ -201,11 +205,11 @@ def judge(client: Any, version: Any, detections: list[dict], data: Path, config:
         other = "other names for what they find" if aliases.has_files(client, best) else "lost its files"
         note = f"version {number}, the champion, has the same weights and {other}"
         return decide(alone()[1], None, None, config, note)
-    theirs, source = champions_matches(client, best, version, annotations, data)
+    theirs, source = find_champions_matches(client, best, version, annotations, data)
     if theirs is not None:
         aps = bootstrap_ap([own, theirs], config.num_resamples, config.seed)
-        candidate = judged(str(version.version), own, aps[0], names, config.confidence)
-        champion = replace(judged(number, theirs, aps[1], names, config.confidence), source=source)
+        candidate = compute_numbers(str(version.version), own, aps[0], names, config.confidence)
+        champion = replace(compute_numbers(number, theirs, aps[1], names, config.confidence), source=source)
         return decide(candidate, champion, aps[0] - aps[1], config, "" if source == STORED else f"it was {source}")
     resamples, candidate = alone()
     if not aliases.has_files(client, best):
@@ -216,7 +220,7 @@ def judge(client: Any, version: Any, detections: list[dict], data: Path, config:
         return decide(candidate, None, None, config, f"{note} ({source})")
     note = f"of the champion only its tag AP counts, which may be of other data ({source})"
     note += f"; without the alias it answers by its number: predict --model {version.version}"
-    per_class = aliases.class_aps(client, best)
+    per_class = aliases.read_class_aps(client, best)
     champion = Judged(number, float(best.tags["AP"]), None, None, per_class, "its tag AP", candidate.num_images)
     return decide(candidate, champion, resamples - champion.ap, config, note)
 
@@ -224,14 +228,14 @@ def judge(client: Any, version: Any, detections: list[dict], data: Path, config:
 STORED = "its run's detections"
 
 
-def champions_matches(
+def find_champions_matches(
     client: Any, best: Any, version: Any, annotations: Path, data: Path
 ) -> tuple[Matches | None, str]:
     """The champion's detections as matched and where they are from, or None and why they cannot be had."""
     reason = "it was evaluated on other data"
-    if same_images(best.tags, version.tags):
+    if have_same_images(best.tags, version.tags):
         try:
-            content = aliases.run_file(client, best.run_id, "evaluate/detections.json")
+            content = aliases.read_run_file(client, best.run_id, "evaluate/detections.json")
             expected = best.tags.get("detections_sha256")
             if expected not in (None, hashlib.sha256(content).hexdigest()):
                 raise ValueError("they are not those that it was registered with")
@@ -241,16 +245,16 @@ def champions_matches(
         except Exception as error:
             reason = f"the detections of its run cannot be used: {brief(error)}"
     try:
-        from pipelines.registry.packaging import detections_of
+        from pipelines.registry.packaging import compute_detections
 
         return match_detections(
-            annotations, detections_of(str(best.version), data)
+            annotations, compute_detections(str(best.version), data)
         ), f"evaluated again by its code: {reason}"
     except Exception as error:
         return None, f"{reason}; it cannot be evaluated again: {brief(error)}"
 
 
-def same_images(one: dict[str, str], other: dict[str, str]) -> bool:
+def have_same_images(one: dict[str, str], other: dict[str, str]) -> bool:
     """Whether two versions were evaluated on the same validation data; an older one knows the digest of all data."""
     name = "val_digest" if "val_digest" in one and "val_digest" in other else "data_digest"
     return one.get(name) is not None and one.get(name) == other.get(name)
@@ -275,7 +279,7 @@ def as_markdown(decision: Decision, config: RegisterParams) -> str:
 
     lines = [f"# Version {decision.candidate.version}: {decision.alias}", "", f"{decision.sentence}.", ""]
     lines += [f"| | version | AP | {config.confidence:.0%} interval | from |", "|---|---|---|---|---|"]
-    for role, one in (("candidate", decision.candidate), (aliases.rival(decision.alias), decision.champion)):
+    for role, one in (("candidate", decision.candidate), (aliases.name_rival(decision.alias), decision.champion)):
         if one is not None:
             lines.append(f"| {role} | {one.version} | {number(one.ap)} | {span(one.low, one.high)} | {one.source} |")
     if decision.gain is not None:

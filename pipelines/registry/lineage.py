@@ -50,7 +50,7 @@ def collect_lineage(diff: str, of_git: dict[str, str]) -> dict[str, str]:
     lineage = of_git | {
         "data_digest": json.loads((VALIDATED / "passed.json").read_text(encoding="utf-8"))["data"],
         "val_digest": val_digest(DATA),
-        "validation": validation(json.loads((VALIDATED / "report.json").read_text(encoding="utf-8"))),
+        "validation": describe_validation(json.loads((VALIDATED / "report.json").read_text(encoding="utf-8"))),
         "weights_sha256": tracking.sha256(TRAINED / "model.safetensors"),
         "detections_sha256": tracking.sha256(EVALUATED / "detections.json"),
         "dvc_lock_sha256": tracking.sha256(Path("dvc.lock")),
@@ -59,10 +59,10 @@ def collect_lineage(diff: str, of_git: dict[str, str]) -> dict[str, str]:
     }
     if diff:
         lineage["git_diff_sha256"] = hashlib.sha256(diff.encode(errors="surrogateescape")).hexdigest()
-    return lineage | hardware() | {name: library(name) for name in LIBRARIES}
+    return lineage | describe_hardware() | {name: find_version(name) for name in LIBRARIES}
 
 
-def commit_in(tags: Mapping[str, str]) -> str | None:
+def read_commit(tags: Mapping[str, str]) -> str | None:
     """The commit that a version's tags name, if they do."""
     commit = tags.get("git_commit", UNKNOWN)
     return None if commit in NO_COMMIT else commit
@@ -118,14 +118,14 @@ def val_digest(data: Path) -> str:
     return total.hexdigest()
 
 
-def validation(report: list[dict[str, Any]]) -> str:
+def describe_validation(report: list[dict[str, Any]]) -> str:
     """The data's validation in words: "75 of 75 hold, 2 warnings"."""
     outcomes = [row["outcome"] for row in report]
     number = outcomes.count("warning")
     return f"{outcomes.count('holds')} of {len(report)} hold, {number} warning{'' if number == 1 else 's'}"
 
 
-def hardware() -> dict[str, str]:
+def describe_hardware() -> dict[str, str]:
     """Processor, cores, GPUs and memory of this machine."""
     import torch
 
@@ -143,7 +143,7 @@ def hardware() -> dict[str, str]:
     }
 
 
-def library(name: str) -> str:
+def find_version(name: str) -> str:
     try:
         return installed(name)
     except PackageNotFoundError:

@@ -12,7 +12,16 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pipelines.registry.tracking import PICTURES, SYSTEM, connect, fill_in, find_run, log_params, log_rows, tracking_uri
+from pipelines.registry.tracking import (
+    PICTURES,
+    SYSTEM,
+    connect,
+    fill_in,
+    find_run,
+    get_tracking_uri,
+    log_params,
+    log_rows,
+)
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -26,14 +35,14 @@ def require_answer() -> None:
 
     Asked first, so that a training without its server does not import MLflow: seconds of the processor it trains on.
     """
-    if tracking_uri().startswith("http"):
+    if get_tracking_uri().startswith("http"):
         import requests
 
         with contextlib.suppress(requests.exceptions.SSLError):  # it is there, and MLflow's settings decide the rest
-            requests.get(f"{tracking_uri().rstrip('/')}/health", timeout=ANSWER_SECONDS, allow_redirects=False)
+            requests.get(f"{get_tracking_uri().rstrip('/')}/health", timeout=ANSWER_SECONDS, allow_redirects=False)
 
 
-def system_monitors() -> list[Any]:
+def find_monitors() -> list[Any]:
     """MLflow's monitors of this machine; of GPUs where nvidia-ml-py (NVIDIA) or pyrsmi (AMD) is installed."""
     from mlflow.system_metrics.metrics.cpu_monitor import CPUMonitor
     from mlflow.system_metrics.metrics.disk_monitor import DiskMonitor
@@ -145,7 +154,7 @@ class Mirror:
             client = connect()
             self._run_id = find_run(client, fingerprint, name)
             log_params(client, self._run_id, document)
-            self._monitors = system_monitors()
+            self._monitors = find_monitors()
             self._client = client
         while self._rows:
             self._expect_answer()
@@ -168,4 +177,4 @@ class Mirror:
 
     def _expect_answer(self) -> None:
         if not self._failed:
-            self._patience = math.inf if tracking_uri().startswith("sqlite") else time.monotonic() + 2
+            self._patience = math.inf if get_tracking_uri().startswith("sqlite") else time.monotonic() + 2

@@ -1,8 +1,8 @@
 """A model version as MLflow keeps it: made from a trained folder, and loaded again.
 
 A version answers by the code that is packed in it, so a process that loads one never imports this checkout's `detr`.
-`python -m pipelines.registry.packaging VERSION DATA_FOLDER WANTED FILE` writes what `detections_of` returns, of the
-images and categories that WANTED lists.
+`python -m pipelines.registry.packaging VERSION DATA_FOLDER WANTED FILE` writes what `compute_detections` returns, of
+the images and categories that WANTED lists.
 """
 
 import base64
@@ -91,7 +91,7 @@ def load(model: str) -> "PyFuncModel":
     """
     if "detr" in sys.modules:
         raise RuntimeError(f"detr was imported from {sys.modules['detr'].__file__}; load a model in a fresh process")
-    version = tracking.named_version(tracking.connect_to_models(), model)
+    version = tracking.find_version(tracking.connect_to_models(), model)
     import mlflow
 
     try:
@@ -116,7 +116,7 @@ def detect(model: "PyFuncModel", image: bytes, threshold: float) -> dict[str, li
     return dict(answer)
 
 
-def detections_of(version: str, data_folder: Path) -> list[dict]:
+def compute_detections(version: str, data_folder: Path) -> list[dict]:
     """COCO's detections {image_id, category_id, bbox, score} of a registered version on the validation images.
 
     `data_folder` has `instances_val.json` and `val.zip` or `val/`. A fresh process runs the version's own packed code,
@@ -129,7 +129,7 @@ def detections_of(version: str, data_folder: Path) -> list[dict]:
     images = zip(truth.image_ids.tolist(), truth.file_names, strict=True)
     categories = zip(truth.category_names, truth.category_ids.tolist(), strict=True)
     root = str(Path(__file__).parents[2])
-    env = os.environ | {"MLFLOW_TRACKING_URI": tracking.tracking_uri()}
+    env = os.environ | {"MLFLOW_TRACKING_URI": tracking.get_tracking_uri()}
     env.setdefault("OMP_NUM_THREADS", "1")  # as the evaluation: the number of threads shows in the last digits
     env["PYTHONPATH"] = os.pathsep.join([root, *filter(None, [env.get("PYTHONPATH")])])
     with tempfile.TemporaryDirectory() as folder:
@@ -159,7 +159,7 @@ def detections_of(version: str, data_folder: Path) -> list[dict]:
 
 
 def _detections_here(version: str, data: Path, images: list[tuple[int, str]], ids: dict[str, int]) -> list[dict]:
-    """What `detections_of` returns, by this process, of images (id, file name) and category ids by name."""
+    """What `compute_detections` returns, by this process, of images (id, file name) and category ids by name."""
     model = load(version)
     known = {category["name"] for category in _config(version)["categories"]}
     if known != set(ids):
@@ -169,7 +169,7 @@ def _detections_here(version: str, data: Path, images: list[tuple[int, str]], id
     names = [name for _, name in images]
     found: list[dict] = []
     with pictures.open_archive(path) as archive, Progress(None, "detect", len(names), "image") as bar:
-        for (image_id, name), members in zip(images, pictures.find(names, pictures.members(path)), strict=True):
+        for (image_id, name), members in zip(images, pictures.find(names, pictures.list_members(path)), strict=True):
             if len(members) != 1:
                 raise ValueError(f"{name} is {len(members)} times in {path}, expected once")
             try:
@@ -187,7 +187,7 @@ def _config(version: str) -> dict[str, Any]:
     """The config.json of a version: architecture, categories, input size."""
     import mlflow
 
-    number = tracking.named_version(tracking.connect_to_models(), version).version
+    number = tracking.find_version(tracking.connect_to_models(), version).version
     config: dict[str, Any] = mlflow.artifacts.load_dict(f"models:/{MODEL}/{number}/artifacts/config.json")
     return config
 

@@ -31,7 +31,7 @@ from pipelines.figures import save_figure
 from pipelines.files import write_json
 from pipelines.progress import Progress
 from pipelines.registry import aliases, tracking
-from pipelines.registry.markdown import table as markdown
+from pipelines.registry.markdown import format_table as markdown
 
 PICTURE = Path("scratch/table.png")
 NUM_VAL = 5000  # images of COCO val2017
@@ -59,7 +59,7 @@ PAPER = {  # table 1; FPS on a V100
 OFFICIAL = {"DETR": "detr-r50", "DETR-DC5": "detr-dc5-r50", "DETR-R101": "detr-r101", "DETR-DC5-R101": "detr-dc5-r101"}
 
 
-def table(root: Path, quick: bool) -> str:
+def write_table(root: Path, quick: bool) -> str:
     """The table in Markdown, the paper's figures beside this machine's; its picture goes to scratch/table.png.
 
     Parameters, multiply-adds and speed are measured with random weights, which change none of them. AP is the best of
@@ -71,7 +71,9 @@ def table(root: Path, quick: bool) -> str:
     ours, notes = {}, []
     measured, rounds = measure(root, size_hw, 0 if quick else BUDGET_SECONDS, device)
     for name, figures in measured.items():
-        ap, note = accuracy(root, OFFICIAL[name], quick) if name in OFFICIAL else (None, "only its cost is measured")
+        ap, note = (
+            find_accuracy(root, OFFICIAL[name], quick) if name in OFFICIAL else (None, "only its cost is measured")
+        )
         ours[name] = replace(figures, ap=ap)
         notes.append(f"- AP of {name}: {note}")
     if any(ours[name].ap is None for name in OFFICIAL):
@@ -80,11 +82,11 @@ def table(root: Path, quick: bool) -> str:
             f"the authors' weights from {URLS['detr-r50'].rpartition('/')[0]}/ ({', '.join(map(file_name, URLS))}) to "
             f"{Path(torch.hub.get_dir(), 'checkpoints')}, and have COCO val2017 in {DATA}."
         )
-    draw(ours, root / PICTURE, device_name(device))
+    draw(ours, root / PICTURE, name_device(device))
     header = ["model", "params (M)", "paper", "GFLOPs", "paper", "FPS", "paper", "AP", "paper"]
-    rows = [header, *([name, *cells(ours[name], paper)] for name, paper in PAPER.items())]
+    rows = [header, *([name, *format_cells(ours[name], paper)] for name, paper in PAPER.items())]
     size = "{} x {}".format(*size_hw)
-    here = f"{device_name(device)}, PyTorch {torch.__version__}, torchvision {torchvision.__version__}"
+    here = f"{name_device(device)}, PyTorch {torch.__version__}, torchvision {torchvision.__version__}"
     facts = (
         f"- Here: {here}; FPS of one {size} image at a time, the median of {rounds}, with random weights.",
         f"- GFLOPs: multiply-adds of one {size} image; the paper's are the mean of the first 100 images of val2017, "
@@ -93,7 +95,7 @@ def table(root: Path, quick: bool) -> str:
     return "\n".join([markdown(rows), "", *facts, *notes, f"- Picture: {PICTURE}"])
 
 
-def cells(ours: Figures, paper: Figures) -> list[str]:
+def format_cells(ours: Figures, paper: Figures) -> list[str]:
     speed = f"{ours.fps:.1f}" if ours.fps >= 1 else f"{ours.fps:.2f}"
     ap = "-" if ours.ap is None else f"{ours.ap:.1f}"
     pairs = (
@@ -105,9 +107,9 @@ def cells(ours: Figures, paper: Figures) -> list[str]:
     return [cell for pair in pairs for cell in pair]
 
 
-def preset(root: Path, official: str) -> Any:
+def read_preset(root: Path, official: str) -> Any:
     """The parameters of the paper's model."""
-    return params.merged(root, f"coco-{official}", [])
+    return params.merge_parameters(root, f"coco-{official}", [])
 
 
 def measure(
@@ -124,7 +126,7 @@ def measure(
         runs: dict[str, Callable[[], object]] = {rival: lambda: other([image])}
         found = {rival: Figures(count_parameters(other) / 1e6, count_multiply_adds(runs[rival]) / 1e9, 0.0, None)}
         for name, official in OFFICIAL.items():
-            config = params.from_document(preset(root, official), "model", ModelConfig)
+            config = params.from_document(read_preset(root, official), "model", ModelConfig)
             model = build_model(replace(config, backbone_weights="none"), len(COCO_CATEGORIES))
             ready = for_inference(model).to(device)
             runs[name] = lambda ready=ready: ready(image[None])  # type: ignore[misc]
@@ -154,12 +156,12 @@ def faster_rcnn(size_hw: tuple[int, int]) -> nn.Module:
     return model.eval().requires_grad_(False)
 
 
-def accuracy(root: Path, official: str, quick: bool) -> tuple[float | None, str]:
+def find_accuracy(root: Path, official: str, quick: bool) -> tuple[float | None, str]:
     """AP in points of the paper's model on COCO val2017, and where it comes from or why there is none."""
-    found, why = registered(root, official)
+    found, why = find_registered(root, official)
     if found is not None:
         return 100 * found, why
-    weights = official_weights(official)
+    weights = find_official_weights(official)
     data = root / DATA
     if weights is None or not is_val2017(data):
         return None, why
@@ -169,32 +171,34 @@ def accuracy(root: Path, official: str, quick: bool) -> tuple[float | None, str]
     if {name: known.get(name) for name in key} != key:
         if quick:
             return None, f"{weights} is there; without --quick it is evaluated"
-        known = key | {"AP": official_ap(weights, data)}
+        known = key | {"AP": measure_official_ap(weights, data)}
         write_json(kept, known)
     return 100 * known["AP"], f"the authors' weights, {weights.name}, evaluated here"
 
 
-def registered(root: Path, official: str) -> tuple[float | None, str]:
+def find_registered(root: Path, official: str) -> tuple[float | None, str]:
     """The best AP (0..1) of the registered versions of an architecture on COCO val2017, and of which or why of none."""
     if not tracking.is_there():
         return None, "nothing is registered yet"
-    wanted = {key: str(value) for key, value in tracking.flatten({"model": preset(root, official)["model"]}).items()}
+    wanted = {
+        key: str(value) for key, value in tracking.flatten({"model": read_preset(root, official)["model"]}).items()
+    }
     best: tuple[float, str] | None = None
     try:
-        with aliases.plainly("the search for an AP"):
+        with aliases.explain_errors("the search for an AP"):
             client = tracking.connect()
-            for version in tracking.versions(client):
+            for version in tracking.list_versions(client):
                 logged = client.get_run(version.run_id or "").data.params
                 ap = float(version.tags.get("AP", "-1"))
                 same = all(logged.get(key) == value for key, value in wanted.items())
-                if same and (best is None or ap > best[0]) and of_val2017(client, version.run_id or ""):
+                if same and (best is None or ap > best[0]) and is_of_val2017(client, version.run_id or ""):
                     best = ap, f"models:/{tracking.MODEL}/{version.version}"
     except ValueError as error:
         return None, f"not known: {error}"
     return best or (None, "no registered version of this architecture was evaluated on COCO val2017")
 
 
-def of_val2017(client: Any, run_id: str) -> bool:
+def is_of_val2017(client: Any, run_id: str) -> bool:
     """Whether a run's validation images were those of COCO val2017, by their number and classes."""
     with tempfile.TemporaryDirectory() as folder:
         path = tracking.fetch_artifact(client, run_id, "validate/statistics.json", Path(folder))
@@ -217,7 +221,7 @@ def file_name(official: str) -> str:
     return URLS[official].rpartition("/")[2]
 
 
-def official_weights(official: str) -> Path | None:
+def find_official_weights(official: str) -> Path | None:
     """The authors' file in torch.hub's folder, None where it is not there whole; its name ends with its digest."""
     path = Path(torch.hub.get_dir(), "checkpoints", file_name(official))
     if not path.is_file():
@@ -227,7 +231,7 @@ def official_weights(official: str) -> Path | None:
     return path if digest.startswith(path.stem.rpartition("-")[2]) else None
 
 
-def official_ap(weights: Path, data: Path) -> float:
+def measure_official_ap(weights: Path, data: Path) -> float:
     """AP (0..1) of the authors' model on the validation images, at the authors' size."""
     model, _, size = load_official(weights)
     annotations = load_annotations(data / "instances_val.json")
@@ -237,7 +241,7 @@ def official_ap(weights: Path, data: Path) -> float:
     return compute_coco_metrics(data / "instances_val.json", detections[-1])["AP"]
 
 
-def device_name(device: torch.device) -> str:
+def name_device(device: torch.device) -> str:
     if device.type == "cuda":
         return str(torch.cuda.get_device_name(device))
     try:

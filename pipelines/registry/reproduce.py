@@ -14,10 +14,10 @@ from typing import Any
 from pipelines.files import write_json
 from pipelines.params import read_yaml, to_yaml
 from pipelines.registry import aliases, tracking, verdict
-from pipelines.registry.lineage import commit_in, hardware
+from pipelines.registry.lineage import describe_hardware, read_commit
 from pipelines.workspace import dvc, worktree
-from pipelines.workspace.git import full_commit
-from pipelines.workspace.overrides import absolute_paths
+from pipelines.workspace.git import resolve_commit
+from pipelines.workspace.overrides import make_paths_absolute
 
 HISTORY, WEIGHTS = "artifacts/train/history.jsonl", "artifacts/train/model.safetensors"
 METRICS, DETECTIONS = "artifacts/evaluate/metrics.json", "artifacts/evaluate/detections.json"
@@ -53,11 +53,11 @@ def reproduce(root: Path, model: str) -> str:
     when the result is another one, StageFailed with a stage's message, ValueError when a part of the version is gone.
     """
     client = tracking.connect_to_models()
-    version = tracking.named_version(client, model)
+    version = tracking.find_version(client, model)
     name = f"models:/{tracking.MODEL}/{version.version}"
-    registered = Registered(name, version.run_id or "", dict(version.tags), {}, differences_here(version.tags))
+    registered = Registered(name, version.run_id or "", dict(version.tags), {}, find_differences(version.tags))
     commit = commit_of(root, registered)
-    with worktree.only_one(root, say), worktree.worktree_at(root, f"reproduce-{version.version}", commit) as place:
+    with worktree.hold_run_lock(root, say), worktree.worktree_at(root, f"reproduce-{version.version}", commit) as place:
         say(f"{name}: commit {commit[:12]}, in {place}")
         (place / "scratch").mkdir(exist_ok=True)
         fetch(client, registered, place / "scratch" / "registered")
@@ -85,12 +85,12 @@ def say(line: str) -> None:
 
 def commit_of(root: Path, registered: Registered) -> str:
     """The full name of the version's commit. Raises ValueError with what to do where it is not here."""
-    commit, branch = commit_in(registered.tags), registered.tags.get("git_branch", "none")
+    commit, branch = read_commit(registered.tags), registered.tags.get("git_branch", "none")
     if commit is None:
         why = registered.tags.get("git_failure", "there is no commit to make it again from")
         raise ValueError(f"{registered.name} was registered outside of git: {why}")
     try:
-        return full_commit(root, commit)
+        return resolve_commit(root, commit)
     except ValueError:
         raise ValueError(
             f"{registered.name} was made from commit {commit} (branch {branch}), which is not in this clone; "
@@ -98,9 +98,9 @@ def commit_of(root: Path, registered: Registered) -> str:
         ) from None
 
 
-def differences_here(tags: dict[str, str]) -> list[str]:
+def find_differences(tags: dict[str, str]) -> list[str]:
     """What of libraries and hardware is not as it was when the version was made."""
-    here = {"python": platform.python_version()} | hardware()
+    here = {"python": platform.python_version()} | describe_hardware()
     for name in LIBRARIES:
         with suppress(PackageNotFoundError):
             here[name] = installed(name)
@@ -132,7 +132,7 @@ def fetch(client: Any, registered: Registered, folder: Path) -> None:
     for path in wanted:
         copy = folder / Path(path).name
         try:
-            copy.write_bytes(aliases.run_file(client, registered.run_id, path))
+            copy.write_bytes(aliases.read_run_file(client, registered.run_id, path))
             registered.files[copy.name] = copy
         except ValueError as error:
             if copy.name != "git.diff":
@@ -165,7 +165,7 @@ def restore(root: Path, place: Path, registered: Registered) -> None:
     document = read_yaml(params)
     before = to_yaml(document)
     with suppress(AttributeError, KeyError, TypeError):  # of code with other parameters
-        absolute_paths(document, root, place)
+        make_paths_absolute(document, root, place)
     if to_yaml(document) != before:
         params.write_text(to_yaml(document), encoding="utf-8")
 
@@ -173,15 +173,15 @@ def restore(root: Path, place: Path, registered: Registered) -> None:
 def make(place: Path, registered: Registered) -> dict[str, Any]:
     """Runs the version's stages and compares: the verdict with its reasons. Other data end it before the training."""
     stages = read_yaml(place / "dvc.yaml")["stages"]
-    order = chain(stages, METRICS, {})
-    trains, validates = makers(stages, WEIGHTS), makers(stages, PASSED)
+    order = find_chain(stages, METRICS, {})
+    trains, validates = find_makers(stages, WEIGHTS), find_makers(stages, PASSED)
     if not trains or not order:
         raise ValueError(f"dvc.yaml of the version's commit does not make {WEIGHTS} and {METRICS}")
     lock = read_yaml(place / "dvc.lock") if (place / "dvc.lock").exists() else {}
     md5s = {out["path"]: out.get("md5") for stage in lock.get("stages", {}).values() for out in stage.get("outs", [])}
     data: dict[str, str] = {}
     for name in order:
-        made = outs(stages[name])
+        made = list_outs(stages[name])
         if not order[name] and name not in trains and (where := dvc.obtain(name, made, place, say)):
             data[name] = f"from the DVC {where}"
         else:
@@ -190,7 +190,7 @@ def make(place: Path, registered: Registered) -> dict[str, Any]:
             env = {"MLFLOW_TRACKING_URI": f"sqlite:///{place / 'mlflow.db'}"}
             dvc.reproduce(name, place, say, True, ("--no-run-cache", "--no-commit"), env)
         other = [path for path in made if not order[name] and md5s.get(path) and not has_md5(place / path, md5s[path])]
-        if other or (name in validates and (other := other_digest(place, registered))):
+        if other or (name in validates and (other := explain_digest(place, registered))):
             where = f"before the training: not the data of the version: {', '.join(other)}"
             return {"verdict": verdict.DIFFERENT, "first_difference": where, "data": ", ".join(data.values())}
     check_fingerprint(place, registered)
@@ -201,7 +201,7 @@ def make(place: Path, registered: Registered) -> dict[str, Any]:
             place / WEIGHTS, files.get("model.safetensors"), registered.tags.get("weights_sha256", "")
         ),
         "metrics": verdict.compare_metrics(
-            json.loads((place / METRICS).read_text(encoding="utf-8")), numbers(registered.tags)
+            json.loads((place / METRICS).read_text(encoding="utf-8")), read_numbers(registered.tags)
         ),
         "detections": verdict.compare_detections(place / DETECTIONS, files.get("detections.json")),
     }
@@ -209,27 +209,27 @@ def make(place: Path, registered: Registered) -> dict[str, Any]:
     return {"verdict": answer, "first_difference": where, "data": ", ".join(data.values()), **parts}
 
 
-def chain(stages: dict[str, Any], path: str, found: dict[str, list[str]]) -> dict[str, list[str]]:
+def find_chain(stages: dict[str, Any], path: str, found: dict[str, list[str]]) -> dict[str, list[str]]:
     """`found` with the stages that it takes to make a path, in the order in which they run, each with its makers."""
-    for name in makers(stages, path):
+    for name in find_makers(stages, path):
         if name not in found:
             deps = [dep for dep in stages[name].get("deps", []) if isinstance(dep, str)]
             for dep in deps:
-                chain(stages, dep, found)
-            found[name] = [other for dep in deps for other in makers(stages, dep)]
+                find_chain(stages, dep, found)
+            found[name] = [other for dep in deps for other in find_makers(stages, dep)]
     return found
 
 
-def makers(stages: dict[str, Any], path: str) -> list[str]:
+def find_makers(stages: dict[str, Any], path: str) -> list[str]:
     """The stages that make a path, or something in it, or what it is in."""
     return [
         name
         for name, stage in stages.items()
-        if any(f"{path}/".startswith(f"{out}/") or f"{out}/".startswith(f"{path}/") for out in outs(stage))
+        if any(f"{path}/".startswith(f"{out}/") or f"{out}/".startswith(f"{path}/") for out in list_outs(stage))
     ]
 
 
-def outs(stage: dict[str, Any]) -> list[str]:
+def list_outs(stage: dict[str, Any]) -> list[str]:
     """The paths of all that a stage of dvc.yaml makes."""
     entries = [entry for kind in ("outs", "metrics", "plots") for entry in stage.get(kind, [])]
     return [entry if isinstance(entry, str) else next(iter(entry)) for entry in entries]
@@ -243,7 +243,7 @@ def has_md5(path: Path, md5: str) -> bool:
         return hashlib.file_digest(file, lambda: hashlib.md5(usedforsecurity=False)).hexdigest() == md5
 
 
-def other_digest(place: Path, registered: Registered) -> list[str]:
+def explain_digest(place: Path, registered: Registered) -> list[str]:
     """What to say where the digest of the data is not the version's; nothing where it is."""
     there, here = (
         registered.tags.get("data_digest"),
@@ -260,7 +260,7 @@ def check_fingerprint(place: Path, registered: Registered) -> None:
         registered.warnings.append(f"the training's code, parameters or data are others: {here} here, {there} there")
 
 
-def numbers(tags: dict[str, str]) -> dict[str, float]:
+def read_numbers(tags: dict[str, str]) -> dict[str, float]:
     """The tags that are numbers, the metrics among them."""
     found = {}
     for name, value in tags.items():

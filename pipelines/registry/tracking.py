@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
 from pipelines.labels import ABSENT
-from pipelines.registry.database import EXPERIMENT, artifacts_beside, prepare_database, quieten_mlflow
-from pipelines.stage import project
+from pipelines.registry.database import EXPERIMENT, find_artifacts, prepare_database, quieten_mlflow
+from pipelines.stage import find_project
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -29,14 +29,14 @@ SYSTEM = "system/"  # the prefix of what MLflow shows as system metrics
 PICTURES = "pictures"  # the folder of a run's examples, among its artifacts
 
 
-def tracking_uri() -> str:
+def get_tracking_uri() -> str:
     """MLFLOW_TRACKING_URI, or the SQLite file in the root of the project, where a relative one lies too."""
     uri = os.environ.get("MLFLOW_TRACKING_URI") or f"{SQLITE}mlflow.db"
     uri = re.sub(r"^sqlite(\+\w+)?:///", SQLITE, uri, flags=re.IGNORECASE)  # a driver changes no file
-    return f"{SQLITE}{(project() / uri.removeprefix(SQLITE)).resolve()}" if uri.startswith(SQLITE) else uri
+    return f"{SQLITE}{(find_project() / uri.removeprefix(SQLITE)).resolve()}" if uri.startswith(SQLITE) else uri
 
 
-def database_of(uri: str) -> Path | None:
+def find_database(uri: str) -> Path | None:
     """MLflow's SQLite file, None where a server has it."""
     return Path(uri.removeprefix(SQLITE)) if uri.startswith(SQLITE) else None
 
@@ -64,12 +64,12 @@ def require_known(uri: str) -> None:
 
 def is_there() -> bool:
     """Whether there can be anything yet: a server, or a database file that was made before."""
-    return (database := database_of(tracking_uri())) is None or database.exists()
+    return (database := find_database(get_tracking_uri())) is None or database.exists()
 
 
 def connect() -> "MlflowClient":
     """A client whose server has answered. Raises ValueError that names the server when it does not."""
-    uri = tracking_uri()
+    uri = get_tracking_uri()
     require_known(uri)
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "2")
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "20")
@@ -79,7 +79,7 @@ def connect() -> "MlflowClient":
     mlflow.set_tracking_uri(uri)
     mlflow.set_registry_uri(uri)
     try:
-        if database := database_of(uri):
+        if database := find_database(uri):
             prepare_database(database)
         (client := mlflow.MlflowClient(uri, uri)).search_experiments(max_results=1)
     except ValueError:
@@ -109,7 +109,7 @@ def find_experiment(client: "MlflowClient") -> "Experiment":
     """The experiment of the trainings, made if there is none."""
     found = client.get_experiment_by_name(EXPERIMENT)
     if found is None:
-        store = artifacts_beside(database) if (database := database_of(tracking_uri())) else None
+        store = find_artifacts(database) if (database := find_database(get_tracking_uri())) else None
         try:
             return client.get_experiment(client.create_experiment(EXPERIMENT, store))
         except Exception:  # another process may have been faster
@@ -239,11 +239,11 @@ def read_rows(path: Path) -> list[dict[str, float]]:
 def connect_to_models() -> "MlflowClient":
     """`connect`, for those who need a model. Raises ValueError where none can have been registered yet."""
     if not is_there():
-        raise ValueError(f"nothing is registered yet: {tracking_uri()} does not exist; python -m pipelines run")
+        raise ValueError(f"nothing is registered yet: {get_tracking_uri()} does not exist; python -m pipelines run")
     return connect()
 
 
-def named_version(client: "MlflowClient", model: str) -> "ModelVersion":
+def find_version(client: "MlflowClient", model: str) -> "ModelVersion":
     """The version that `models:/detr/3`, `models:/detr@champion`, `3` or `champion` names.
 
     Raises ValueError that lists those there are.
@@ -261,12 +261,14 @@ def named_version(client: "MlflowClient", model: str) -> "ModelVersion":
         return client.get_model_version_by_alias(MODEL, which)
     except MlflowException as error:
         if error.error_code not in ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE"):
-            raise ValueError(f"{model} cannot be had from {tracking_uri()}: {' '.join(str(error).split())}") from error
+            raise ValueError(
+                f"{model} cannot be had from {get_tracking_uri()}: {' '.join(str(error).split())}"
+            ) from error
     found = client.search_model_versions(f"name = '{MODEL}'")
     versions = ", ".join(map(str, sorted(int(version.version) for version in found))) or "none"
     aliases = client.get_registered_model(MODEL).aliases if found else {}
     named = ", ".join(f"{alias} ({number})" for alias, number in sorted(aliases.items())) or "none"
-    raise ValueError(f"{tracking_uri()} has no {model}; versions of {MODEL}: {versions}; aliases: {named}")
+    raise ValueError(f"{get_tracking_uri()} has no {model}; versions of {MODEL}: {versions}; aliases: {named}")
 
 
 def fetch_model_file(version: str, path: str, folder: Path) -> Path:
@@ -280,7 +282,7 @@ def fetch_model_file(version: str, path: str, folder: Path) -> Path:
         raise ValueError(f"{uri} cannot be had: {' '.join(str(error).split())[:300]}") from error
 
 
-def versions(client: "MlflowClient") -> list["ModelVersion"]:
+def list_versions(client: "MlflowClient") -> list["ModelVersion"]:
     """Every version of the registered model, newest first."""
     return sorted(client.search_model_versions(f"name = '{MODEL}'"), key=lambda version: -int(version.version))
 

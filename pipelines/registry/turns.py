@@ -22,7 +22,7 @@ POLL_SECONDS = 0.5
 
 
 @contextlib.contextmanager
-def turn(client: "MlflowClient") -> Iterator[Callable[[], None]]:
+def take_turn(client: "MlflowClient") -> Iterator[Callable[[], None]]:
     """One's turn to change the registry: of all processes that use the tracking server one has it, the others wait.
 
     A run's parameters are what MLflow lets nobody write twice, so whoever logs `turn-N` first has turn N, until it logs

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from pipelines.data.versions import DataVersion, locked
+from pipelines.data.versions import DataVersion, read_version
 from pipelines.labels import ABSENT
 from pipelines.registry import tracking
 
@@ -44,7 +44,7 @@ class Version:
 
 def read(client: Any, name: str, folder: Path, with_detections: bool = True) -> Version:
     """A version by number or alias, its artifacts fetched into `folder`. Raises ValueError where there is none."""
-    version = client.get_model_version(tracking.MODEL, str(tracking.named_version(client, name).version))
+    version = client.get_model_version(tracking.MODEL, str(tracking.find_version(client, name).version))
     run = client.get_run(version.run_id).data
     place = folder / version.run_id
     place.mkdir(exist_ok=True)  # two versions may be of one run
@@ -63,26 +63,26 @@ def read(client: Any, name: str, folder: Path, with_detections: bool = True) -> 
         {key: value for key, value in tags.items() if key not in run.metrics and key not in own},
         run.params,
         {key: value for key, value in (run.metrics | own).items() if value != ABSENT},
-        per_class(table) if table else {},
+        read_per_class(table) if table else {},
         {key: value for key, value in held.items() if COUNTS.fullmatch(key)},
-        locked(lock.read_text(encoding="utf-8"), "", "") if lock else None,
+        read_version(lock.read_text(encoding="utf-8"), "", "") if lock else None,
         fetched("evaluate/detections.json") if with_detections else None,
     )
 
 
-def per_class(path: Path) -> dict[str, float]:
+def read_per_class(path: Path) -> dict[str, float]:
     with path.open(newline="", encoding="utf-8") as file:
         return {row["name"]: float(row["AP"]) for row in csv.DictReader(file) if float(row["AP"] or ABSENT) != ABSENT}
 
 
-def unequal(sides: Sequence[dict[str, Any]]) -> dict[str, list[Any]]:
+def find_unequal(sides: Sequence[dict[str, Any]]) -> dict[str, list[Any]]:
     """The values, by name, that are not the same on all sides, None where there is none."""
     names = dict.fromkeys(name for side in sides for name in side)
     rows = {name: [side.get(name) for side in sides] for name in names}
     return {name: row for name, row in rows.items() if any(value != row[0] for value in row)}
 
 
-def text(value: Any) -> str:
+def format_value(value: Any) -> str:
     if value is None:
         return "-"
     if isinstance(value, float):
@@ -90,5 +90,5 @@ def text(value: Any) -> str:
     return str(value)[: 12 if re.fullmatch(r"[0-9a-f]{40,64}", str(value)) else 60]
 
 
-def signed(value: float | None) -> str:
+def format_signed(value: float | None) -> str:
     return "-" if value is None else f"{value:+.4f}"

@@ -130,7 +130,7 @@ def deploy_command(root: Path) -> list[str]:
     return ["prefect", "--no-prompt", "deploy", "--all", "--prefect-file", str(file)]
 
 
-def attempts(client: SyncPrefectClient, run_id: UUID) -> int:
+def count_attempts(client: SyncPrefectClient, run_id: UUID) -> int:
     """How often a run began within the last day."""
     since = datetime.now(UTC) - timedelta(days=1)
     return sum(state.is_running() and state.timestamp > since for state in client.read_flow_run_states(run_id))
@@ -160,7 +160,7 @@ def resume_interrupted(most_attempts: int | None = None) -> list[str]:
         for run in runs:
             if run.state_type == StateType.CANCELLING:
                 state: State = Cancelled(message="it was being cancelled when all stopped")
-            elif most_attempts and (number := attempts(client, run.id)) >= most_attempts:
+            elif most_attempts and (number := count_attempts(client, run.id)) >= most_attempts:
                 said = f"it began {number} times within a day and never ended; find the cause, then retry it"
                 state = Crashed(message=said)
             else:

@@ -17,9 +17,9 @@ import psutil
 
 from pipelines.locks import is_held
 from pipelines.registry import aliases, tracking
-from pipelines.registry.lineage import commit_in
+from pipelines.registry.lineage import read_commit
 from pipelines.workspace import worktree
-from pipelines.workspace.cache import bytes_in, cache_folder, collect_garbage
+from pipelines.workspace.cache import collect_garbage, count_bytes, find_cache
 from pipelines.workspace.git import git
 
 HEADS = "refs/heads/"
@@ -78,32 +78,32 @@ def collect(root: Path, keep_days: int, dry_run: bool, shared_cache: bool, log: 
     versions there are or is not the one that this project registered in, and StageFailed where DVC fails.
     """
     found = Collected(dry_run)
-    with worktree.only_one(root, log), tempfile.TemporaryDirectory() as folder:
+    with worktree.hold_run_lock(root, log), tempfile.TemporaryDirectory() as folder:
         client = tracking.connect_to_models()
-        with aliases.plainly("the collection"):
-            versions = tracking.versions(client)
+        with aliases.explain_errors("the collection"):
+            versions = tracking.list_versions(client)
             check_registry(root, client, versions)
         before = time.time() - 86400 * keep_days
         for place in sorted((root / "scratch" / "worktrees").glob("*")):
-            found.went["worktrees"].append((place.name, bytes_in(place)))
+            found.went["worktrees"].append((place.name, count_bytes(place)))
         if not dry_run:
             worktree.settle_left_behind(root)
-        doomed = unneeded_branches(root, versions, before)
-        with aliases.plainly("the collection"):
-            locks, lost = locks_of(root, client, versions, doomed, Path(folder))
+        doomed = find_unneeded_branches(root, versions, before)
+        with aliases.explain_errors("the collection"):
+            locks, lost = fetch_locks(root, client, versions, doomed, Path(folder))
         for branch in doomed:
             found.went["branches"].append((branch, 0))
             if not dry_run:
                 git(root, "branch", "-D", branch)
-        for kind, path in old_files(root, before, doomed):
-            found.went[kind].append((path.relative_to(root / "scratch").as_posix(), bytes_in(path)))
+        for kind, path in find_old_files(root, before, doomed):
+            found.went[kind].append((path.relative_to(root / "scratch").as_posix(), count_bytes(path)))
             if not dry_run:
                 remove(path)
-        for path in large_logs(root):
-            found.went["logs"].append((f"services/{path.name}, emptied", bytes_in(path)))
+        for path in find_large_logs(root):
+            found.went["logs"].append((f"services/{path.name}, emptied", count_bytes(path)))
             if not dry_run:
                 os.truncate(path, 0)
-        young, old = experiments(root, before)
+        young, old = find_experiments(root, before)
         for name, ref in old.items():
             found.went["experiments"].append((name, 0))
             if not dry_run:
@@ -124,20 +124,21 @@ def check_registry(root: Path, client: Any, versions: Collection[Any]) -> None:
             continue
         if mark not in known and not tracking.has_run(client, mark):
             raise ValueError(
-                f"MLflow at {tracking.tracking_uri()} does not know the run that {path.relative_to(root)} tells of; "
-                "set MLFLOW_TRACKING_URI to where it was registered, or remove that file where its model is not needed"
+                f"MLflow at {tracking.get_tracking_uri()} does not know the run that {path.relative_to(root)} tells "
+                "of; set MLFLOW_TRACKING_URI to where it was registered, or remove that file where its model is not "
+                "needed"
             )
 
 
-def unneeded_branches(root: Path, versions: Collection[Any], before: float) -> list[str]:
+def find_unneeded_branches(root: Path, versions: Collection[Any], before: float) -> list[str]:
     """Branches runs/... whose tip is older than `before` and that no version needs; nobody has them checked out.
 
     A version needs the branch that its tag git_branch names, and every one that holds its commit where no branch or
     tag of a person does.
     """
     needed = {f"{HEADS}{version.tags['git_branch']}" for version in versions if "git_branch" in version.tags}
-    for commit in filter(None, {commit_in(version.tags) for version in versions}):
-        holders = set(refs_with(root, commit, HEADS, "refs/tags"))
+    for commit in filter(None, {read_commit(version.tags) for version in versions}):
+        holders = set(find_refs(root, commit, HEADS, "refs/tags"))
         if all(ref.startswith(RUNS) for ref in holders) and not holders & needed:
             needed |= holders
     listed = git(root, "worktree", "list", "--porcelain").splitlines()
@@ -147,7 +148,7 @@ def unneeded_branches(root: Path, versions: Collection[Any], before: float) -> l
     return [ref.removeprefix(HEADS) for ref in old if ref not in needed]
 
 
-def refs_with(root: Path, commit: str, *under: str) -> list[str]:
+def find_refs(root: Path, commit: str, *under: str) -> list[str]:
     """The refs that hold a commit; none where it is not in this clone."""
     try:
         return git(root, "for-each-ref", f"--contains={commit}", "--format=%(refname)", *under).splitlines()
@@ -155,7 +156,7 @@ def refs_with(root: Path, commit: str, *under: str) -> list[str]:
         return []
 
 
-def locks_of(
+def fetch_locks(
     root: Path, client: Any, versions: Collection[Any], doomed: Collection[str], folder: Path
 ) -> tuple[dict[str, str], list[str]]:
     """The dvc.lock, from MLflow, of each version that has it in no commit that stays; and versions whose is lost."""
@@ -176,7 +177,7 @@ def locks_of(
     return locks, lost
 
 
-def experiments(root: Path, before: float) -> tuple[dict[str, str], dict[str, str]]:
+def find_experiments(root: Path, before: float) -> tuple[dict[str, str], dict[str, str]]:
     """What DVC's own `gc --all-commits` passes over: the dvc.lock of each of DVC's experiments, of git's stashes and of
     experiments under way, where it is younger than `before`; and the refs of older experiments, by name.
     """
@@ -201,8 +202,8 @@ def experiments(root: Path, before: float) -> tuple[dict[str, str], dict[str, st
 
 def is_committed(root: Path, tags: dict[str, str], doomed: Collection[str]) -> bool:
     """Whether the dvc.lock of a version is that of its commit, and a branch or tag that stays holds it."""
-    commit, digest = commit_in(tags), tags.get("dvc_lock_sha256")
-    holders = refs_with(root, commit, HEADS, "refs/tags", "refs/remotes") if commit else []
+    commit, digest = read_commit(tags), tags.get("dvc_lock_sha256")
+    holders = find_refs(root, commit, HEADS, "refs/tags", "refs/remotes") if commit else []
     if not {ref.removeprefix(HEADS) for ref in holders} - {*doomed}:
         return False
     try:
@@ -218,7 +219,7 @@ def has_weights_of(client: Any, version: Any) -> bool:
     return bool(weights) and client.get_run(version.run_id).data.tags.get("weights_sha256") == weights
 
 
-def old_files(root: Path, before: float, doomed: Collection[str]) -> Iterator[tuple[str, Path]]:
+def find_old_files(root: Path, before: float, doomed: Collection[str]) -> Iterator[tuple[str, Path]]:
     """Kind and path of what lies in scratch/, is older than `before`, and nobody is using."""
     scratch = root / "scratch"
     branches = git(root, "for-each-ref", "--format=%(refname)", RUNS).splitlines()
@@ -228,19 +229,19 @@ def old_files(root: Path, before: float, doomed: Collection[str]) -> Iterator[tu
     places += [("downloads", path) for path in scratch.glob("downloads/*") if path.suffix != ".lock"]
     places += [("reproductions", path) for path in scratch.glob("reproductions/*")]
     logs = [*scratch.glob("services/*")]
-    used = open_files() if logs else set()
+    used = find_open_files() if logs else set()
     places += [("logs", path) for path in logs if path not in used]
     for kind, path in sorted(places):
         lock = path / "lock" if kind == "states" else path.with_suffix(".lock")
-        if newest(path) <= before and not is_held(lock):
+        if find_newest(path) <= before and not is_held(lock):
             yield kind, path
 
 
-def newest(path: Path) -> float:
+def find_newest(path: Path) -> float:
     return max(one.lstat().st_mtime for one in (path, *path.rglob("*")))
 
 
-def open_files() -> set[Path]:
+def find_open_files() -> set[Path]:
     """The files that processes have open, as far as we may know."""
     found = set()
     for process in psutil.process_iter():
@@ -249,7 +250,7 @@ def open_files() -> set[Path]:
     return found
 
 
-def large_logs(root: Path) -> list[Path]:
+def find_large_logs(root: Path) -> list[Path]:
     return [path for path in sorted(root.glob("scratch/services/*.log")) if path.stat().st_size > LOG_BYTES]
 
 
@@ -264,7 +265,7 @@ def collect_cache(
     root: Path, locks: dict[str, str], lost: list[str], shared_cache: bool, found: Collected, log: Callable[[str], None]
 ) -> None:
     """Collects the DVC cache, unless it may be shared or the need of a version is not known: a remark says so."""
-    cache = cache_folder(root)
+    cache = find_cache(root)
     if lost:
         found.remarks.append(
             f"the DVC cache stays as it is: what {', '.join(f'version {number}' for number in lost)} of "

@@ -35,8 +35,8 @@ from pipelines.retraining.progress_artifact import Progress
 from pipelines.stage import EXPECTED, explain
 from pipelines.workspace import dvc, freshness, worktree
 from pipelines.workspace.git import fetch
-from pipelines.workspace.overrides import confine, parameters
-from pipelines.workspace.redaction import hidden
+from pipelines.workspace.overrides import check_parameters, confine
+from pipelines.workspace.redaction import redact
 
 RETRIES = {"register": 6}  # of a stage whose failure time may mend: MLflow is not there
 RETRY_SECONDS = 30
@@ -59,8 +59,10 @@ def run_stage(stage: str, root: Path, force: bool) -> Any:
         else:
             outcome = dvc.reproduce(stage, root, take)
     except dvc.StageFailed as failure:
-        page = report.failure(stage, str(failure), failure.lines)
-        show("failure", lambda: create_markdown_artifact(page, key="failure", description=f"{stage} failed"))
+        page = report.write_failure(stage, str(failure), failure.lines)
+        publish_artifact(
+            "failure", lambda: create_markdown_artifact(page, key="failure", description=f"{stage} failed")
+        )
         failed: State = Failed(message=str(failure))
         if runtime.task_run.run_count <= RETRIES.get(stage, 0) and needs_time(None, None, failed):
             get_run_logger().warning(f"{failure}; trying again in {RETRY_SECONDS} seconds")
@@ -72,7 +74,9 @@ def run_stage(stage: str, root: Path, force: bool) -> Any:
         if outcome == "restored" and report.has_other_docs(root):  # of data that failed in between
             dvc.reproduce(stage, root, take, force=True)
         description = "What the validation of the data found"
-        show("dataset", lambda: create_markdown_artifact(report.dataset(root), "dataset", description))
+        publish_artifact(
+            "dataset", lambda: create_markdown_artifact(report.write_dataset(root), "dataset", description)
+        )
     return Completed(name=outcome.capitalize(), message=outcome, data=outcome)
 
 
@@ -88,7 +92,7 @@ def run_stages(root: Path, refresh: bool, before: Callable[[str], None] = lambda
     """
     logging.getLogger("prefect.task_runs").addFilter(is_news)
     went = []
-    for stage in dvc.stages(root):
+    for stage in dvc.list_stages(root):
         before(stage)
         attempt = run_stage.with_options(
             retries=RETRIES.get(stage, 0), retry_delay_seconds=RETRY_SECONDS, retry_condition_fn=needs_time
@@ -109,13 +113,13 @@ def pipeline(title: str, root: Path, refresh: bool = False) -> Any:
     try:
         run_stages(root, refresh)
     except EXPECTED as error:
-        return Failed(message=hidden(explain(error)))
+        return Failed(message=redact(explain(error)))
     except KeyboardInterrupt as stop:
-        return cancelled(stop)
+        return make_cancelled(stop)
     return Completed(message="all stages are up to date", data="")
 
 
-def title() -> str:
+def make_title() -> str:
     """What a run of `retrain` is called, from its parameters, which its page has in full."""
     chosen = runtime.flow_run.parameters
     preset = [chosen["preset"]] if chosen["preset"] != "none" else []
@@ -129,7 +133,7 @@ def shorten(text: str) -> str:
     return line if len(line) <= TITLE_LENGTH else f"{line[: TITLE_LENGTH - 4]} ..."
 
 
-@flow(name="retrain", flow_run_name=title)
+@flow(name="retrain", flow_run_name=make_title)
 def retrain(
     preset: Preset = "none",
     overrides: Overrides = [],  # noqa: B006
@@ -144,18 +148,21 @@ def retrain(
     settings = [*overrides, *([] if promote else ["register.promote=false"])]
 
     def asked(place: Path) -> Any:
-        document = parameters(place, chosen, settings)
-        confined(document, root)
+        document = check_parameters(place, chosen, settings)
+        confine_run(document, root)
         return document
 
     try:
         readiness.check(root)
         fetch(root, ref)
-        with worktree.only_one(root, log):
+        with worktree.hold_run_lock(root, log):
             name = f"{chosen or 'overrides'}-{time.strftime('%Y%m%d-%H%M%S')}"
-            with worktree.worktree(root, name, ref, asked, note) as (place, branch):
+            with worktree.make_worktree(root, name, ref, asked, note) as (place, branch):
                 dvc.check(place, log)
-                done, me = worktree.refreshed(place), str(runtime.flow_run.id)  # which an attempt before may have been
+                done, me = (
+                    worktree.mark_refreshed(place),
+                    str(runtime.flow_run.id),
+                )  # which an attempt before may have been
 
                 def before(stage: str) -> None:
                     if stage == "validate":
@@ -168,22 +175,22 @@ def retrain(
                 )
                 publish(place, root, branch, note, went)
     except EXPECTED as error:
-        return Failed(message=hidden(explain(error)))
+        return Failed(message=redact(explain(error)))
     except KeyboardInterrupt as stop:
-        return cancelled(stop)
+        return make_cancelled(stop)
     return Completed(message=f"branch {branch}", data=branch)
 
 
 def publish(place: Path, root: Path, branch: str, note: str, went: list[report.Stage]) -> None:
     """Makes Prefect's artifacts of the result of a run; what is missing of it is a warning in the log."""
     try:
-        found = report.result(place, root, branch, note, went)
+        found = report.write_result(place, root, branch, note, went)
     except Exception as error:
-        get_run_logger().warning(f"the report is missing: {hidden(str(error))}")
+        get_run_logger().warning(f"the report is missing: {redact(str(error))}")
         return
     get_run_logger().info(found.headline)
     for one in found.missing:
-        get_run_logger().warning(f"the report lacks {hidden(one)}")
+        get_run_logger().warning(f"the report lacks {redact(one)}")
     description = "COCO's numbers on the validation images"
     made: dict[str, Callable[[], Any]] = {
         "result": lambda: create_markdown_artifact(found.markdown, "result", "What came out, and where it is"),
@@ -192,15 +199,15 @@ def publish(place: Path, root: Path, branch: str, note: str, went: list[report.S
     for key, (picture, said) in found.pictures.items():
         made[key] = partial(create_image_artifact, picture, key, said)
     for key, make in made.items():
-        show(key, make)
+        publish_artifact(key, make)
 
 
-def show(key: str, make: Callable[[], Any]) -> None:
+def publish_artifact(key: str, make: Callable[[], Any]) -> None:
     """Makes an artifact; one that cannot be made is a warning in the log."""
     try:
         make()
     except Exception as error:
-        get_run_logger().warning(f"the artifact {key} is missing: {hidden(' '.join(str(error).split())[:300])}")
+        get_run_logger().warning(f"the artifact {key} is missing: {redact(' '.join(str(error).split())[:300])}")
 
 
 @flow(name="watch-data", flow_run_name="watch {preset} at {ref}")
@@ -212,13 +219,13 @@ def watch_data(preset: Preset = "none", ref: Ref = "HEAD") -> Any:
     try:
         fetch(root, ref)
         chosen = None if preset == "none" else preset
-        with watch.watched(root, chosen, ref, lambda document: confined(document, root)) as changes:
+        with watch.watch(root, chosen, ref, lambda document: confine_run(document, root)) as changes:
             if changes:
                 note = f"The data has changed: {'; '.join(changes)}"
                 note = note if len(note) <= NOTE_LENGTH else f"{note[: NOTE_LENGTH - 4]} ..."
                 emit("detr.data.changed", "detr.data", preset=preset, ref=ref, changes=changes, note=note)
     except EXPECTED as error:
-        return Failed(message=hidden(explain(error)))
+        return Failed(message=redact(explain(error)))
     if changes is None:
         return Completed(message="the first look: there is nothing to compare with yet", data=[])
     for line in changes:
@@ -227,7 +234,7 @@ def watch_data(preset: Preset = "none", ref: Ref = "HEAD") -> Any:
     return Completed(message=message, data=changes)
 
 
-def confined(document: Any, root: Path) -> None:
+def confine_run(document: Any, root: Path) -> None:
     """Confines what a form or a schedule started, not a person in their own clone, to the project's files."""
     if runtime.deployment.id:
         confine(document, root)
@@ -250,12 +257,12 @@ def collect(keep_days: KeepDays = 14, dry_run: DryRun = False, shared_cache: Sha
     try:
         collected = collection.collect(root, keep_days, dry_run, shared_cache, get_run_logger().info)
     except EXPECTED as error:
-        return Failed(message=hidden(explain(error)))
-    show("collected", lambda: create_markdown_artifact(collected.markdown, "collected", collected.headline))
+        return Failed(message=redact(explain(error)))
+    publish_artifact("collected", lambda: create_markdown_artifact(collected.markdown, "collected", collected.headline))
     return Completed(message=collected.headline, data=collected.bytes)
 
 
-def cancelled(stop: KeyboardInterrupt) -> State:
+def make_cancelled(stop: KeyboardInterrupt) -> State:
     """The state of a run that a person has stopped in their terminal; what a worker is asked goes by Prefect."""
     if runtime.deployment.id:
         raise stop

@@ -16,16 +16,16 @@ PICTURES = {
 }
 
 
-def pictures(plots: Path) -> dict[str, tuple[str, str]]:
+def collect_pictures(plots: Path) -> dict[str, tuple[str, str]]:
     """Data URL and description by key, of those that an evaluation has made."""
     found = {}
     for key, (pattern, description) in PICTURES.items():
         if paths := sorted(plots.glob(pattern)):
-            found[key] = (montage(paths), description)
+            found[key] = (draw_montage(paths), description)
     return found
 
 
-def montage(paths: Sequence[Path]) -> str:
+def draw_montage(paths: Sequence[Path]) -> str:
     """Pictures in two columns as a JPEG, or a single one, a plot, as a PNG; as a data URL."""
     from PIL import Image
 

@@ -14,7 +14,7 @@ from urllib.parse import unquote, urlparse
 from requests.utils import get_environ_proxies
 
 from pipelines.data import looks
-from pipelines.data.fetch import shown
+from pipelines.data.fetch import redact_url
 from pipelines.data.sources import FileSources, addresses, is_url, require_files, split_place
 from pipelines.params import read_yaml
 from pipelines.registry import access, tracking
@@ -37,9 +37,9 @@ def check(root: Path) -> None:
     require_cache(root)
     if home := os.environ.get("PREFECT_HOME"):
         os.environ["PREFECT_HOME"] = str(require_folder("PREFECT_HOME", Path(home).expanduser().absolute()))
-    uri = os.environ["MLFLOW_TRACKING_URI"] = tracking.tracking_uri()
+    uri = os.environ["MLFLOW_TRACKING_URI"] = tracking.get_tracking_uri()
     tracking.require_known(uri)
-    if database := tracking.database_of(uri):
+    if database := tracking.find_database(uri):
         require_database(database)
         return
     access.require_writable(tracking.connect())
@@ -50,7 +50,7 @@ def require_source(root: Path, document: Any, refresh: bool = False) -> None:
     source, mirrors = (document["download"][key] for key in ("source", "mirrors"))
     if source == "shapes" or (not refresh and is_taken(root, document)):
         return
-    places = looks.places_of(root, source)
+    places = looks.find_places(root, source)
     require_files(FileSources(**places), root)
     for place in places.values():
         if is_url(place):
@@ -61,7 +61,7 @@ def is_taken(root: Path, document: Any) -> bool:
     """Whether the data of these parameters was taken here before, or dvc.lock has it: DVC may do without a source."""
     lock = read_yaml(root / "dvc.lock") if (root / "dvc.lock").exists() else {}
     kept = lock.get("stages", {}).get("download", {}).get("params", {}).get("params.yaml", {}).get("download")
-    return kept == document["download"] or looks.record_of(root, document).exists()
+    return kept == document["download"] or looks.find_record(root, document).exists()
 
 
 def require_host(places: tuple[str, ...]) -> None:
@@ -85,9 +85,9 @@ def require_host(places: tuple[str, ...]) -> None:
             asking.join(RESOLVE_SECONDS)
         if host and place not in failures:
             return
-    told = "; ".join(failures.get(place, f"{shown(place)} names no server") for place in places)
+    told = "; ".join(failures.get(place, f"{redact_url(place)} names no server") for place in places)
     raise ValueError(
-        f"download.source: {shown(places[0])} cannot be fetched: {told}; check the address and the network"
+        f"download.source: {redact_url(places[0])} cannot be fetched: {told}; check the address and the network"
     )
 
 
@@ -118,7 +118,7 @@ def require_database(database: Path) -> None:
     if not database.parent.is_dir():
         raise ValueError(f"{name} names {database}, in a folder that does not exist; make it: mkdir {database.parent}")
     require_folder(name, database.parent)
-    location = tracking.artifacts_beside(database)
+    location = tracking.find_artifacts(database)
     if database.exists():
         prepare_database(database)
         try:

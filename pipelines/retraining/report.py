@@ -14,13 +14,13 @@ from pipelines.data.rules import describe
 from pipelines.labels import ABSENT, say_metric
 from pipelines.params import read_yaml
 from pipelines.registry import aliases, tracking, version
-from pipelines.registry.lineage import commit_in
-from pipelines.registry.markdown import fenced, plain, table
-from pipelines.registry.version import Version, signed, text, unequal
+from pipelines.registry.lineage import read_commit
+from pipelines.registry.markdown import escape_text, fence_lines, format_table
+from pipelines.registry.version import Version, find_unequal, format_signed, format_value
 from pipelines.retraining.advice import advise
-from pipelines.retraining.montage import pictures
+from pipelines.retraining.montage import collect_pictures
 from pipelines.workspace.history import open_version
-from pipelines.workspace.redaction import hidden
+from pipelines.workspace.redaction import redact
 
 UI = "DETR_MLFLOW_UI"  # in the environment: MLflow's address as browsers reach it, where that is another
 NUM_DIFFERENCES = 40  # rows of a table of what changed
@@ -61,10 +61,10 @@ class Registration:
 
     @property
     def rival(self) -> str:
-        return aliases.rival(self.decision.get("alias"))
+        return aliases.name_rival(self.decision.get("alias"))
 
 
-def result(place: Path, root: Path, branch: str, note: str, stages: Sequence[Stage]) -> Result:
+def write_result(place: Path, root: Path, branch: str, note: str, stages: Sequence[Stage]) -> Result:
     """The result of the run in the worktree `place`: against the champion, what changed, where it all is.
 
     What MLflow does not give is left out and named in `missing`.
@@ -77,30 +77,34 @@ def result(place: Path, root: Path, branch: str, note: str, stages: Sequence[Sta
     known = None
     try:
         known = look_up(str(number), missing)
-        changed = what_changed(known, root, missing)
-        where = links(known)
+        changed = describe_changes(known, root, missing)
+        where = list_links(known)
     except Exception as error:  # of MLflow, and of whatever its artifacts are kept in
-        missing.append(f"what MLflow has of version {number}: {hidden(' '.join(str(error).split())[:300])}")
+        missing.append(f"what MLflow has of version {number}: {redact(' '.join(str(error).split())[:300])}")
         changed, where = [], []
-    headline = title_of(number, metrics["AP"], known, branch)
+    headline = write_title(number, metrics["AP"], known, branch)
     page = [f"# {headline}", ""]
     if known and (reason := known.new.tags.get("decision_reason")):
-        page += [f"{plain(reason[:1].upper() + reason[1:])}.", ""]
+        page += [f"{escape_text(reason[:1].upper() + reason[1:])}.", ""]
     if note.strip():
-        page += [f"**Note:** {plain(note)}", ""]
-    page += [f"- Missing here: {plain(one)}" for one in missing]
-    page += ["", against(metrics, known, share), "", *changed, "## Where it is", "", *where]
+        page += [f"**Note:** {escape_text(note)}", ""]
+    page += [f"- Missing here: {escape_text(one)}" for one in missing]
+    page += ["", describe_gain(metrics, known, share), "", *changed, "## Where it is", "", *where]
     page += [f"- Branch `{branch}`, in the clone of the worker; to have its files:", ""]
-    page += [fenced([f"git checkout {branch} && dvc checkout"]), "", "## How long it took", ""]
-    page += [table([["stage", "outcome", "time"], *([one.name, one.outcome, duration(one.seconds)] for one in stages)])]
-    rows = rows_of(metrics, known)
-    return Result(headline, hidden("\n".join(page)) + "\n", rows, pictures(evaluated / "plots"), missing)
+    page += [fence_lines([f"git checkout {branch} && dvc checkout"]), "", "## How long it took", ""]
+    page += [
+        format_table(
+            [["stage", "outcome", "time"], *([one.name, one.outcome, format_duration(one.seconds)] for one in stages)]
+        )
+    ]
+    rows = list_rows(metrics, known)
+    return Result(headline, redact("\n".join(page)) + "\n", rows, collect_pictures(evaluated / "plots"), missing)
 
 
 def look_up(number: str, missing: list[str]) -> Registration:
     """The version, and what it was judged against. Raises what MLflow and its stores raise."""
     client = tracking.connect_to_models()
-    with aliases.plainly("the report"), tempfile.TemporaryDirectory() as temporary:
+    with aliases.explain_errors("the report"), tempfile.TemporaryDirectory() as temporary:
         new = version.read(client, number, Path(temporary), with_detections=False)
         path = tracking.fetch_artifact(client, new.run_id, "register/decision.json", Path(temporary))
         decision = json.loads(path.read_text(encoding="utf-8")) if path else {}
@@ -115,7 +119,7 @@ def look_up(number: str, missing: list[str]) -> Registration:
         return Registration(str(client.get_run(new.run_id).info.experiment_id), new, champion, decision)
 
 
-def title_of(number: int, ap: float, known: Registration | None, branch: str) -> str:
+def write_title(number: int, ap: float, known: Registration | None, branch: str) -> str:
     """The result in one line."""
     said = f"AP {say_metric(ap)}"
     if known is None:
@@ -131,72 +135,76 @@ def title_of(number: int, ap: float, known: Registration | None, branch: str) ->
     return f"Version {number} {word.get(known.new.tags.get('decision', ''), 'is held back')}: {said}"
 
 
-def against(metrics: dict[str, float], known: Registration | None, share: float) -> str:
+def describe_gain(metrics: dict[str, float], known: Registration | None, share: float) -> str:
     """AP with its interval, that of the champion it was judged against, and the gain, on the same images."""
     header = ["", "version", "AP", f"{share:.0%} interval"]
     decision = known.decision if known else {}
     if not known or not decision:
-        return table([header, ["new", "", fixed(metrics["AP"]), span(metrics["AP_low"], metrics["AP_high"])]])
+        return format_table(
+            [header, ["new", "", format_fixed(metrics["AP"]), format_span(metrics["AP_low"], metrics["AP_high"])]]
+        )
     rows = [header]
     for role, one in (("new", decision["candidate"]), (known.rival, decision["champion"])):
         if one:
-            rows.append([role, one["version"], fixed(one["ap"]), span(one["low"], one["high"])])
+            rows.append([role, one["version"], format_fixed(one["ap"]), format_span(one["low"], one["high"])])
     if decision["gain"] is not None:
-        ends = f"{signed(decision['gain_low'])} to {signed(decision['gain_high'])}"
-        rows.append(["gain", "", signed(decision["gain"]), ends])
-    return table(rows)
+        ends = f"{format_signed(decision['gain_low'])} to {format_signed(decision['gain_high'])}"
+        rows.append(["gain", "", format_signed(decision["gain"]), ends])
+    return format_table(rows)
 
 
-def what_changed(known: Registration, root: Path, missing: list[str]) -> list[str]:
+def describe_changes(known: Registration, root: Path, missing: list[str]) -> list[str]:
     """The section on parameters and data, against the champion that the version was judged against."""
     new, old = known.new, known.champion
     if old is None:
         return []
     lines = [f"## What changed against version {old.number}", ""]
-    if differing := unequal([old.params, new.params]):
-        lines += ["**Parameters:**", "", *differences(differing, known)]
+    if differing := find_unequal([old.params, new.params]):
+        lines += ["**Parameters:**", "", *describe_differences(differing, known)]
     else:
         lines += ["**Parameters:** nothing", ""]
     if old.data is not None and new.data is not None and old.data.content == new.data.content:
         return [*lines, "**Data:** nothing", ""]
-    lines += ["**Data:**", "", *differences(unequal([old.statistics, new.statistics]), known)]
-    details = data_changes(old, new, root, missing)
-    return [*lines, fenced(details.splitlines()), ""] if details else lines
+    lines += ["**Data:**", "", *describe_differences(find_unequal([old.statistics, new.statistics]), known)]
+    details = describe_data_changes(old, new, root, missing)
+    return [*lines, fence_lines(details.splitlines()), ""] if details else lines
 
 
-def differences(rows: dict[str, list[Any]], known: Registration) -> list[str]:
+def describe_differences(rows: dict[str, list[Any]], known: Registration) -> list[str]:
     """The first of what differs as a table."""
     old, new = known.champion, known.new
     if not rows or old is None:
         return []
-    shown = [[plain(name), *(plain(text(value)) for value in values)] for name, values in rows.items()]
+    shown = [
+        [escape_text(name), *(escape_text(format_value(value)) for value in values)] for name, values in rows.items()
+    ]
     names = ["", f"{old.number}, the {known.rival}", f"{new.number}, new"]
-    lines = [table([names, *shown[:NUM_DIFFERENCES]]), ""]
+    lines = [format_table([names, *shown[:NUM_DIFFERENCES]]), ""]
     if len(shown) > NUM_DIFFERENCES:
         command = f"python -m pipelines compare {old.number} {new.number}"
         lines += [f"and {len(shown) - NUM_DIFFERENCES} more: `{command}`", ""]
     return lines
 
 
-def data_changes(old: Version, new: Version, root: Path, missing: list[str]) -> str:
+def describe_data_changes(old: Version, new: Version, root: Path, missing: list[str]) -> str:
     """What changed in the data, entry by entry; empty where a version of it cannot be had."""
     from pipelines.data import changes
 
-    commits = [commit_in(version.tags) for version in (old, new)]
+    commits = [read_commit(version.tags) for version in (old, new)]
     sides = [replace(v.data, commit=c[:12]) if v.data and c else None for v, c in zip((old, new), commits, strict=True)]
     if sides[0] is None or sides[1] is None:
         return ""
     try:
-        found = changes.difference(sides[0], sides[1], partial(open_version, root))
+        found = changes.find_changes(sides[0], sides[1], partial(open_version, root))
         return changes.report(found).partition("\n\n")[2]
     except ValueError as error:
         missing.append(f"what changed in the data, entry by entry: {error}")
         return ""
 
 
-def links(known: Registration) -> list[str]:
+def list_links(known: Registration) -> list[str]:
     """Where MLflow has it; with a database and no server the command that shows it."""
-    uri = os.environ.get(UI) or tracking.tracking_uri()
+    uri = os.environ.get(UI) or tracking.get_tracking_uri()
     new, old = known.new, known.champion
     pages = {"Data Docs": "data_docs/index.html", "the dataset's page": "validate/dataset/index.html"}
     if not uri.startswith("http"):
@@ -205,7 +213,7 @@ def links(known: Registration) -> list[str]:
             f"- MLflow: `python -m pipelines ui mlflow`, model {tracking.MODEL}, version {new.number}, "
             f"run `{new.run_id}`; among its artifacts {inside}"
         ]
-    base = f"{hidden(uri).rstrip('/')}/#"
+    base = f"{redact(uri).rstrip('/')}/#"
     run = f"{base}/experiments/{known.experiment_id}/runs/{new.run_id}"
     found = [
         f"[model version {new.number}]({base}/models/{tracking.MODEL}/versions/{new.number})",
@@ -218,31 +226,31 @@ def links(known: Registration) -> list[str]:
     return [f"- MLflow: {', '.join(found)}"]
 
 
-def rows_of(metrics: dict[str, float], known: Registration | None) -> list[dict[str, Any]]:
+def list_rows(metrics: dict[str, float], known: Registration | None) -> list[dict[str, Any]]:
     """Every metric, and AP by class, beside the champion's where that was evaluated on the same images."""
     old = known.champion if known and known.champion and known.champion.held_out == known.new.held_out else None
     theirs, their_classes = (old.metrics, old.classes) if old else ({}, {})
     pairs = {name: (value, theirs.get(name)) for name, value in metrics.items() if value != ABSENT}
     classes = known.new.classes if known else {}
-    pairs |= {f"AP of {plain(name)}": (ap, their_classes.get(name)) for name, ap in classes.items()}
+    pairs |= {f"AP of {escape_text(name)}": (ap, their_classes.get(name)) for name, ap in classes.items()}
     return [
         {
             "metric": name,
-            "new": fixed(value),
-            "champion": "" if other is None else fixed(other),
-            "change": "" if other is None else signed(value - other),
+            "new": format_fixed(value),
+            "champion": "" if other is None else format_fixed(other),
+            "change": "" if other is None else format_signed(value - other),
         }
         for name, (value, other) in pairs.items()
     ]
 
 
-def failure(stage: str, message: str, lines: Sequence[str]) -> str:
+def write_failure(stage: str, message: str, lines: Sequence[str]) -> str:
     """The page of a stage that failed: the message, how to go on, the last lines of its output."""
     said = message.removeprefix(f"{stage}: ")
-    page = [f"# {stage} failed", "", plain(said), "", "## How to go on", ""]
+    page = [f"# {stage} failed", "", escape_text(said), "", "## How to go on", ""]
     page += [advise(stage, said), ""]
     page += ["More: docs/retraining.md and docs/troubleshooting.md.", "", f"## The last {len(lines)} lines", ""]
-    return hidden("\n".join([*page, fenced(line[:LONGEST_LINE] for line in lines), ""]))
+    return redact("\n".join([*page, fence_lines(line[:LONGEST_LINE] for line in lines), ""]))
 
 
 def has_other_docs(root: Path) -> bool:
@@ -253,7 +261,7 @@ def has_other_docs(root: Path) -> bool:
     return bool(shown.read_text(encoding="utf-8") != json.loads(passed.read_text(encoding="utf-8"))["data"])
 
 
-def dataset(root: Path) -> str:
+def write_dataset(root: Path) -> str:
     """What the validation of the data in `root` found: numbers, warnings, and where the dataset's page is."""
     validated = root / "artifacts" / "validate"
     counts = json.loads((validated / "statistics.json").read_text(encoding="utf-8"))
@@ -264,26 +272,26 @@ def dataset(root: Path) -> str:
     lines = [
         "# The data is sound",
         "",
-        table(rows),
+        format_table(rows),
         "",
         f"{len(report) - len(broken)} of {len(report)} expectations hold.",
     ]
     lines += ["Broken, but tolerated (`validate.tolerated`):", ""] * bool(broken)
-    lines += [f"- {plain(describe(row))}" for row in broken]
+    lines += [f"- {escape_text(describe(row))}" for row in broken]
     lines += ["", "The dataset's page, with pictures of every class, is linked in the result of a retraining;"]
     lines += ["`python -m pipelines ui dataset` serves that of the clone."]
     return "\n".join(lines) + "\n"
 
 
-def fixed(value: float) -> str:
+def format_fixed(value: float) -> str:
     return say_metric(value, digits=4)
 
 
-def span(low: float | None, high: float | None) -> str:
-    return "-" if low is None or high is None else f"{fixed(low)} to {fixed(high)}"
+def format_span(low: float | None, high: float | None) -> str:
+    return "-" if low is None or high is None else f"{format_fixed(low)} to {format_fixed(high)}"
 
 
-def duration(seconds: float) -> str:
+def format_duration(seconds: float) -> str:
     """Seconds for people: 42 s, 3 min 5 s, 2 h 10 min."""
     whole = round(seconds)
     if whole < 60:

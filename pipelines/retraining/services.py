@@ -14,9 +14,9 @@ import psutil
 import requests
 
 from pipelines.registry.database import prepare_database
-from pipelines.surroundings import HOST, past_proxies
-from pipelines.workspace.processes import STOP_SECONDS, WORKTREE, environment, stop
-from pipelines.workspace.redaction import hidden
+from pipelines.surroundings import HOST, bypass_proxies
+from pipelines.workspace.processes import STOP_SECONDS, WORKTREE, read_environment, stop
+from pipelines.workspace.redaction import redact
 
 MARK = "DETR_SERVICES"  # in the environment of all that `up` starts, and of what that starts: the project's root
 SERVICE = "DETR_SERVICE"  # and which of them it is, or was started by
@@ -27,7 +27,7 @@ ALLOWED_HOSTS = "MLFLOW_SERVER_ALLOWED_HOSTS"
 START_SECONDS = 180
 
 
-def origins(host: str, port: int) -> str:
+def list_origins(host: str, port: int) -> str:
     """The pages that may call Prefect's server from a browser: its own. By default it would answer every page."""
     names = (host, "localhost") if host == HOST else (host,)
     return ",".join(f"http://{name}:{port}" for name in names)
@@ -51,8 +51,8 @@ def up(root: Path, prefect_port: int, mlflow_port: int, host: str = HOST) -> tup
         "MLFLOW_TRACKING_URI": urls["MLflow"],
         "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false",  # eight processes that nothing here uses
     }
-    os.environ |= past_proxies(host)
-    os.environ.setdefault(ORIGINS, origins(host, prefect_port))
+    os.environ |= bypass_proxies(host)
+    os.environ.setdefault(ORIGINS, list_origins(host, prefect_port))
     if host != HOST or ALLOWED_HOSTS in os.environ:  # by other names MLflow answers nobody: the worker uses this one
         names = (f"{host}:{mlflow_port}", os.environ.get(ALLOWED_HOSTS))
         os.environ[ALLOWED_HOSTS] = ",".join(filter(None, names))
@@ -68,13 +68,13 @@ def up(root: Path, prefect_port: int, mlflow_port: int, host: str = HOST) -> tup
     try:
         prefect = start(root, "prefect", ["prefect", "server", "start", "--host", host, "--port", str(prefect_port)])
         mlflow = start(root, "mlflow", command, stores)
-        wait_for(f"{urls['MLflow']}/health", mlflow, log_of(root, "mlflow"))
-        wait_for(f"{urls['Prefect']}/api/health", prefect, log_of(root, "prefect"))
+        wait_for(f"{urls['MLflow']}/health", mlflow, find_log(root, "mlflow"))
+        wait_for(f"{urls['Prefect']}/api/health", prefect, find_log(root, "prefect"))
         from pipelines.retraining import automations, terminal
 
         automations.prepare(webhook)
         if start(root, "deploy", automations.deploy_command(root)).wait():
-            raise RuntimeError(f"prefect deploy --all failed: {end_of(log_of(root, 'deploy'))}")
+            raise RuntimeError(f"prefect deploy --all failed: {read_end(find_log(root, 'deploy'))}")
         terminal.report_dead()
         died = automations.resume_interrupted()
         start(root, "worker", ["prefect", "worker", "start", "--pool", automations.POOL, "--name", "here"])
@@ -107,9 +107,9 @@ def down(root: Path) -> int:
 
     A training saves its state and goes on with the next `up`: its run is not told, so Prefect has it as running.
     """
-    ours = marked(root)
-    stages = [process for process in ours if WORKTREE in environment(process)]
-    servers = [p for p in ours if p not in stages and environment(p).get(SERVICE) in SERVERS]
+    ours = find_marked(root)
+    stages = [process for process in ours if WORKTREE in read_environment(process)]
+    servers = [p for p in ours if p not in stages and read_environment(p).get(SERVICE) in SERVERS]
     runs = [process for process in ours if process not in (*stages, *servers)]
     for process in runs:  # a worker that sees a run die tells the server; a training needs a reader of what it prints
         with suppress(psutil.Error):
@@ -117,28 +117,28 @@ def down(root: Path) -> int:
     stop(stages, STOP_SECONDS)
     stop(runs, 0)
     stop(servers, 5)
-    late = marked(root)  # what was being started
+    late = find_marked(root)  # what was being started
     stop(late, 0)
     return len({*ours, *late})
 
 
-def marked(root: Path) -> list[psutil.Process]:
+def find_marked(root: Path) -> list[psutil.Process]:
     """The processes, but this one, that carry the mark of this project."""
     everyone = (process for process in psutil.process_iter() if process.pid != os.getpid())
-    return [process for process in everyone if environment(process).get(MARK) == str(root)]
+    return [process for process in everyone if read_environment(process).get(MARK) == str(root)]
 
 
-def log_of(root: Path, name: str) -> Path:
+def find_log(root: Path, name: str) -> Path:
     return root / "scratch" / "services" / f"{name}.log"
 
 
-def end_of(log: Path) -> str:
-    return hidden(log.read_text(errors="replace", encoding="utf-8")[-1000:].strip())
+def read_end(log: Path) -> str:
+    return redact(log.read_text(errors="replace", encoding="utf-8")[-1000:].strip())
 
 
 def start(root: Path, name: str, module: list[str], env: Mapping[str, str] = os.environ) -> subprocess.Popen[bytes]:
     """A Python module in a session of its own, with the mark, its output in scratch/services/NAME.log."""
-    path = log_of(root, name)
+    path = find_log(root, name)
     path.parent.mkdir(parents=True, exist_ok=True)
     if path.exists():  # may say why it died
         path.replace(path.with_suffix(".log.old"))
@@ -162,4 +162,4 @@ def wait_for(url: str, process: subprocess.Popen[bytes], log: Path) -> None:
             if requests.get(url, timeout=5).ok:
                 return
         time.sleep(0.3)
-    raise RuntimeError(f"{url} does not answer; the end of {log}: {end_of(log)}")
+    raise RuntimeError(f"{url} does not answer; the end of {log}: {read_end(log)}")

@@ -16,7 +16,7 @@ import psutil
 from PIL import Image, ImageDraw, ImageFont
 
 from pipelines.data.sources import PICTURES
-from pipelines.labels import drawable, picture_font
+from pipelines.labels import make_drawable, picture_font
 from pipelines.progress import Progress
 from pipelines.registry.packaging import detect, load
 
@@ -73,7 +73,7 @@ def detect_all(files: list[tuple[Path, Path]], model: Any, threshold: float, fol
                 reason = error.strerror if isinstance(error, OSError) and error.strerror else error
                 bar.say(f"warning: {path} is left out: {reason}")
             else:
-                own = unused(name, used)
+                own = make_unused(name, used)
                 target = folder / own
                 target.parent.mkdir(parents=True, exist_ok=True)
                 target.write_bytes(drawn)
@@ -164,7 +164,7 @@ def find_pictures(paths: Iterable[Path], output: Path) -> Iterator[tuple[Path, P
                 yield found, found.relative_to(path)
 
 
-def unused(name: Path, used: set[str]) -> Path:
+def make_unused(name: Path, used: set[str]) -> Path:
     """The name, with a number behind it if it was used before; letters that differ in case alone are the same."""
     free, number = name, 1
     while free.as_posix().lower() in used:
@@ -185,7 +185,7 @@ def draw(pixels: np.ndarray, format: str, answer: dict[str, list], colours: dict
         colour = colours.setdefault(label, COLOURS[len(colours) % len(COLOURS)])
         left, top, right, bottom = (min(max(v, 0), side - 1) for v, side in zip(box, image.size * 2, strict=True))
         pen.rectangle((left, top, max(left, right), max(top, bottom)), outline=colour, width=width)
-        text, at = f"{drawable([label])[0]} {score:.2f}", (left + width, top + width)
+        text, at = f"{make_drawable([label])[0]} {score:.2f}", (left + width, top + width)
         pen.rectangle(pen.textbbox(at, text, font), fill=colour)
         pen.text(at, text, "black", font)
     drawn = io.BytesIO()

@@ -14,7 +14,7 @@ from pipelines.workspace.dvc import call
 from pipelines.workspace.git import git
 
 
-def cache_folder(root: Path) -> Path:
+def find_cache(root: Path) -> Path:
     """Where DVC keeps its cache, by the settings of the project, the person and the machine. Raises ValueError."""
     return Path(read_settings(root)["cache"].get("dir") or root / ".dvc" / "cache").resolve()
 
@@ -24,7 +24,7 @@ def require_cache(root: Path) -> None:
     from dvc.fs import localfs  # type: ignore[import-untyped]
     from dvc_objects.fs.generic import test_links
 
-    cache, kinds = cache_folder(root), read_settings(root)["cache"].get("type") or ["copy"]
+    cache, kinds = find_cache(root), read_settings(root)["cache"].get("type") or ["copy"]
     try:
         can = test_links(kinds, localfs, str(cache / "files" / "md5"), localfs, str(root / ".dvc" / "tmp" / "link"))
     except OSError as error:
@@ -68,7 +68,7 @@ def collect_garbage(root: Path, locks: Mapping[str, str], log: Callable[[str], N
     `locks` are texts of dvc.lock by name. Gives the bytes that it freed or, when `dry`, would free. Entries of the run
     cache whose outputs are gone go too: DVC leaves them for ever. Raises StageFailed.
     """
-    cache, listed = cache_folder(root), set[Path]()
+    cache, listed = find_cache(root), set[Path]()
 
     def take(line: str) -> None:
         if dry and line.startswith("Removing "):
@@ -76,7 +76,7 @@ def collect_garbage(root: Path, locks: Mapping[str, str], log: Callable[[str], N
         else:
             log(line)
 
-    before = bytes_in(cache)
+    before = count_bytes(cache)
     command = ["dvc", "--wait-for-lock", "gc", "--force", *["--dry"] * dry, "--workspace", "--all-commits"]
     with tempfile.TemporaryDirectory() as folder:
         if locks:
@@ -85,13 +85,13 @@ def collect_garbage(root: Path, locks: Mapping[str, str], log: Callable[[str], N
         call(command, root, take)
     dead = [entry for entry in cache.glob("runs/*/*/*") if not _can_restore(entry, cache, listed)]
     if dry:
-        return sum(bytes_in(path) for path in (*listed, *dead))
+        return sum(count_bytes(path) for path in (*listed, *dead))
     for entry in dead:
         entry.unlink(missing_ok=True)
         with suppress(OSError):  # where another entry is left
             entry.parent.rmdir()
             entry.parent.parent.rmdir()
-    return before - bytes_in(cache)
+    return before - count_bytes(cache)
 
 
 def _name_all(project: Path, cache: Path, locks: Mapping[str, str]) -> None:
@@ -123,7 +123,7 @@ def _can_restore(entry: Path, cache: Path, gone: Collection[Path]) -> bool:
     return all(place.exists() and place not in gone for place in places)
 
 
-def bytes_in(path: Path) -> int:
+def count_bytes(path: Path) -> int:
     """The bytes of a file, or of all files in a folder; what links lead to is not counted."""
     files = (one for one in (path, *path.rglob("*")) if one.is_symlink() or one.is_file())
     return sum(one.lstat().st_size for one in files)

@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from pipelines.params import read_yaml
-from pipelines.workspace.processes import above_bars, group, is_error, stop_group
-from pipelines.workspace.redaction import hidden
+from pipelines.workspace.processes import above_bars, is_error, start_group, stop_group
+from pipelines.workspace.redaction import redact
 
 STOPPED = re.compile(r"stopped after step (\d+) ")  # begins what a training says that was asked to stop
 HINTS = re.compile(  # of DVC, for a person who has typed its command
@@ -29,7 +29,7 @@ class StageFailed(RuntimeError):
         self.lines = list(lines)
 
 
-def stages(root: Path) -> list[str]:
+def list_stages(root: Path) -> list[str]:
     """The stages that `dvc repro` runs, in its order: those of dvc.yaml, and what they need. Raises ValueError."""
     from dvc.exceptions import DvcException  # type: ignore[import-untyped]
     from dvc.repo import Repo  # type: ignore[import-untyped]
@@ -105,12 +105,12 @@ def call(
     An interruption ends it; the message of KeyboardInterrupt says where a training has stopped.
     """
     lines: deque[str] = deque(maxlen=NUM_LINES)
-    with group([sys.executable, "-m", *module], root, lines, env or {}, bars) as process:
+    with start_group([sys.executable, "-m", *module], root, lines, env or {}, bars) as process:
         assert process.stdout is not None
         try:
             for line in process.stdout:
                 if line.strip():
-                    said = hidden(line.rstrip())
+                    said = redact(line.rstrip())
                     lines.append(said)  # as those of a terminal come, from another thread
                     if not is_error(said):
                         with above_bars():
@@ -125,11 +125,11 @@ def call(
                         where = f"stopped at step {found[1]}"
             raise KeyboardInterrupt(where) from None
     if process.returncode:
-        kept = [hidden(line) for line in lines]
-        raise StageFailed(cause(kept) or f"exit code {process.returncode}", kept)
+        kept = [redact(line) for line in lines]
+        raise StageFailed(find_cause(kept) or f"exit code {process.returncode}", kept)
 
 
-def cause(lines: Sequence[str]) -> str:
+def find_cause(lines: Sequence[str]) -> str:
     """What a failure says of itself: the stage's error, else the exception of its code, DVC's error, the last line."""
     said = [line.removeprefix("error: ") for line in lines if line.startswith("error: ")]
     traces = [number for number, line in enumerate(lines) if line.startswith("Traceback (most recent call last)")]

@@ -7,12 +7,12 @@ from typing import Any
 from tqdm import tqdm
 
 from pipelines.data import looks
-from pipelines.data.fetch import shown
+from pipelines.data.fetch import redact_url
 from pipelines.data.looks import Look, Taken
 from pipelines.data.sources import is_url, split_place
 from pipelines.params import read_yaml
 from pipelines.workspace import dvc
-from pipelines.workspace.history import data_version
+from pipelines.workspace.history import read_data_version
 
 
 def reproduce_download(root: Path, log: Callable[[str], None], force: bool = False) -> str:
@@ -25,10 +25,10 @@ def reproduce_download(root: Path, log: Callable[[str], None], force: bool = Fal
     source = document["download"]["source"]
     if source == "shapes":
         return dvc.reproduce("download", root, log, force)
-    record, now, failure = looks.record_of(root, document), None, ""
+    record, now, failure = looks.find_record(root, document), None, ""
     taken = looks.read_taken(record)
     try:
-        pinned = [name for name, place in looks.places_of(root, source).items() if is_pinned(document, place)]
+        pinned = [name for name, place in looks.find_places(root, source).items() if is_pinned(document, place)]
         now = looks.look(root, document, pinned)
     except (ValueError, OSError) as error:
         failure = str(error)
@@ -39,11 +39,11 @@ def reproduce_download(root: Path, log: Callable[[str], None], force: bool = Fal
     if now is None:  # the stage has not missed it
         log(f"warning: the source cannot be looked at, so its data is what was taken before: {failure}")
         return outcome
-    if outcome != "ran" and taken and taken.md5s and taken.md5s != md5s(root):
+    if outcome != "ran" and taken and taken.md5s and taken.md5s != read_md5s(root):
         log("source: DVC had its content of another time; it is taken again")
         outcome = dvc.reproduce("download", root, log, True)
     at = None if outcome == "ran" else taken.at if taken else ""
-    looks.keep_taken(record, now, md5s(root), at)
+    looks.keep_taken(record, now, read_md5s(root), at)
     return outcome
 
 
@@ -61,7 +61,7 @@ def must_be_taken(taken: Taken | None, now: Look) -> bool:
 
 def describe(source: Any, now: Look) -> str:
     """The source, how much it is and when it was changed last."""
-    place = shown(source) if isinstance(source, str) else f"{shown(next(iter(source.values())))} and others"
+    place = redact_url(source) if isinstance(source, str) else f"{redact_url(next(iter(source.values())))} and others"
     size = tqdm.format_sizeof(sum(int(one.get("bytes", 0)) for one in now.values()), "B", 1000)
     newest = max((one.get("newest") or one.get("modified") or "" for one in now.values()), default="")
     return f"{place} ({size}, newest of {newest[:19]} UTC)" if newest else place
@@ -77,9 +77,9 @@ def compare(taken: Taken | None, now: Look) -> str:
     return f"changed {when}, and taken again: {', '.join(different)}"
 
 
-def md5s(root: Path) -> dict[str, str]:
+def read_md5s(root: Path) -> dict[str, str]:
     """Of the four files, as dvc.lock has them."""
     try:
-        return {name: file.md5 for name, file in data_version(root, None).files.items()}
+        return {name: file.md5 for name, file in read_data_version(root, None).files.items()}
     except ValueError:
         return {}

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from pipelines.locks import hold_lock
 from pipelines.surroundings import own_environment
-from pipelines.workspace.redaction import hidden
+from pipelines.workspace.redaction import redact
 
 STALE_SECONDS = 60  # after which a lock of git is that of a killed process: it holds one for less than a second
 FETCH_SECONDS = 600  # after which a remote does not answer
@@ -72,7 +72,7 @@ def run_git(
             raise
     if process.returncode:
         words = " ".join(errors.decode(errors="replace").split())
-        raise ValueError(hidden(f"{said} failed in {root}: {words}"))
+        raise ValueError(redact(f"{said} failed in {root}: {words}"))
     return output
 
 
@@ -108,7 +108,7 @@ def unlock(root: Path) -> None:
             lock.unlink()
 
 
-def full_commit(root: Path, commit: str) -> str:
+def resolve_commit(root: Path, commit: str) -> str:
     """The full name of a commit. Raises ValueError where this clone has no such commit."""
     try:
         if commit.startswith(("-", "^")):

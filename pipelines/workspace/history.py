@@ -5,11 +5,11 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import BinaryIO
 
-from pipelines.data.versions import DataVersion, locked
-from pipelines.workspace.git import full_commit, git
+from pipelines.data.versions import DataVersion, read_version
+from pipelines.workspace.git import git, resolve_commit
 
 
-def data_versions(root: Path) -> tuple[list[DataVersion], DataVersion | None]:
+def list_data_versions(root: Path) -> tuple[list[DataVersion], DataVersion | None]:
     """Every distinct content of the data in the history of dvc.lock, newest first, and the one of the working tree.
 
     Each stands at the first commit that has it, or, where none has, at the working tree.
@@ -26,13 +26,13 @@ def data_versions(root: Path) -> tuple[list[DataVersion], DataVersion | None]:
     return list(found.values())[::-1], here
 
 
-def data_version(root: Path, ref: str | None) -> DataVersion:
+def read_data_version(root: Path, ref: str | None) -> DataVersion:
     """The data of a commit, or, without one, of the working tree. Raises ValueError where there is none."""
     if ref is None:
         version = _locked_at(root)
     else:
         try:
-            commit = full_commit(root, ref)
+            commit = resolve_commit(root, ref)
         except ValueError:
             raise ValueError(f"{ref!r} is no commit here; list those with data: python -m pipelines data") from None
         version = _locked_at(root, *_dated(root, "--max-count=1", commit)[0])
@@ -53,7 +53,7 @@ def _locked_at(root: Path, commit: str = "", date: str = "") -> DataVersion | No
         lock = git(root, "show", f"{commit}:./dvc.lock") if commit else (root / "dvc.lock").read_text(encoding="utf-8")
     except (ValueError, FileNotFoundError):
         return None
-    return locked(lock, commit, date)
+    return read_version(lock, commit, date)
 
 
 @contextmanager

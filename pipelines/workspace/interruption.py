@@ -18,7 +18,7 @@ asked: list[int] = []  # the signals that came
 
 
 @contextmanager
-def heeded() -> Iterator[None]:
+def heed_signals() -> Iterator[None]:
     """Has the first signal raise KeyboardInterrupt, whose message is printed; the second kills what is running.
 
     A signal that is ignored stays so, as SIGHUP under nohup. After the block there is nothing left to stop, and a

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from pipelines.data.sources import split_place
-from pipelines.params import checked, merged, to_yaml
+from pipelines.params import check_section, merge_parameters, to_yaml
 from pipelines.workspace.redaction import refuse_password
 
 DATA_ROOTS = "DETR_DATA_ROOTS"  # in a worker's environment: folders outside the project that parameters may name
@@ -14,10 +14,10 @@ MOST_VALUES = 10_000  # of params.yaml
 NAMES = ("shapes", "none", "imagenet")  # of sources and weights that are no files
 
 
-def parameters(root: Path, preset: str | None, overrides: Collection[str]) -> Any:
+def check_parameters(root: Path, preset: str | None, overrides: Collection[str]) -> Any:
     """`merged` for overrides from anywhere, to be committed. Raises ValueError, whatever they hold."""
     try:
-        document = merged(root, preset, overrides)
+        document = merge_parameters(root, preset, overrides)
         _check_values(document if preset or overrides else {})
         to_yaml(document)
     except ValueError:
@@ -69,7 +69,7 @@ def confine(document: Any, root: Path) -> None:
     _each_place(document, check)
 
 
-def absolute_paths(document: Any, root: Path, worktree: Path | None = None) -> None:
+def make_paths_absolute(document: Any, root: Path, worktree: Path | None = None) -> None:
     """Makes the local files that params name independent of the directory that a run works in.
 
     Those that lie in `worktree`, where one is given, stay as they are.
@@ -94,9 +94,9 @@ def _each_place(document: Any, visit: Callable[[str, str], str | None]) -> None:
             return place
         return visit(key, place) or place
 
-    download = checked(document, "download", {"source": str | dict[str, str], "sha256": dict[str, str]})
-    model = checked(document, "model", {"backbone_weights": str})
-    train = checked(document, "train", {"initial_weights": str})
+    download = check_section(document, "download", {"source": str | dict[str, str], "sha256": dict[str, str]})
+    model = check_section(document, "model", {"backbone_weights": str})
+    train = check_section(document, "train", {"initial_weights": str})
     if isinstance(download["source"], dict):
         download["source"] = {name: visited(f"download.source.{name}", x) for name, x in download["source"].items()}
     else:

@@ -25,7 +25,7 @@ STOP_SECONDS = 15  # for a training to finish its step and save its state; Prefe
 CLEAR = "\r\x1b[J"  # of a terminal: its line, and what is drawn below
 WORKTREE = "DETR_WORKTREE"  # in the environment of what we start: the directory that it works in
 
-running: set[int] = set()  # the process groups that `group` has started
+running: set[int] = set()  # the process groups that `start_group` has started
 drawing = threading.Lock()  # held by who writes to the terminal while bars may be drawn there
 
 
@@ -36,7 +36,7 @@ def start_tied(module: list[str], env: Mapping[str, str]) -> subprocess.Popen[by
 
 
 @contextmanager
-def group(
+def start_group(
     command: list[str], root: Path, lines: deque[str], extra: Mapping[str, str], bars: bool = True
 ) -> Iterator[subprocess.Popen[str]]:
     """The command in a process group of its own, which does not outlive the block.
@@ -90,7 +90,7 @@ def _follow(master: int, lines: deque[str]) -> None:
                 if not is_error(line):
                     sys.stderr.write(line[shown:])
                 if line.strip() and (line.endswith("\n") or not data):
-                    lines.append(plain(line))
+                    lines.append(strip_codes(line))
                 shown = 0
             if data and not is_error(rest, so_far=True):
                 sys.stderr.write(rest[shown:])
@@ -111,14 +111,14 @@ def above_bars() -> Iterator[None]:
         yield
 
 
-def plain(line: str) -> str:
+def strip_codes(line: str) -> str:
     """A line of a terminal without its colours and its end."""
     return re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", line).rstrip()
 
 
 def is_error(line: str, so_far: bool = False) -> bool:
     """Whether a line is the error of a stage or of DVC, or may become it with what is still to come."""
-    said = plain(line)
+    said = strip_codes(line)
     return said.startswith(ERRORS) or (so_far and any(error.startswith(said) for error in ERRORS))
 
 
@@ -135,7 +135,7 @@ def stop_group(process: subprocess.Popen[str]) -> None:
 
 
 def kill_running() -> None:
-    """Kills all that `group` has started; what waits for it goes on."""
+    """Kills all that `start_group` has started; what waits for it goes on."""
     for leader in tuple(running):
         signal_group(leader, signal.SIGKILL)
 
@@ -149,7 +149,7 @@ def signal_group(group: int, number: int) -> bool:
     return True
 
 
-def environment(process: psutil.Process) -> dict[str, str]:
+def read_environment(process: psutil.Process) -> dict[str, str]:
     """The environment of a process; empty where it is not ours to read, or gone."""
     try:
         return dict(process.environ())

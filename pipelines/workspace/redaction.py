@@ -20,7 +20,7 @@ PASSWORD_IN_URL = re.compile(r"://[^/\s:@]*:([^/\s]+)@|https?://([^/\s:@]+)@")  
 SHORTEST_SECRET = 6  # shorter ones would make holes in every text
 
 
-def hidden(text: str) -> str:
+def redact(text: str) -> str:
     """Text without users and passwords in URLs, and without what the environment holds of secrets.
 
     These are the variables with the name of a secret, line by line, and passwords in the URLs of others.
@@ -44,7 +44,7 @@ def _secrets() -> set[str]:
 def refuse_password(key: str, text: str) -> None:
     """Raises ValueError for text with a user, password or signature in a URL."""
     if SECRET_IN_PARAMETER.search(text):
-        shown = hidden(re.sub(r"[?&]\S*", "?...", re.sub(r"://[^/\s?#]+@", "://", text)))[:200]
+        shown = redact(re.sub(r"[?&]\S*", "?...", re.sub(r"://[^/\s?#]+@", "://", text)))[:200]
         raise ValueError(
             f"{key} has a URL with a user, password or signature ({shown}), and params.yaml is committed; give the URL "
             "without it, and put a password into ~/.netrc: machine HOST login USER password PASSWORD"

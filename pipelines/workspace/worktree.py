@@ -13,17 +13,17 @@ import psutil
 
 from pipelines.locks import hold_lock
 from pipelines.params import read_yaml, to_yaml
-from pipelines.workspace.cache import cache_folder, read_settings, write_settings
-from pipelines.workspace.git import check_repository, full_commit, git, unlock
-from pipelines.workspace.overrides import absolute_paths
-from pipelines.workspace.processes import WORKTREE, environment, stop
+from pipelines.workspace.cache import find_cache, read_settings, write_settings
+from pipelines.workspace.git import check_repository, git, resolve_commit, unlock
+from pipelines.workspace.overrides import make_paths_absolute
+from pipelines.workspace.processes import WORKTREE, read_environment, stop
 
 BRANCHES = "runs/"
 RESULTS = "Results of run"  # begins what is committed with them; a branch without is removed
 
 
 @contextmanager
-def only_one(root: Path, log: Callable[[str], None]) -> Iterator[None]:
+def hold_run_lock(root: Path, log: Callable[[str], None]) -> Iterator[None]:
     """Holds the project's run lock; a second run says so and waits. The lock dies with its process."""
 
     def say(holder: str) -> None:
@@ -34,7 +34,7 @@ def only_one(root: Path, log: Callable[[str], None]) -> Iterator[None]:
 
 
 @contextmanager
-def worktree(
+def make_worktree(
     root: Path, name: str, ref: str, parameters: Callable[[Path], Any], note: str = ""
 ) -> Iterator[tuple[Path, str]]:
     """A git worktree at `ref` with `parameters(it)` as its params.yaml, the DVC cache and scratch/ shared; its branch.
@@ -48,13 +48,13 @@ def worktree(
     if not re.fullmatch(r"\w[\w.-]*", name) or ".." in name:
         raise ValueError(f"{name!r} names no run; use letters, digits, '-', '_' and '.'")
     check_repository(root)
-    commit = full_commit(root, ref)
+    commit = resolve_commit(root, ref)
     place, branch = _folder(root) / name, f"{BRANCHES}{name}"
     left = _left_behind(root)
     try:
         _add(root, place, commit)
         document = parameters(place)
-        absolute_paths(document, root)
+        make_paths_absolute(document, root)
         (place / "params.yaml").write_text(to_yaml(document), encoding="utf-8")
         taken_over = False
         for other in left:
@@ -142,7 +142,7 @@ def _left_behind(root: Path) -> list[Path]:
     known = {Path(line.removeprefix("worktree ")) for line in listed if line.startswith("worktree ")}
     left = {path for path in known if path.parent == folder} | {*folder.glob("*")}
     everyone = psutil.process_iter() if left else ()
-    stop([process for process in everyone if Path(environment(process).get(WORKTREE, "/")) in left], seconds=0)
+    stop([process for process in everyone if Path(read_environment(process).get(WORKTREE, "/")) in left], seconds=0)
     return sorted(left)
 
 
@@ -195,7 +195,7 @@ def _own_git(place: Path) -> Path:
     return Path(git(place, "rev-parse", "--absolute-git-dir"))
 
 
-def refreshed(place: Path) -> Path:
+def mark_refreshed(place: Path) -> Path:
     """A file of a worktree that names the flow run which has downloaded in it again."""
     return _own_git(place) / "refreshed"
 
@@ -223,7 +223,7 @@ def _remove(root: Path, place: Path) -> None:
 def _share_settings(root: Path, place: Path) -> None:
     """Gives a worktree the DVC cache and the remotes of `root`, with what may be needed to enter them."""
     site = _own_git(place) / "dvc"  # goes with it, unlike /var/tmp/dvc
-    own = {"cache": {"dir": str(cache_folder(root))}, "core": {"site_cache_dir": str(site)}}
+    own = {"cache": {"dir": str(find_cache(root))}, "core": {"site_cache_dir": str(site)}}
     ours = read_settings(root)
     write_settings(place / ".dvc" / "config.local", ours.load_one("repo"), ours.load_one("local"), own)
 

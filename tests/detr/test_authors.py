@@ -12,7 +12,7 @@ from detr.batch import IMAGENET_STD, normalize
 from detr.boxes import xyxy_to_cxcywh
 from detr.train_config import TrainConfig
 from detr.transforms import EvalTransform, apply_view, draw_view
-from pipelines.params import from_document, merged
+from pipelines.params import from_document, merge_parameters
 from tests import golden
 from tests.running import ROOT
 
@@ -28,7 +28,7 @@ def test_equal_to_the_recorded_numbers(dtype):
     golden.assert_equal(golden.digest(golden.ours("detr-r50", dtype)), recorded, dtype)
 
 
-PAPER = from_document(merged(ROOT, "coco-detr-r50", []), "train", TrainConfig).transform
+PAPER = from_document(merge_parameters(ROOT, "coco-detr-r50", []), "train", TrainConfig).transform
 
 
 def our_view(index):

@@ -12,7 +12,7 @@ from detr.cost import count_gflops, count_multiply_adds, count_parameters, measu
 from detr.model import ModelConfig, for_inference
 from detr.official import COCO_CATEGORIES
 from detr.transformer import Attention
-from pipelines.params import from_document, merged
+from pipelines.params import from_document, merge_parameters
 from tests.projects import TINY_MODEL
 from tests.running import ROOT
 
@@ -20,7 +20,7 @@ CPU = torch.device("cpu")
 
 
 def paper(name):
-    config = from_document(merged(ROOT, f"coco-{name}", []), "model", ModelConfig)
+    config = from_document(merge_parameters(ROOT, f"coco-{name}", []), "model", ModelConfig)
     return build_model(replace(config, backbone_weights="none"), len(COCO_CATEGORIES))
 
 

@@ -15,12 +15,12 @@ from detr.official import URLS, initialize_model, load_official
 from detr.train import fit
 from detr.train_config import TrainConfig
 from detr.transforms import TrainTransform
-from pipelines.params import from_document, merged
+from pipelines.params import from_document, merge_parameters
 from tests.detr.published import SMALL, saved, state_of
 from tests.projects import TINY, TINY_MODEL
 from tests.running import ROOT
 
-CONFIG = from_document(merged(ROOT, None, [*TINY, "train.evaluate_epochs=0"]), "train", TrainConfig)
+CONFIG = from_document(merge_parameters(ROOT, None, [*TINY, "train.evaluate_epochs=0"]), "train", TrainConfig)
 
 
 def new_model(num_classes, **changes):
@@ -69,12 +69,12 @@ def test_the_authors_weights_start_a_model_of_other_classes(tmp_path):
 
 
 def test_the_preset_fits_the_published_weights(tmp_path):
-    config = from_document(merged(ROOT, "finetune", []), "model", ModelConfig)
+    config = from_document(merge_parameters(ROOT, "finetune", []), "model", ModelConfig)
     path = saved(tmp_path / Path(URLS["detr-r50"]).name, state_of())
     model = build_model(config, 3)
     initialize_model(model, str(path))
     assert torch.equal(model.query_embed.weight, load_official(path)[0].query_embed.weight)
-    document, plain = merged(ROOT, "finetune", []), merged(ROOT, None, [])
+    document, plain = merge_parameters(ROOT, "finetune", []), merge_parameters(ROOT, None, [])
     assert document["train"]["initial_weights"] == "detr-r50"
     plain["validate"]["tolerated"] |= {"image_has_objects": 0, "object_single": 0}  # the demo's, of its drawn scenes
     assert (document["download"], document["validate"]) == (plain["download"], plain["validate"])

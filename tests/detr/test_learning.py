@@ -10,7 +10,7 @@ from detr.model import ModelConfig
 from detr.train import fit
 from detr.train_config import TrainConfig
 from detr.transforms import TrainTransform
-from pipelines.params import from_document, merged
+from pipelines.params import from_document, merge_parameters
 from tests.running import ROOT
 
 ABLATIONS = {
@@ -26,7 +26,9 @@ ABLATIONS = {
 
 @pytest.mark.parametrize("name", ABLATIONS)
 def test_every_ablation_of_the_paper_trains(drawn, name):
-    document = merged(ROOT, None, ["train.epochs=1", "train.batch_size=8", "train.micro_batch=4", *ABLATIONS[name]])
+    document = merge_parameters(
+        ROOT, None, ["train.epochs=1", "train.batch_size=8", "train.micro_batch=4", *ABLATIONS[name]]
+    )
     config = from_document(document, "train", TrainConfig)
     annotations = load_annotations(drawn / "instances_train.json")
     dataset = CocoDataset(annotations, ImageArchive(drawn / "train.zip"), TrainTransform(config.transform, config.seed))

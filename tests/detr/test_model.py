@@ -10,7 +10,7 @@ from detr.backbone import NORMS
 from detr.batch import Sample, collate, normalize
 from detr.checkpoint import build_model
 from detr.model import DETR, MLP, ModelConfig, for_inference
-from pipelines.params import from_document, merged
+from pipelines.params import from_document, merge_parameters
 from tests.projects import TINY_MODEL
 from tests.running import ROOT
 
@@ -194,7 +194,7 @@ def test_the_seed_alone_decides_the_weights():
 )
 def test_the_papers_models_have_the_authors_size(preset, billions, millions):
     """Multiply-adds at 800x1066 as torch counts them on the authors' code; the paper's are averages over images."""
-    config = from_document(merged(ROOT, preset, []), "model", ModelConfig)
+    config = from_document(merge_parameters(ROOT, preset, []), "model", ModelConfig)
     with torch.device("meta"):
         model = DETR(config, 91)
         with FlopCounterMode(display=False) as counter:

@@ -13,7 +13,7 @@ import pytest
 
 from pipelines.params import to_yaml
 from pipelines.registry import tracking
-from pipelines.workspace.cache import bytes_in, cache_folder
+from pipelines.workspace.cache import count_bytes, find_cache
 from tests.collecting import OLD, collectable, collected, parameters, register, run, weights_in_cache
 from tests.running import ROOT, call, environment, free_port
 
@@ -49,7 +49,7 @@ def branches(root):
 def assert_whole(root, folder):
     """Every version can be checked out with its data and weights, from the cache alone."""
     client = tracking.connect()
-    for version in tracking.versions(client):
+    for version in tracking.list_versions(client):
         place = folder / f"{version.version}-{time.monotonic_ns()}"
         call(root, "git", "worktree", "add", "--quiet", "--detach", str(place), version.tags["git_commit"])
         lock = place / "dvc.lock"
@@ -116,11 +116,11 @@ def test_versions_stay_whole_and_all_else_goes(project, tmp_path):
     young = collected(project, days=14)
     assert {kind for kind, rows in young.went.items() if rows} <= {"worktrees", "DVC cache"}
     assert branches(project) == sorted([*kept, "runs/unregistered", "runs/failed", "runs/killed", on_top])
-    size = bytes_in(project / ".dvc/cache")
+    size = count_bytes(project / ".dvc/cache")
     done = collected(project)
     assert branches(project) == kept
     (freed,) = [size for _, size in done.went["DVC cache"]]
-    assert freed == size - bytes_in(project / ".dvc/cache") > 4 * 100_000
+    assert freed == size - count_bytes(project / ".dvc/cache") > 4 * 100_000
     assert dict(done.went["results of runs"]).keys() == {"runs/unregistered", "runs/on-top"}
     assert f"| DVC cache | 1 | {freed:,} |" in done.markdown
     for kind, name in (("downloads", "downloads/a.part"), ("logs", "services/worker.log")):
@@ -165,8 +165,8 @@ def test_the_disk_is_bounded_and_a_kill_anywhere_does_no_harm(project, tmp_path)
         assert branches(project) == ["runs/good"]
         sizes.add(
             (
-                bytes_in(project / ".dvc/cache"),
-                bytes_in(project / "scratch") - (project / "scratch/run.lock").stat().st_size,
+                count_bytes(project / ".dvc/cache"),
+                count_bytes(project / "scratch") - (project / "scratch/run.lock").stat().st_size,
             )
         )
     assert len(sizes) == 1, sizes
@@ -195,23 +195,23 @@ def test_nothing_is_removed_where_the_need_is_not_known(project, tmp_path, monke
     version = client.get_model_version(tracking.MODEL, number)
     artifact = Path(client.get_run(version.run_id).info.artifact_uri.removeprefix("file://")) / "dvc.lock"
     artifact.rename(tmp_path / "dvc.lock")
-    size = bytes_in(project / ".dvc/cache")
+    size = count_bytes(project / ".dvc/cache")
     said = collected(project, days=14).headline
     assert f"stays as it is: what version {number} of detr needs is neither in a commit nor in MLflow" in said
-    assert bytes_in(project / ".dvc/cache") == size
+    assert count_bytes(project / ".dvc/cache") == size
     (tmp_path / "dvc.lock").rename(artifact)
 
     shared = tmp_path / "shared"
     (project / ".dvc/cache").rename(shared)
     (project / ".dvc/config.local").write_text("[cache]\n    dir = ../../shared\n", encoding="utf-8")
-    assert cache_folder(project) == shared.resolve()
+    assert find_cache(project) == shared.resolve()
     done = collected(project)
     assert "may be shared with other clones" in done.headline
-    assert (branches(project), bytes_in(shared)) == ([], size)
+    assert (branches(project), count_bytes(shared)) == ([], size)
     (project / ".dvc/config.local").unlink()
     (project / ".dvc/cache").symlink_to(shared)
     assert "may be shared with other clones" in collected(project).headline
-    assert bytes_in(shared) == size
+    assert count_bytes(shared) == size
     assert collected(project, shared_cache=True).went["DVC cache"][0][1] > 0
 
 
@@ -236,7 +236,7 @@ def test_with_another_registry_nothing_is_removed(project, tmp_path, monkeypatch
         assert everything(project) == before
     monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{project}/mlflow.db")
 
-    (version,) = tracking.versions(client)
+    (version,) = tracking.list_versions(client)
     client.delete_model_version(tracking.MODEL, version.version)
     client.delete_run(version.run_id)  # by a person, who wants no more of it
     (project / "scratch/runs/other/version.json").write_text('{"fing', encoding="utf-8")  # torn by a kill

@@ -9,7 +9,7 @@ from contextlib import closing
 import pytest
 from PIL import Image
 
-from pipelines.params import merged, to_yaml
+from pipelines.params import merge_parameters, to_yaml
 from pipelines.registry import tracking
 from pipelines.registry.compare import compare
 from tests.projects import reference
@@ -23,7 +23,7 @@ def project(tmp_path_factory):
     """A project with the versions 1 and 2 of two trainings on the same data."""
     folder = reference(tmp_path_factory.mktemp("project"))
     overrides = [f"{key}={value}" for key, value in OTHER.items()]
-    (folder / "params.yaml").write_text(to_yaml(merged(folder, None, overrides)), encoding="utf-8")
+    (folder / "params.yaml").write_text(to_yaml(merge_parameters(folder, None, overrides)), encoding="utf-8")
     call(folder, "dvc", "repro")
     return folder
 

@@ -58,7 +58,7 @@ def test_an_experiment_in_a_folder_of_its_own_registers_in_the_clone(tmp_path, m
     assert "registered detr version 1 as champion" in said
     assert not list((root / ".dvc/tmp/exps").rglob("tmp*"))
     monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{root}/mlflow.db")
-    (version,) = tracking.versions(tracking.connect())
+    (version,) = tracking.list_versions(tracking.connect())
     assert version.tags["git_commit"] == call(root, "git", "rev-parse", "HEAD").strip()
     assert list((root / "mlartifacts").rglob("dvc.lock"))
     call(root, "dvc", "exp", "apply", "mine")

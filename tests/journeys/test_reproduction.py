@@ -2,7 +2,7 @@
 
 import pytest
 
-from pipelines.registry.tracking import connect, named_version, sha256
+from pipelines.registry.tracking import connect, find_version, sha256
 from tests.projects import reference
 from tests.reproductions import everything_of, made_again, written
 
@@ -52,4 +52,4 @@ def test_what_is_not_there_is_said(project, client, tmp_path):
     said = made_again(project, "1", 1, MLFLOW_TRACKING_URI=f"sqlite:///{tmp_path}/none.db")
     assert said.startswith("error: nothing is registered yet: ")
     assert not (tmp_path / "none.db").exists()
-    assert named_version(client, "models:/detr@champion").version == named_version(client, "champion").version
+    assert find_version(client, "models:/detr@champion").version == find_version(client, "champion").version

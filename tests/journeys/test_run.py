@@ -14,7 +14,7 @@ import pytest
 from detr.metrics import METRICS
 from pipelines.params import read_yaml, to_yaml
 from pipelines.workspace.git import is_dirty
-from pipelines.workspace.worktree import only_one
+from pipelines.workspace.worktree import hold_run_lock
 from tests.projects import commit, quick_project, reference, small_project
 from tests.running import call, environment
 
@@ -105,7 +105,7 @@ def test_a_wrong_override_changes_nothing(project):
 
 
 def test_a_second_run_waits_and_says_so(project):
-    with only_one(project, print):
+    with hold_run_lock(project, print):
         second = subprocess.Popen(
             ["python", "-m", "pipelines", "run"],
             cwd=project,

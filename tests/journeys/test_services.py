@@ -9,7 +9,7 @@ import pytest
 import requests
 
 from pipelines.params import read_yaml
-from pipelines.retraining.services import SERVICE, environment, marked, past_proxies
+from pipelines.retraining.services import SERVICE, environment, find_marked, past_proxies
 from pipelines.surroundings import QUIET
 from tests.orchestra import answers_page, listeners
 from tests.running import ROOT, call
@@ -26,14 +26,14 @@ def test_it_listens_on_loopback_only_and_runs_what_is_needed(served):
     found = listeners(served.project)
     assert {ip for ip, _ in found} == {"127.0.0.1"}
     assert set(served.ports) <= {port for _, port in found}
-    processes = marked(served.project)
+    processes = find_marked(served.project)
     assert {environment(process)[SERVICE] for process in processes} == {"prefect", "mlflow", "worker"}
     lines = [" ".join(process.cmdline()) for process in processes]
     assert not [line for line in lines if "huey" in line or "mlflow.server.jobs" in line]
 
 
 def test_telemetry_is_off_in_every_process(served):
-    for process in marked(served.project):
+    for process in find_marked(served.project):
         held = {name: value.lower() for name, value in environment(process).items()}  # Prefect may write "False"
         assert QUIET.items() <= held.items(), process.cmdline()
 
@@ -197,7 +197,7 @@ def test_a_parameter_that_is_none_fails_the_run(served):
 
 def test_the_address_that_is_told_stays_a_secret(served, hook):
     secret = hook[0].rpartition("/")[2]
-    for process in marked(served.project):
+    for process in find_marked(served.project):
         assert secret not in "".join([*process.cmdline(), *environment(process).values()])
     for folder in (".prefect", "scratch"):
         for path in (served.project / folder).rglob("*"):

@@ -8,7 +8,7 @@ import time
 
 import pytest
 
-from pipelines.retraining.services import log_of, marked, start, wait_for
+from pipelines.retraining.services import find_log, find_marked, start, wait_for
 from tests.orchestra import connections
 from tests.projects import quick_project
 from tests.running import call, environment, free_port
@@ -88,7 +88,7 @@ def test_a_busy_port_is_one_line_and_leaves_nothing_running(project, option):
         assert (
             said == f"error: port {port} is in use; stop what listens there, or choose another: {option} {port + 1}\n"
         )
-        assert marked(project) == []
+        assert find_marked(project) == []
     with socket.socket() as probe:
         assert probe.connect_ex(("127.0.0.1", *ports.values()))
 
@@ -103,7 +103,7 @@ def test_a_busy_port_is_one_line_and_leaves_nothing_running(project, option):
 def test_a_host_that_cannot_be(project, host, said):
     ports = ("--prefect-port", str(free_port()), "--mlflow-port", str(free_port()))
     assert call(project, *PYTHON, "pipelines", "up", *ports, "--host", host, code=1).startswith(said)
-    assert marked(project) == []
+    assert find_marked(project) == []
 
 
 def test_down_stops_what_is_of_its_own_project(served, project):
@@ -114,17 +114,17 @@ def test_down_stops_what_is_of_its_own_project(served, project):
 def test_a_signal_leaves_nothing_running(project):
     ports = ("--prefect-port", str(free_port()), "--mlflow-port", str(free_port()))
     with subprocess.Popen([*PYTHON, "pipelines", "up", *ports], cwd=project, env=environment()) as half:
-        while len(marked(project)) < 2:
+        while len(find_marked(project)) < 2:
             assert half.poll() is None
             time.sleep(0.1)
         half.terminate()
     assert half.returncode == 128 + signal.SIGTERM
-    assert marked(project) == []
+    assert find_marked(project) == []
 
 
 def test_of_a_server_that_does_not_start_the_end_of_its_log_is_told(tmp_path):
     with start(tmp_path, "mlflow", ["this"]) as process:
-        log, url = log_of(tmp_path, "mlflow"), f"http://127.0.0.1:{free_port()}/health"
+        log, url = find_log(tmp_path, "mlflow"), f"http://127.0.0.1:{free_port()}/health"
         with pytest.raises(RuntimeError, match=re.escape(f"{url} does not answer; the end of {log}: ")) as caught:
             wait_for(url, process, log)
     assert str(caught.value).endswith("let's do more of those!")

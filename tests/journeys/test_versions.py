@@ -9,7 +9,7 @@ from importlib.util import find_spec
 import pytest
 
 from pipelines.data.layout import FILES
-from pipelines.data.versions import locked
+from pipelines.data.versions import read_version
 from tests.projects import commit, reference, small_project
 from tests.running import call
 
@@ -266,4 +266,4 @@ def test_a_file_changed_by_hand_is_not_taken_for_what_the_lock_names(copied):
 
 @pytest.mark.parametrize("text", ["", "[", "stages: 3", "stages: {}", "stages: {download: {outs: [{path: a}]}}"])
 def test_a_lock_without_data_names_none(text):
-    assert locked(text, "abc", "2026-01-01") is None
+    assert read_version(text, "abc", "2026-01-01") is None

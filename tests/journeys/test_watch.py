@@ -13,9 +13,9 @@ import pytest
 import requests
 
 from pipelines.data.shapes import write_shapes
-from pipelines.params import merged, to_yaml
-from pipelines.registry.markdown import plain
-from pipelines.workspace.history import data_version
+from pipelines.params import merge_parameters, to_yaml
+from pipelines.registry.markdown import escape_text
+from pipelines.workspace.history import read_data_version
 from tests.orchestra import branch
 from tests.projects import SHAPES
 
@@ -31,7 +31,7 @@ def look(served):
 def watched(served, drawn):
     """The folder `source` of the project, from which a branch takes its data, and the first look at it."""
     project = served.project
-    document = to_yaml(merged(project, None, ["download.source=source"]))
+    document = to_yaml(merge_parameters(project, None, ["download.source=source"]))
     branch(project, REF, lambda: (project / "params.yaml").write_text(document, encoding="utf-8"))
     shutil.copytree(drawn, project / "source")
     return look(served)
@@ -54,9 +54,9 @@ def test_other_data_start_a_retraining(served, watched):
     assert run["parameters"]["refresh"] is True
     assert run["parameters"]["ref"] == REF
     assert run["parameters"]["note"].startswith("The data has changed: download.source.train_images: ")
-    assert plain(run["parameters"]["note"]) in served.artifacts(run["id"])["result"]["data"]
+    assert escape_text(run["parameters"]["note"]) in served.artifacts(run["id"])["result"]["data"]
     made = run["state"]["message"].removeprefix("branch ")
-    trained_on = {name: file.md5 for name, file in data_version(project, made).files.items()}
+    trained_on = {name: file.md5 for name, file in read_data_version(project, made).files.items()}
     source = {name: (project / "source" / name).read_bytes() for name in trained_on}
     assert trained_on == {name: hashlib.md5(data).hexdigest() for name, data in source.items()}
 

@@ -5,7 +5,7 @@ import random
 import threading
 from pathlib import Path
 
-from pipelines.data.fetch import Remote, claimed, fetch_all, sizes_of
+from pipelines.data.fetch import Remote, ask_sizes, claim, fetch_all
 from pipelines.data.part import Part
 from pipelines.progress import Progress
 
@@ -18,8 +18,8 @@ def get(folder: Path, *addresses: str, sha256: str = "", keep: bool = False) -> 
     """What a process that fetches one file has at the end. With `keep` it fails later and leaves its files."""
     remote = Remote(addresses, sha256)
     try:
-        with claimed([remote], folder):
-            data = fetch_all([remote], folder, sizes_of([remote]))[remote.url].read_bytes()
+        with claim([remote], folder):
+            data = fetch_all([remote], folder, ask_sizes([remote]))[remote.url].read_bytes()
             if keep:
                 raise InterruptedError
             return data

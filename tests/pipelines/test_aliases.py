@@ -7,7 +7,7 @@ import pytest
 
 from pipelines.files import write_json
 from pipelines.registry import aliases
-from pipelines.registry.aliases import champion, place, rollback
+from pipelines.registry.aliases import get_champion, place, rollback
 from pipelines.registry.tracking import MODEL
 from tests.running import ROOT, call
 
@@ -18,16 +18,16 @@ def aliases_of(client):
 
 
 def test_champion_and_known_weights(client, tmp_path):
-    assert champion(client) is None
+    assert get_champion(client) is None
     config = tmp_path / "model/artifacts/config.json"
     write_json(config, {"categories": ["box"], "fingerprint": "a"})
     write_json(tmp_path / "same.json", {"fingerprint": "b", "categories": ["box"]})
     write_json(tmp_path / "other.json", {"fingerprint": "a", "categories": ["crate"]})
-    assert aliases.version_with(client, "w3", config) is None
-    assert int(aliases.version_with(client, "w1", tmp_path / "same.json").version) == 1
-    assert aliases.version_with(client, "w1", tmp_path / "other.json") is None
+    assert aliases.find_version_of(client, "w3", config) is None
+    assert int(aliases.find_version_of(client, "w1", tmp_path / "same.json").version) == 1
+    assert aliases.find_version_of(client, "w1", tmp_path / "other.json") is None
     (tmp_path / "model/MLmodel").unlink()
-    assert aliases.version_with(client, "w1", config) is None, "its files are gone"
+    assert aliases.find_version_of(client, "w1", config) is None, "its files are gone"
     for number, alias in ((1, "champion"), (2, "challenger"), (3, "champion"), (3, "champion")):
         place(client, client.get_model_version(MODEL, str(number)), alias, lambda: None)
     assert aliases_of(client) == {"champion": 3, "challenger": 2, "previous_champion": 1}

@@ -14,7 +14,7 @@ from detr.bootstrap import bootstrap_ap, match_detections
 from detr.coco import load_annotations
 from detr.metrics import compute_coco_metrics, from_results, to_results
 from pipelines.data.tables import tabulate
-from pipelines.registry.gate import RegisterParams, check_protected, names_of
+from pipelines.registry.gate import RegisterParams, check_protected, read_names
 from tests.downloads import fetch
 from tests.projects import detections_like
 
@@ -52,13 +52,13 @@ def seen_by_all(folder):
     path = folder / "instances_val.json"
     found = detections_like(path, 3.0)
     tables = {name: table for name, table in tabulate(folder, 1.0, 0.0).items() if name.startswith("val")}
-    config = RegisterParams(0.0, 0.9, 10, 0, {names_of(path)[0]: 0.0}, True)
+    config = RegisterParams(0.0, 0.9, 10, 0, {read_names(path)[0]: 0.0}, True)
     check_protected(config, path)
     return {
         "gate": {name: table.drop(columns="digest", errors="ignore").to_json() for name, table in tables.items()},
         "training": {name: str(value) for name, value in vars(load_annotations(path)).items()},
         "judge": compute_coco_metrics(path, from_results(found)),
-        "registration": (names_of(path), bootstrap_ap([match_detections(path, found)], 10, 0).tolist()),
+        "registration": (read_names(path), bootstrap_ap([match_detections(path, found)], 10, 0).tolist()),
     }
 
 
@@ -117,7 +117,7 @@ def test_what_is_no_unicode_is_named_with_its_place(source, tmp_path):
     text = path.read_bytes().replace(b"caf?", b"caf\xe9")
     path.write_bytes(text)
     place = rf"instances_val.json is not valid JSON: byte {text.index(0xE9)} is 0xe9 \(near '.*café.*'\), which is not UTF-8"
-    for read in (read_truth, load_annotations, names_of, lambda path: tabulate(path.parent, 1.0, 0.0)):
+    for read in (read_truth, load_annotations, read_names, lambda path: tabulate(path.parent, 1.0, 0.0)):
         with pytest.raises(ValueError, match=place):
             read(path)
     path.write_bytes(b"\xff\xfe" + text)
@@ -150,7 +150,7 @@ def test_what_detection_uses_is_refused_with_key_and_value_by_all_alike(source, 
         path.write_bytes(original)
         written(source, lambda d, value=value: d[kind][1].update({key: value}))
         expected = complain(kind, 1, key, value)
-        for read in (load_annotations, names_of, lambda path: compute_coco_metrics(path, np.zeros((0, 7)))):
+        for read in (load_annotations, read_names, lambda path: compute_coco_metrics(path, np.zeros((0, 7)))):
             with pytest.raises(ValueError, match=f"^{re.escape(f'{path}: {expected}')}$"):
                 read(path)
         table = tabulate(source, 1.0, 0.0)[f"val_{kind}"]

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from pipelines.data.archive import check_space, copy, extract, opened, pack
+from pipelines.data.archive import check_space, copy, extract, open_checked, pack
 
 
 def zipped(path, *entries, method=zipfile.ZIP_STORED):
@@ -86,7 +86,7 @@ def unread(path):
 def test_an_unsafe_entry_is_named_before_anything_is_unpacked(tmp_path, make, message):
     make(tmp_path / "a.zip")
     expected = f"http://b holds {message}.*; do not trust this file, or pack it anew"
-    with pytest.raises(ValueError, match=expected), opened(tmp_path / "a.zip", "http://b"):
+    with pytest.raises(ValueError, match=expected), open_checked(tmp_path / "a.zip", "http://b"):
         pytest.fail("it is open")
 
 
@@ -99,9 +99,9 @@ def test_harmless_archives_open(tmp_path):
         packed.comment = b"a comment"
         packed.writestr("instances.json", json.dumps(same, indent=4))
         packed.writestr("black.jpg", bytes(1_000_000))
-    with opened(path, "a") as archive:
+    with open_checked(path, "a") as archive:
         assert archive.read("a/c..jpg") == b"1"
-    with opened(zipped(tmp_path / "none.zip"), "none") as archive:
+    with open_checked(zipped(tmp_path / "none.zip"), "none") as archive:
         assert archive.namelist() == []
 
 
@@ -110,7 +110,7 @@ def test_an_archive_that_is_cut_anywhere_is_not_whole(tmp_path):
     for size in range(len(data)):
         (tmp_path / "a.zip").write_bytes(data[:size])
         expected = "http://b is not a whole zip file .*; remove .*/a.zip and fetch it again"
-        with pytest.raises(ValueError, match=expected), opened(tmp_path / "a.zip", "http://b"):
+        with pytest.raises(ValueError, match=expected), open_checked(tmp_path / "a.zip", "http://b"):
             pytest.fail("it is open")
 
 
@@ -120,21 +120,21 @@ def test_a_spoilt_member_is_named(tmp_path, method):
     data = bytearray(path.read_bytes())
     data[40] ^= 0xFF
     path.write_bytes(data)
-    with pytest.raises(ValueError, match="a.zip is not a whole zip file"), opened(path, "a.zip") as archive:
+    with pytest.raises(ValueError, match="a.zip is not a whole zip file"), open_checked(path, "a.zip") as archive:
         extract(archive, "a.json", tmp_path / "a.json")
 
 
 @pytest.mark.parametrize("size", [50, 150], ids=["more than declared", "less than declared"])
 def test_a_member_of_another_size_than_declared_is_refused(tmp_path, size):
     patched("b.json", 24, "<I", size)(tmp_path / "a.zip", zipfile.ZIP_DEFLATED)
-    with pytest.raises(ValueError, match="b.json"), opened(tmp_path / "a.zip", "a.zip") as archive:
+    with pytest.raises(ValueError, match="b.json"), open_checked(tmp_path / "a.zip", "a.zip") as archive:
         extract(archive, "b.json", tmp_path / "b.json")
     assert (tmp_path / "b.json").stat().st_size <= size
 
 
 def test_a_member_comes_out_whole(tmp_path):
     data = os.urandom(1000) * 3_000
-    with opened(zipped(tmp_path / "a.zip", ("in/a", data), method=zipfile.ZIP_DEFLATED), "a") as archive:
+    with open_checked(zipped(tmp_path / "a.zip", ("in/a", data), method=zipfile.ZIP_DEFLATED), "a") as archive:
         extract(archive, "in/a", tmp_path / "a")
     assert (tmp_path / "a").read_bytes() == data
 
@@ -191,7 +191,7 @@ def pack_much(folder, target, size):
 
 
 def extract_much(folder, target, size):
-    with opened(zipped(folder / "a.zip", ("a.json", b"1")), "a") as archive:
+    with open_checked(zipped(folder / "a.zip", ("a.json", b"1")), "a") as archive:
         archive.getinfo("a.json").file_size = size
         extract(archive, "a.json", target)
 

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from pipelines.data.changes import difference, report
+from pipelines.data.changes import find_changes, report
 from pipelines.data.layout import FILES
 from pipelines.data.versions import DataFile, DataVersion
 
@@ -58,7 +58,7 @@ def between(tmp_path):
 
     def compare(old, new, old_pictures=None, new_pictures=None):
         versions = write("old", old, old_pictures or {}), write("new", new, new_pictures or {})
-        return difference(*versions, opened)
+        return find_changes(*versions, opened)
 
     return compare
 

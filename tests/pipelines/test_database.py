@@ -108,6 +108,6 @@ def test_an_experiment_of_dvc_registers_in_the_clone_that_it_is_of(tmp_path, mon
     place.mkdir(parents=True)
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
     monkeypatch.chdir(place)
-    assert tracking.tracking_uri() == f"sqlite:///{tmp_path}/mlflow.db"
+    assert tracking.get_tracking_uri() == f"sqlite:///{tmp_path}/mlflow.db"
     monkeypatch.chdir(tmp_path / ".dvc/tmp")
-    assert tracking.tracking_uri() == f"sqlite:///{tmp_path}/.dvc/tmp/mlflow.db"
+    assert tracking.get_tracking_uri() == f"sqlite:///{tmp_path}/.dvc/tmp/mlflow.db"

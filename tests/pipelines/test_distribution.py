@@ -4,13 +4,13 @@ from copy import deepcopy
 import numpy as np
 import pytest
 
-from pipelines.data.distribution import LIMITS, _distance, distances, statistics
+from pipelines.data.distribution import LIMITS, _distance, compute_distances, compute_statistics
 from pipelines.data.tables import tabulate
 
 
 @pytest.fixture(scope="module")
 def counts(drawn):
-    return statistics(tabulate(drawn, 1.0, 0.0))
+    return compute_statistics(tabulate(drawn, 1.0, 0.0))
 
 
 def test_statistics_count_what_the_files_hold(drawn, counts):
@@ -43,7 +43,7 @@ def test_statistics_are_json_and_survive_it(counts):
 
 
 def test_equal_data_are_at_distance_zero(counts):
-    apart = distances(counts, counts)
+    apart = compute_distances(counts, counts)
     assert set(apart) == {f"{s} {name}" for s in ("train", "val") for name in ("class", "area", *LIMITS)}
     assert set(apart.values()) == {0.0}
 
@@ -52,7 +52,7 @@ def test_a_class_that_takes_all_is_far_and_only_its_row(counts):
     other = deepcopy(counts)
     total = sum(other["train"]["class"].values())
     other["train"]["class"] = {"box": total}
-    apart = distances(other, counts)
+    apart = compute_distances(other, counts)
     assert apart.pop("train class") > 0.5
     assert set(apart.values()) == {0.0}
 

@@ -13,7 +13,7 @@ import pipelines.download
 from pipelines.data.layout import FILES
 from pipelines.data.sources import FileSources, pictures_in, require_files, sources_in
 from pipelines.download import DownloadParams
-from pipelines.params import from_document, merged
+from pipelines.params import from_document, merge_parameters
 from tests.downloads import fetch, unpacked
 from tests.projects import SHAPES
 from tests.running import ROOT
@@ -196,7 +196,7 @@ def test_a_member_that_the_zip_lacks_is_named(source, tmp_path):
 
 
 def test_the_preset_for_coco_has_a_mirror_and_a_checksum_for_each_file():
-    config = from_document(merged(ROOT, "coco-detr-r50", []), "download", DownloadParams)
+    config = from_document(merge_parameters(ROOT, "coco-detr-r50", []), "download", DownloadParams)
     remotes = pipelines.download._remotes(config, config.source)
     assert {remote.addresses for remote in remotes} == {
         (f"http://images.cocodataset.org/{path}", f"https://s3.amazonaws.com/images.cocodataset.org/{path}")

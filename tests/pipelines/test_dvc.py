@@ -4,7 +4,7 @@ import re
 
 import pytest
 
-from pipelines.workspace.dvc import NUM_LINES, StageFailed, call, cause, reproduce, stages
+from pipelines.workspace.dvc import NUM_LINES, StageFailed, call, find_cause, list_stages, reproduce
 from tests import running
 
 
@@ -45,7 +45,7 @@ TRACE = ["Traceback (most recent call last):", '  File "stage.py", line 1, in <m
     ],
 )
 def test_the_cause_is_what_the_stage_says(lines, said):
-    assert cause(lines) == said
+    assert find_cause(lines) == said
 
 
 def test_an_error_is_raised_and_not_logged(tmp_path):
@@ -105,7 +105,7 @@ def test_stages_run_in_the_order_of_the_graph_wherever_they_stand(tmp_path, grap
     )
     (tmp_path / "kept.dvc").write_text("outs: [{path: kept}]", encoding="utf-8")
     graph.write_text(GRAPH, encoding="utf-8")
-    found = stages(tmp_path)
+    found = list_stages(tmp_path)
     assert sorted(found) == ["after@one", "after@two", "first", "kept.dvc", "more/dvc.yaml:third", "second"]
     assert found.index("kept.dvc") < found.index("first") < found.index("second") < found.index("after@one")
     assert found.index("more/dvc.yaml:third") < found.index("second") < found.index("after@two")
@@ -124,5 +124,5 @@ def test_stages_run_in_the_order_of_the_graph_wherever_they_stand(tmp_path, grap
 def test_a_graph_that_dvc_refuses_is_one_line(graph, text, said):
     graph.write_text(text, encoding="utf-8")
     with pytest.raises(ValueError, match=f"^{re.escape(str(graph))} .*{said}") as caught:
-        stages(graph.parent)
+        list_stages(graph.parent)
     assert "\n" not in str(caught.value)

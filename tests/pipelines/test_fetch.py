@@ -8,7 +8,7 @@ import requests
 from urllib3.util import Retry
 
 from pipelines.data import fetch
-from pipelines.data.fetch import Interrupted, Remote, shown, sizes_of
+from pipelines.data.fetch import Interrupted, Remote, ask_sizes, redact_url
 from tests.bad_line import Answer, Site, serving
 from tests.pipelines.fetching import CONTENT, SUM, get, kept, part_in
 
@@ -152,7 +152,7 @@ def certificate(path):
 @pytest.mark.parametrize("head", [405, 500])
 def test_a_server_that_refuses_head_is_of_unknown_size(site, tmp_path, head):
     site.head = head
-    assert sizes_of([Remote((f"{site.base}/a",), "")]) == {f"{site.base}/a": 0}
+    assert ask_sizes([Remote((f"{site.base}/a",), "")]) == {f"{site.base}/a": 0}
     assert get(tmp_path, f"{site.base}/a") == CONTENT
 
 
@@ -191,4 +191,4 @@ def test_users_passwords_and_queries_are_used_but_never_shown(site, tmp_path, ca
     ],
 )
 def test_text_is_shown_without_secrets(text, clean):
-    assert shown(text) == clean
+    assert redact_url(text) == clean

@@ -2,7 +2,7 @@
 
 import pytest
 
-from pipelines.data.fetch import Remote, claimed, fetch_all, sizes_of
+from pipelines.data.fetch import Remote, ask_sizes, claim, fetch_all
 from tests.bad_line import Answer
 from tests.pipelines.fetching import CONTENT, OTHER, SUM, get
 
@@ -11,7 +11,7 @@ pytestmark = pytest.mark.usefixtures("impatient")
 
 def test_sizes_are_those_of_the_first_address_that_tells(site):
     remote = Remote((f"{site.base}/nothing", "http://127.0.0.1:9/a", f"{site.base}/a"), "")
-    assert sizes_of([remote]) == {remote.url: 10_000}
+    assert ask_sizes([remote]) == {remote.url: 10_000}
 
 
 def test_mirrors_are_tried_in_order_until_one_has_the_file(site, tmp_path):
@@ -58,8 +58,8 @@ def test_a_mirror_with_the_right_file_mends_one_with_a_wrong_file(site, tmp_path
 def test_several_files_come_at_once(site, tmp_path):
     site.files["/b"] = OTHER
     remotes = [Remote((site.plan("/a"),), SUM), Remote((site.plan("/b"),), "")]
-    with claimed(remotes, tmp_path):
-        fetched = fetch_all(remotes, tmp_path, sizes_of(remotes))
+    with claim(remotes, tmp_path):
+        fetched = fetch_all(remotes, tmp_path, ask_sizes(remotes))
         assert [fetched[remote.url].read_bytes() for remote in remotes] == [CONTENT, OTHER]
 
 
@@ -67,6 +67,6 @@ def test_the_first_failure_stops_the_others_and_keeps_what_has_come(site, tmp_pa
     """The other file would come for ever."""
     endless = site.plan("/a", Answer(cut=4_000, ending="drip", longer=10**9))
     remotes = [Remote((endless,), ""), Remote((f"{site.base}/nothing",), "")]
-    with pytest.raises(ValueError, match="nothing answers 404"), claimed(remotes, tmp_path):
-        fetch_all(remotes, tmp_path, sizes_of(remotes))
+    with pytest.raises(ValueError, match="nothing answers 404"), claim(remotes, tmp_path):
+        fetch_all(remotes, tmp_path, ask_sizes(remotes))
     assert all(CONTENT[:4_000] == path.read_bytes()[:4_000] for path in tmp_path.glob("*.part"))

@@ -11,7 +11,7 @@ from pipelines import download
 from pipelines.data import looks
 from pipelines.data.looks import look_at_path
 from pipelines.data.sources import split_place
-from pipelines.params import merged
+from pipelines.params import merge_parameters
 from pipelines.workspace.freshness import reproduce_download
 from tests.projects import quick_project
 from tests.running import ROOT, call
@@ -96,7 +96,7 @@ def test_a_source_that_is_gone_leaves_what_was_taken_of_it(project, warm_python)
 
 def test_a_repro_by_hand_leaves_a_record_by_which_the_registration_warns(source, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    document = merged(ROOT, None, [f"download.source={source}"])
+    document = merge_parameters(ROOT, None, [f"download.source={source}"])
     (tmp_path / "params.yaml").write_text(json.dumps(document), encoding="utf-8")
     settle(source)
     download.main()

@@ -11,13 +11,13 @@ from detr.metrics import average_per_class, evaluate_detections, from_results, r
 from pipelines.registry.gate import (
     Judged,
     RegisterParams,
-    ap_of_classes,
     as_json,
     as_markdown,
     check_protected,
+    compute_class_ap,
     decide,
-    names_of,
-    same_images,
+    have_same_images,
+    read_names,
 )
 from tests.projects import detections_like
 
@@ -130,9 +130,9 @@ def test_the_ap_of_classes_is_cocos(drawn):
     path = drawn / "instances_val.json"
     found = detections_like(path, 4.0)
     expected = [ap for _, ap, *_ in average_per_class(read_precision(evaluate_detections(path, from_results(found))))]
-    ours = ap_of_classes(match_detections(path, found), names_of(path))
+    ours = compute_class_ap(match_detections(path, found), read_names(path))
     assert list(ours.values()) == pytest.approx([ap for ap in expected if ap >= 0], abs=1e-12)
-    assert list(ours) == [name for name, ap in zip(names_of(path), expected, strict=True) if ap >= 0]
+    assert list(ours) == [name for name, ap in zip(read_names(path), expected, strict=True) if ap >= 0]
 
 
 @pytest.mark.parametrize(
@@ -146,4 +146,4 @@ def test_the_ap_of_classes_is_cocos(drawn):
     ],
 )
 def test_whether_the_images_are_the_same(one, other, same):
-    assert same_images(one, other) is same_images(other, one) is same
+    assert have_same_images(one, other) is have_same_images(other, one) is same

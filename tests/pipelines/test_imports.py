@@ -76,11 +76,11 @@ def test_what_a_stage_loads_is_among_what_it_is_said_to_import(stage, tmp_path):
 MARKS = """
 import json, sys
 from pathlib import Path
-from pipelines.train import fingerprint
+from pipelines.train import compute_fingerprint
 from tests.projects import TINY_MODEL, TINY_TRAIN
 
 def mark():
-    return fingerprint(TINY_MODEL, TINY_TRAIN, "data")
+    return compute_fingerprint(TINY_MODEL, TINY_TRAIN, "data")
 
 found = {"": mark()}
 for name in sys.argv[1:]:

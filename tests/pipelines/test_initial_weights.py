@@ -15,12 +15,12 @@ from detr.distributed import Process
 from detr.train import fit
 from detr.train_config import TrainConfig
 from detr.transforms import TrainTransform
-from pipelines.params import from_document, merged, to_yaml
+from pipelines.params import from_document, merge_parameters, to_yaml
 from pipelines.train import StopRequest
 from tests.projects import TINY, TINY_MODEL
 from tests.running import ROOT
 
-CONFIG = from_document(merged(ROOT, None, [*TINY, "train.evaluate_epochs=0"]), "train", TrainConfig)
+CONFIG = from_document(merge_parameters(ROOT, None, [*TINY, "train.evaluate_epochs=0"]), "train", TrainConfig)
 ALONE = Process(0, 1, torch.device("cpu"))
 
 
@@ -87,7 +87,7 @@ def test_the_fingerprint_covers_the_content_of_local_weights(tmp_path):
     model, config = replace(TINY_MODEL, backbone_weights=str(file)), replace(CONFIG, initial_weights=str(folder))
 
     def mark():
-        return pipelines.train.fingerprint(model, config, "data")
+        return pipelines.train.compute_fingerprint(model, config, "data")
 
     marks = [mark(), mark()]
     save_file({key: value + 1 for key, value in backbone.items()}, file)
@@ -100,7 +100,7 @@ def test_the_fingerprint_covers_the_content_of_local_weights(tmp_path):
 
 
 def test_weights_are_fetched_before_any_process_starts(tmp_path, monkeypatch):
-    document = merged(ROOT, None, ["train.initial_weights=http://127.0.0.1:9/detr-12345678.pth"])
+    document = merge_parameters(ROOT, None, ["train.initial_weights=http://127.0.0.1:9/detr-12345678.pth"])
     (tmp_path / "params.yaml").write_text(to_yaml(document), encoding="utf-8")
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("TORCH_HOME", str(tmp_path))

@@ -25,21 +25,21 @@ def handlers(monkeypatch):
 
 @pytest.mark.parametrize("number", interruption.SIGNALS)
 def test_the_first_signal_is_one_line_and_an_exit_code(number, capfd):
-    with pytest.raises(SystemExit) as ended, interruption.heeded():
+    with pytest.raises(SystemExit) as ended, interruption.heed_signals():
         os.kill(os.getpid(), number)
     assert ended.value.code == 128 + number
     assert capfd.readouterr().err == "stopped\n"
 
 
 def test_what_was_stopped_says_where(capfd):
-    with pytest.raises(SystemExit) as ended, interruption.heeded():
+    with pytest.raises(SystemExit) as ended, interruption.heed_signals():
         raise KeyboardInterrupt("stopped at step 3; the same command goes on")
     assert ended.value.code == 130
     assert capfd.readouterr().err == "stopped at step 3; the same command goes on\n"
 
 
 def test_afterwards_a_signal_ends_the_process_as_it_is():
-    with interruption.heeded():
+    with interruption.heed_signals():
         pass
     assert {signal.getsignal(number) for number in interruption.SIGNALS} == {signal.SIG_DFL}
 
@@ -47,7 +47,7 @@ def test_afterwards_a_signal_ends_the_process_as_it_is():
 def test_a_signal_that_is_ignored_stays_so():
     """As SIGHUP under nohup, and SIGINT of what a script has put into the background."""
     signal.signal(signal.SIGHUP, signal.SIG_IGN)
-    with interruption.heeded():
+    with interruption.heed_signals():
         os.kill(os.getpid(), signal.SIGHUP)
     assert interruption.asked == []
 
@@ -60,7 +60,7 @@ def test_the_second_kills_a_stage_that_does_not_end_and_lets_the_first_end(monke
     server = subprocess.Popen(["sleep", "600"])
 
     def work():
-        with processes.group(["bash", "-c", deaf], Path(), deque(), {}) as stage:
+        with processes.start_group(["bash", "-c", deaf], Path(), deque(), {}) as stage:
             assert stage.stdout.readline() == "ready\n"
             later = threading.Thread(target=again, args=(stage,))
             later.start()
@@ -71,7 +71,7 @@ def test_the_second_kills_a_stage_that_does_not_end_and_lets_the_first_end(monke
         os.kill(os.getpid(), signal.SIGTERM)
 
     try:
-        with pytest.raises(SystemExit) as ended, interruption.heeded():
+        with pytest.raises(SystemExit) as ended, interruption.heed_signals():
             work()
         assert ended.value.code == 130
         assert server.poll() is None

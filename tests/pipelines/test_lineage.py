@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from pipelines.registry import lineage
-from pipelines.registry.lineage import commit_in, git_diff, val_digest, validation
+from pipelines.registry.lineage import describe_validation, git_diff, read_commit, val_digest
 from pipelines.workspace.git import git
 from pipelines.workspace.worktree import apply
 from tests.running import call, have_settings
@@ -149,7 +149,7 @@ def test_what_git_refuses_is_said_and_unknown(project, kind, tmp_path, monkeypat
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith("warning: the version's lineage says unknown, ")
     assert words in line
-    assert commit_in(tags) is None
+    assert read_commit(tags) is None
 
 
 def test_outside_of_git_the_lineage_is_unknown(tmp_path, monkeypatch):
@@ -159,8 +159,8 @@ def test_outside_of_git_the_lineage_is_unknown(tmp_path, monkeypatch):
     assert "not a git repository" in tags["git_failure"]
     with pytest.raises(ValueError, match="not a git repository"):
         git_diff()
-    assert commit_in({"git_commit": "none"}) is None
-    assert commit_in({"git_commit": "f" * 40}) == "f" * 40
+    assert read_commit({"git_commit": "none"}) is None
+    assert read_commit({"git_commit": "f" * 40}) == "f" * 40
 
 
 def test_a_clean_clone_is_clean_and_has_no_diff(project):
@@ -184,7 +184,7 @@ def test_a_clean_clone_is_clean_and_has_no_diff(project):
     ],
 )
 def test_the_validation_in_words(outcomes, text):
-    assert validation([{"outcome": outcome} for outcome in outcomes]) == text
+    assert describe_validation([{"outcome": outcome} for outcome in outcomes]) == text
 
 
 def test_the_digest_of_the_validation_data_is_that_of_its_files(drawn, tmp_path):

@@ -7,7 +7,7 @@ import zipfile
 import pandas as pd
 import pytest
 
-from pipelines.data.pictures import nearest as nearest_of
+from pipelines.data.pictures import find_nearest as nearest_of
 from pipelines.data.rules import describe
 from pipelines.data.tables import _look_at_pictures
 from tests.pipelines.test_validate import edit, gate, outside, report_of, set_in

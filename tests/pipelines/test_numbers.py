@@ -13,7 +13,7 @@ from pipelines.labels import say_metric
 from pipelines.register import class_metrics
 from pipelines.registry.compare import report
 from pipelines.registry.tracking import connect, fill_in, find_run
-from pipelines.registry.version import per_class
+from pipelines.registry.version import read_per_class
 from tests.projects import detections_like
 
 
@@ -55,7 +55,7 @@ def test_a_category_without_objects_has_no_bar_and_no_metric(source, tmp_path):
         rows = {row["name"]: row for row in csv.DictReader(file)}
     assert list(rows["cross"].values()) == ["58", "cross", "0", "", "", "", "", ""]
     assert all(float(row["AP"]) >= 0 for name, row in rows.items() if name != "cross")
-    assert set(per_class(table)) == {name for name in rows if name != "cross"}
+    assert set(read_per_class(table)) == {name for name in rows if name != "cross"}
     assert set(class_metrics(table)) == {f"class_AP/{name}" for name in rows if name != "cross"}
 
 

@@ -6,14 +6,14 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from pipelines.data.distribution import statistics
+from pipelines.data.distribution import compute_statistics
 from pipelines.data.page import CELL, COLUMNS, write_page
 from pipelines.data.tables import tabulate
 
 
 def page(data, folder, num_examples):
     tables = tabulate(data, 1.0, 0.0)
-    write_page(folder, data, tables, statistics(tables), num_examples)
+    write_page(folder, data, tables, compute_statistics(tables), num_examples)
     return (folder / "index.html").read_text(encoding="utf-8")
 
 
@@ -23,7 +23,7 @@ def opened(path):
 
 def test_the_page_shows_numbers_charts_and_every_class(drawn, tmp_path):
     text = page(drawn, tmp_path / "page", 4)
-    counts = statistics(tabulate(drawn, 1.0, 0.0))
+    counts = compute_statistics(tabulate(drawn, 1.0, 0.0))
     for name, number in counts["train"]["class"].items():
         assert f"<h3>{name}</h3><p>{number} training objects, {counts['val']['class'][name]} validation objects" in text
     shown = set(re.findall(r"src=(\S+)", text))

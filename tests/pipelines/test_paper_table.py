@@ -10,7 +10,7 @@ from PIL import Image
 
 from detr.official import COCO_CATEGORIES, URLS
 from pipelines.data.layout import DATA
-from pipelines.params import merged
+from pipelines.params import merge_parameters
 from pipelines.registry import paper_table, tracking
 from tests.detr.published import R50, SMALL, published
 from tests.running import ROOT, call
@@ -57,34 +57,34 @@ def test_the_table_stands_beside_the_papers(root):
 def version(client, root, mark, ap, statistics, **changes):
     """A version of the registry as a training of the paper's DETR leaves it."""
     run_id = tracking.find_run(client, mark, mark)
-    model = paper_table.preset(root, "detr-r50")["model"]
+    model = paper_table.read_preset(root, "detr-r50")["model"]
     tracking.log_params(client, run_id, {"model": dict(model) | changes})
     client.log_dict(run_id, statistics, "validate/statistics.json")
     client.create_model_version(tracking.MODEL, f"runs:/{run_id}/model", run_id, tags={"AP": str(ap)})
 
 
 def test_ap_is_the_best_of_the_versions_of_that_model_on_val2017(root):
-    assert paper_table.registered(root, "detr-r50") == (None, "nothing is registered yet")
+    assert paper_table.find_registered(root, "detr-r50") == (None, "nothing is registered yet")
     client = tracking.connect()
     none = (None, "no registered version of this architecture was evaluated on COCO val2017")
-    assert paper_table.registered(root, "detr-r50") == none
+    assert paper_table.find_registered(root, "detr-r50") == none
     client.create_registered_model(tracking.MODEL)
     coco = {"val": {"images": 5000, "class": {category.name: 1 for category in COCO_CATEGORIES}}}
     version(client, root, "few images", 0.9, {"val": coco["val"] | {"images": 500}})
     version(client, root, "other classes", 0.8, {"val": coco["val"] | {"class": {"ellipse": 1}}})
     version(client, root, "other model", 0.7, coco, num_queries=50)
-    assert paper_table.registered(root, "detr-r50") == none
+    assert paper_table.find_registered(root, "detr-r50") == none
     version(client, root, "good", 0.41, coco)
     version(client, root, "worse", 0.40, coco)
-    assert paper_table.registered(root, "detr-r50") == (0.41, "models:/detr/4")
-    assert paper_table.accuracy(root, "detr-r50", quick=True) == (41.0, "models:/detr/4")
-    assert paper_table.registered(root, "detr-dc5-r50") == none
+    assert paper_table.find_registered(root, "detr-r50") == (0.41, "models:/detr/4")
+    assert paper_table.find_accuracy(root, "detr-r50", quick=True) == (41.0, "models:/detr/4")
+    assert paper_table.find_registered(root, "detr-dc5-r50") == none
 
 
 def test_a_dead_server_costs_the_ap_alone(root, monkeypatch):
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://127.0.0.1:9")
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
-    ap, why = paper_table.accuracy(root, "detr-r50", quick=False)
+    ap, why = paper_table.find_accuracy(root, "detr-r50", quick=False)
     assert ap is None
     assert why.startswith("not known: MLflow at http://127.0.0.1:9 is unreachable")
 
@@ -123,30 +123,30 @@ def test_the_authors_weights_are_evaluated_once(root, monkeypatch):
     digest = hashlib.sha256((hub / "made.pth").read_bytes()).hexdigest()[:8]
     name = f"detr-made-{digest}.pth"
     monkeypatch.setitem(URLS, "detr-r50", f"https://127.0.0.1/{name}")
-    assert paper_table.official_weights("detr-r50") is None
+    assert paper_table.find_official_weights("detr-r50") is None
     (hub / name).write_bytes((hub / "made.pth").read_bytes()[:-1])
-    assert paper_table.official_weights("detr-r50") is None
+    assert paper_table.find_official_weights("detr-r50") is None
     (hub / "made.pth").rename(hub / name)
-    assert paper_table.official_weights("detr-r50") == hub / name
-    assert paper_table.accuracy(root, "detr-r50", quick=False) == (None, "nothing is registered yet")
+    assert paper_table.find_official_weights("detr-r50") == hub / name
+    assert paper_table.find_accuracy(root, "detr-r50", quick=False) == (None, "nothing is registered yet")
     coco_like(root, 2)
     monkeypatch.setattr(paper_table, "NUM_VAL", 2)
     kept = root / "scratch/table/detr-r50.json"
-    assert paper_table.accuracy(root, "detr-r50", quick=True) == (
+    assert paper_table.find_accuracy(root, "detr-r50", quick=True) == (
         None,
         f"{hub / name} is there; without --quick it is evaluated",
     )
-    ap, where = paper_table.accuracy(root, "detr-r50", quick=False)
+    ap, where = paper_table.find_accuracy(root, "detr-r50", quick=False)
     assert where == f"the authors' weights, {name}, evaluated here"
-    assert ap == 100 * paper_table.official_ap(hub / name, root / DATA)
+    assert ap == 100 * paper_table.measure_official_ap(hub / name, root / DATA)
     assert json.loads(kept.read_text(encoding="utf-8"))["weights"] == name
     kept.write_text(kept.read_text(encoding="utf-8").replace(f'"AP": {ap / 100}', '"AP": 0.42'), encoding="utf-8")
-    assert paper_table.accuracy(root, "detr-r50", quick=True)[0] == 42.0
+    assert paper_table.find_accuracy(root, "detr-r50", quick=True)[0] == 42.0
     coco_like(root, 2)
     document = json.loads((root / DATA / "instances_val.json").read_text(encoding="utf-8"))
     document["annotations"].pop()
     (root / DATA / "instances_val.json").write_text(json.dumps(document), encoding="utf-8")
-    assert paper_table.accuracy(root, "detr-r50", quick=True)[0] is None
+    assert paper_table.find_accuracy(root, "detr-r50", quick=True)[0] is None
 
 
 def test_faster_rcnn_takes_images_at_their_size():
@@ -159,7 +159,7 @@ def test_faster_rcnn_takes_images_at_their_size():
 
 def test_presets_are_the_papers_models():
     for name in paper_table.OFFICIAL.values():
-        assert paper_table.preset(ROOT, name)["model"] == merged(ROOT, f"coco-{name}", [])["model"]
+        assert paper_table.read_preset(ROOT, name)["model"] == merge_parameters(ROOT, f"coco-{name}", [])["model"]
 
 
 def test_markdown_is_aligned_and_escaped():

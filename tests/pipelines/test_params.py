@@ -5,7 +5,7 @@ import pytest
 from dvc.utils.serialize import parse_yaml
 
 from pipelines.__main__ import check
-from pipelines.params import from_document, load, merged, read_yaml, to_yaml
+from pipelines.params import from_document, load, merge_parameters, read_yaml, to_yaml
 from tests.running import ROOT
 
 PRESETS = sorted(path.stem for path in (ROOT / "presets").glob("*.yaml"))
@@ -89,11 +89,11 @@ def test_a_missing_file_says_where_to_stand(tmp_path):
 
 @pytest.mark.parametrize("preset", [None, *PRESETS])
 def test_every_preset_passes_the_strict_check(preset):
-    check(merged(ROOT, preset, []))
+    check(merge_parameters(ROOT, preset, []))
 
 
 def test_overrides_come_last_and_presets_chain():
-    both = merged(ROOT, "coco-detr-dc5-r101", ["train.epochs=7", "model.stride=32"])
+    both = merge_parameters(ROOT, "coco-detr-dc5-r101", ["train.epochs=7", "model.stride=32"])
     assert (both["model"]["backbone"], both["model"]["stride"], both["train"]["epochs"]) == ("resnet101", 32, 7)
     assert both["train"]["batch_size"] == 64
 
@@ -109,7 +109,7 @@ def test_overrides_come_last_and_presets_chain():
 )
 def test_a_wrong_override_is_refused(override, message):
     with pytest.raises(ValueError, match=message):
-        merged(ROOT, None, [override])
+        merge_parameters(ROOT, None, [override])
 
 
 TEXTS = ["/a/set #2", "C:#", "a: b", "yes", "~", "null", "1e3", "007", "2026-11-28", "*a", "&a", "@a", "%a", "!a", "- a", "? a", "| a",
@@ -119,7 +119,7 @@ TEXTS = ["/a/set #2", "C:#", "a: b", "yes", "~", "null", "1e3", "007", "2026-11-
 @pytest.mark.parametrize("text", TEXTS)
 @pytest.mark.parametrize("key", ["download.source", "train.initial_weights", "download.source.train_images"])
 def test_a_text_is_taken_as_it_stands(key, text):
-    document = merged(ROOT, None, [f"{key}={text}"])
+    document = merge_parameters(ROOT, None, [f"{key}={text}"])
     for part in key.split("."):
         document = document[part]
     assert document == text
@@ -131,7 +131,7 @@ def test_a_text_is_taken_as_it_stands(key, text):
     [('"/a/set #2"', "/a/set #2"), ("'it''s'", "it's"), ('"a\\tb"', "a\tb"), ("{a: 'b #c'}", {"a": "b #c"})],
 )
 def test_a_text_in_quotes_and_a_mapping_are_yaml(text, value):
-    assert merged(ROOT, None, [f"download.source={text}"])["download"]["source"] == value
+    assert merge_parameters(ROOT, None, [f"download.source={text}"])["download"]["source"] == value
 
 
 @pytest.mark.parametrize(
@@ -140,23 +140,23 @@ def test_a_text_in_quotes_and_a_mapping_are_yaml(text, value):
 )
 def test_what_yaml_would_drop_is_refused_by_its_character(override):
     with pytest.raises(ValueError, match="YAML drops what follows '#'; put the value into quotes"):
-        merged(ROOT, None, [override])
+        merge_parameters(ROOT, None, [override])
 
 
 def test_bytes_of_another_encoding_are_refused_in_words():
     with pytest.raises(ValueError, match=r"'download.source=/a/K\\udce4se' has bytes that are no UTF-8; rename"):
-        merged(ROOT, None, [os.fsdecode(b"download.source=/a/K\xe4se")])
+        merge_parameters(ROOT, None, [os.fsdecode(b"download.source=/a/K\xe4se")])
 
 
 @pytest.mark.parametrize("override", ["train.epochs=0", "model.stride=8", "train.schedule=linear", "train=3"])
 def test_an_override_out_of_range_is_refused(override):
     with pytest.raises(ValueError, match=override.split("=")[0]):
-        check(merged(ROOT, None, [override]))
+        check(merge_parameters(ROOT, None, [override]))
 
 
 def test_an_unknown_preset_names_the_nearest():
     with pytest.raises(ValueError, match="no preset 'coco-detr-r5'; did you mean 'coco-detr-r50'"):
-        merged(ROOT, "coco-detr-r5", [])
+        merge_parameters(ROOT, "coco-detr-r5", [])
 
 
 @pytest.mark.parametrize(
@@ -171,7 +171,7 @@ def test_an_unknown_preset_names_the_nearest():
     ],
 )
 def test_dvc_reads_what_a_run_writes(preset, overrides):
-    document = merged(ROOT, preset, overrides)
+    document = merge_parameters(ROOT, preset, overrides)
     assert parse_yaml(to_yaml(document), "params.yaml") == document
 
 
@@ -206,19 +206,21 @@ def test_dvc_reads_what_a_run_writes(preset, overrides):
 def test_what_does_not_go_together_is_refused_before_anything_starts(preset, overrides, said, monkeypatch):
     monkeypatch.chdir(ROOT)
     with pytest.raises(ValueError, match=said) as caught:
-        check(merged(ROOT, preset, overrides))
+        check(merge_parameters(ROOT, preset, overrides))
     assert "\n" not in str(caught.value)
 
 
 def test_more_processes_than_micro_batches_are_refused(monkeypatch):
     monkeypatch.setenv("PET_NPROC_PER_NODE", "4")
     with pytest.raises(ValueError, match="feeds 2 processes, and PET_NPROC_PER_NODE asks for 4; lower that or"):
-        check(merged(ROOT, None, []))
+        check(merge_parameters(ROOT, None, []))
 
 
 def test_what_is_seldom_meant_is_said(capsys):
-    check(merged(ROOT, "detr-r50", ["train.epochs=3", "model.backbone_weights=none", "train.warmup_steps=1000"]))
-    check(merged(ROOT, None, []))
+    check(
+        merge_parameters(ROOT, "detr-r50", ["train.epochs=3", "model.backbone_weights=none", "train.warmup_steps=1000"])
+    )
+    check(merge_parameters(ROOT, None, []))
     assert capsys.readouterr().err.splitlines() == [
         "warning: train.lr_drop_epoch is 400 of 3 epochs: the rate never drops",
         "warning: model.backbone_norm is frozen without any weights: from random ones group learns better",

@@ -9,7 +9,7 @@ import pytest
 from PIL import Image
 
 from pipelines.data import pictures
-from pipelines.data.pictures import Picture, find, inspect, look, members, read
+from pipelines.data.pictures import Picture, find, inspect, list_members, look, read
 from tests.running import ROOT
 
 
@@ -29,10 +29,10 @@ def archive(path, files, compression=zipfile.ZIP_STORED):
 
 def test_no_members_no_pictures(tmp_path):
     path = archive(tmp_path / "a.zip", {})
-    assert members(path) == []
+    assert list_members(path) == []
     assert inspect(path, [], []) == []
     (tmp_path / "folder").mkdir()
-    assert members(tmp_path / "folder") == []
+    assert list_members(tmp_path / "folder") == []
 
 
 def test_members_of_archive_and_folder_are_read_alike(tmp_path):
@@ -41,7 +41,7 @@ def test_members_of_archive_and_folder_are_read_alike(tmp_path):
     with zipfile.ZipFile(path) as zipped:
         zipped.extractall(tmp_path / "folder")
     for place in (path, tmp_path / "folder"):
-        held = members(place)
+        held = list_members(place)
         assert {m.name for m in held} == set(files)
         with path.open("rb") as file:
             stream = file if place is path else None
@@ -50,14 +50,14 @@ def test_members_of_archive_and_folder_are_read_alike(tmp_path):
 
 
 def test_a_full_path_wins_over_a_bare_name(tmp_path):
-    held = members(archive(tmp_path / "a.zip", {"x/1.jpg": b"1", "1.jpg": b"2", "y/2.jpg": b"3", "z/2.jpg": b"4"}))
+    held = list_members(archive(tmp_path / "a.zip", {"x/1.jpg": b"1", "1.jpg": b"2", "y/2.jpg": b"3", "z/2.jpg": b"4"}))
     found = find(["1.jpg", "x/1.jpg", "2.jpg", "3.jpg"], held)
     assert [[m.name for m in one] for one in found] == [["1.jpg"], ["x/1.jpg"], ["y/2.jpg", "z/2.jpg"], []]
 
 
 def test_a_member_that_is_not_where_its_directory_says_does_not_open(tmp_path):
     path = archive(tmp_path / "a.zip", {"1.jpg": picture(1), "2.jpg": picture(2)})
-    first, second = members(path)
+    first, second = list_members(path)
     path.write_bytes(path.read_bytes().replace(b"PK\x03\x04", b"PK\x00\x00", 1))
     assert [p.opens for p in inspect(path, [first, second], [False] * 2)] == [False, True]
 
@@ -182,4 +182,4 @@ def test_more_pictures_behind_the_first_are_a_jpeg(tmp_path):
 def test_many_are_inspected_by_several_processes_in_their_order(tmp_path, monkeypatch):
     monkeypatch.setattr(pictures, "CHUNK", 3)
     path = archive(tmp_path / "a.zip", {f"{k}.jpg": picture(k, size=(20 + k, 20)) for k in range(10)})
-    assert [p.width for p in inspect(path, members(path), [k % 2 == 0 for k in range(10)])] == list(range(20, 30))
+    assert [p.width for p in inspect(path, list_members(path), [k % 2 == 0 for k in range(10)])] == list(range(20, 30))

@@ -13,8 +13,8 @@ import pytest
 from PIL import Image
 
 from pipelines.evaluate import EvaluateParams, evaluate
-from pipelines.registry.packaging import detections_of, load
-from pipelines.serving.predict import draw, open_list, replace_results, unused
+from pipelines.registry.packaging import compute_detections, load
+from pipelines.serving.predict import draw, make_unused, open_list, replace_results
 from tests import registered
 from tests.running import ROOT, call, environment
 
@@ -87,7 +87,7 @@ def test_detections_of_a_version_are_those_of_its_evaluation(project, monkeypatc
     monkeypatch.setenv("MLFLOW_TRACKING_URI", store(project))
     expected = read(project / "evaluated/detections.json")
     assert len(expected) == 12 * 5
-    assert_same_detections(detections_of("1", project / "data"), expected)
+    assert_same_detections(compute_detections("1", project / "data"), expected)
 
 
 def test_detections_are_by_the_versions_own_code_also_from_a_folder(project, tmp_path, monkeypatch, capfd):
@@ -96,7 +96,7 @@ def test_detections_are_by_the_versions_own_code_also_from_a_folder(project, tmp
     shutil.unpack_archive(project / "data/val.zip", tmp_path / "val")
     expected = read(project / "evaluated/detections.json")
     halved = [row | {"score": row["score"] / 2} for row in expected]
-    assert_same_detections(detections_of("2", tmp_path), halved)
+    assert_same_detections(compute_detections("2", tmp_path), halved)
     assert "detect: 100%" in capfd.readouterr().err
 
 
@@ -129,7 +129,7 @@ def test_data_that_the_version_does_not_fit_is_an_error(project, tmp_path, monke
     change(document, what)
     (data / "instances_val.json").write_text(json.dumps(document), encoding="utf-8")
     with pytest.raises(ValueError, match="gives no detections") as caught:
-        detections_of("1", data)
+        compute_detections("1", data)
     assert message.format(data=data, n=count, more=count + 1, fewer=count - 1) in str(caught.value)
 
 
@@ -344,7 +344,7 @@ def test_a_process_with_another_detr_loads_no_version():
 def test_no_name_is_used_twice():
     used = {"detections.json"}
     given = ["a.jpg", "a.jpg", "A.JPG", "b/a.jpg", "a_2.jpg", "detections.json"]
-    assert [unused(Path(name), used).as_posix() for name in given] == [
+    assert [make_unused(Path(name), used).as_posix() for name in given] == [
         "a.jpg",
         "a_2.jpg",
         "A_3.JPG",

@@ -14,9 +14,9 @@ import json
 import sys
 from collections import deque
 from pathlib import Path
-from pipelines.workspace.processes import group
+from pipelines.workspace.processes import start_group
 lines = deque()
-with group([sys.executable, "-c", sys.argv[1]], Path(), lines, {}) as process:
+with start_group([sys.executable, "-c", sys.argv[1]], Path(), lines, {}) as process:
     process.stdout.read()
 print(json.dumps(list(lines)))
 """

@@ -18,9 +18,9 @@ from detr.distributed import join_process_group, read_num_threads
 from detr.loader import Loader
 from pipelines import surroundings
 from pipelines.data import looks
-from pipelines.params import merged
+from pipelines.params import merge_parameters
 from pipelines.registry import access
-from pipelines.registry.tracking import connect, find_run, tracking_uri
+from pipelines.registry.tracking import connect, find_run, get_tracking_uri
 from pipelines.retraining import readiness
 from tests.running import ROOT, call, free_port
 
@@ -43,7 +43,7 @@ def test_a_relative_database_is_that_of_the_project_in_every_folder(here, monkey
     readiness.check(here)
     (here / "worktree").mkdir()
     monkeypatch.chdir(here / "worktree")
-    assert tracking_uri() == f"sqlite:///{here}/mlflow.db"
+    assert get_tracking_uri() == f"sqlite:///{here}/mlflow.db"
 
 
 @pytest.mark.parametrize(
@@ -233,7 +233,7 @@ def test_data_that_is_a_link_to_another_disk_is_told_before_it_is_downloaded(loc
 def test_a_source_that_cannot_be_taken_is_told_at_once(source, tmp_path, monkeypatch):
     for name in [name for name in os.environ if name.lower().endswith("_proxy")]:
         monkeypatch.delenv(name)
-    document = merged(ROOT, None, ["download.source=source"])
+    document = merge_parameters(ROOT, None, ["download.source=source"])
     readiness.require_source(tmp_path, document)
     (source / "val.zip").rename(tmp_path / "away")
     with pytest.raises(ValueError, match=r"source has neither val.zip nor a folder val/ with pictures"):
@@ -244,7 +244,7 @@ def test_a_source_that_cannot_be_taken_is_told_at_once(source, tmp_path, monkeyp
     )
     readiness.require_source(tmp_path, document)  # DVC has what was taken of it
     (tmp_path / "dvc.lock").unlink()
-    looks.keep_taken(looks.record_of(tmp_path, document), {}, {})
+    looks.keep_taken(looks.find_record(tmp_path, document), {}, {})
     readiness.require_source(tmp_path, document)
     with pytest.raises(ValueError, match="has neither val.zip"):
         readiness.require_source(tmp_path, document, refresh=True)
@@ -255,7 +255,7 @@ def test_a_source_that_cannot_be_taken_is_told_at_once(source, tmp_path, monkeyp
         ("http://h/x", "one URL; give"),
     ):
         with pytest.raises(ValueError, match=f"download.source is .*{said}"):
-            readiness.require_source(tmp_path, merged(ROOT, None, [f"download.source={place}"]))
+            readiness.require_source(tmp_path, merge_parameters(ROOT, None, [f"download.source={place}"]))
 
 
 @pytest.mark.parametrize(

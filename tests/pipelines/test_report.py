@@ -9,9 +9,9 @@ import pytest
 from markdown_it import MarkdownIt
 from PIL import Image
 
-from pipelines.registry.markdown import fenced, plain, table
+from pipelines.registry.markdown import escape_text, fence_lines, format_table
 from pipelines.retraining import advice, report
-from pipelines.retraining.montage import montage
+from pipelines.retraining.montage import draw_montage
 from tests.running import free_port
 
 HOSTILE = (
@@ -41,7 +41,7 @@ def test_data_docs_of_other_data_are_told_from_those_of_what_passed(tmp_path):
 
 
 def test_text_stays_text():
-    text = f"# {plain(HOSTILE)}\n\n- {plain(HOSTILE)}\n\n{table([['', 'x'], [plain(HOSTILE), plain('a|b')]])}\n"
+    text = f"# {escape_text(HOSTILE)}\n\n- {escape_text(HOSTILE)}\n\n{format_table([['', 'x'], [escape_text(HOSTILE), escape_text('a|b')]])}\n"
     page = rendered(text)
     for tag in ("h1", "li", "td"):
         assert f"<{tag}>{shown(HOSTILE)}</{tag}>" in page
@@ -49,11 +49,11 @@ def test_text_stays_text():
     assert "<script" not in page
     assert "<img" not in page
     assert "<a " not in page
-    assert plain("1\n# x\x1b[31m\x00") == "1 \\# x"
+    assert escape_text("1\n# x\x1b[31m\x00") == "1 \\# x"
 
 
 def test_nothing_ends_a_fence():
-    page = rendered(fenced(["```", "`````", "</code></pre><b>x</b>", "\x1b[31mred"]))
+    page = rendered(fence_lines(["```", "`````", "</code></pre><b>x</b>", "\x1b[31mred"]))
     assert page.count("<pre>") == 1
     assert "```\n`````\n&lt;/code&gt;&lt;/pre&gt;&lt;b&gt;x&lt;/b&gt;\nred\n</code></pre>" in page
 
@@ -62,7 +62,7 @@ def test_nothing_ends_a_fence():
 def test_a_failure_says_how_to_go_on(stage, monkeypatch):
     monkeypatch.setenv("SOME_TOKEN", "hunter2hunter2")
     lines = [f"line {k}" for k in range(49)] + ["error: ``` hunter2hunter2 http://me:pass@host/"]
-    page = report.failure(stage, f"{stage}: {HOSTILE}", lines)
+    page = report.write_failure(stage, f"{stage}: {HOSTILE}", lines)
     assert page.startswith(f"# {stage} failed\n\n\\<script\\>")
     assert advice.STAGES[stage] in page
     assert "Retry" in advice.AGAIN
@@ -77,10 +77,10 @@ def test_pictures_are_small_and_whole(tmp_path):
     paths = [tmp_path / f"worst_{k:02d}.png" for k in range(3)]
     for k, path in enumerate(paths):
         Image.effect_noise((900 + 100 * k, 500), 60).convert("RGB").save(path)
-    kind, _, content = montage(paths).partition(";base64,")
+    kind, _, content = draw_montage(paths).partition(";base64,")
     image = Image.open(io.BytesIO(base64.b64decode(content)))
     assert (kind, image.format, image.width) == ("data:image/jpeg", "JPEG", 968)
-    assert montage(paths[:1]).startswith("data:image/png;base64,")
+    assert draw_montage(paths[:1]).startswith("data:image/png;base64,")
 
 
 @pytest.fixture
@@ -100,7 +100,7 @@ def place(tmp_path):
 def test_without_mlflow_the_report_has_what_the_files_have_and_says_what_is_missing(place, monkeypatch):
     monkeypatch.setenv("MLFLOW_TRACKING_URI", f"http://127.0.0.1:{free_port()}")
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
-    found = report.result(place, place, "runs/x-1", HOSTILE, STAGES)
+    found = report.write_result(place, place, "runs/x-1", HOSTILE, STAGES)
     assert found.headline == "Version 7: AP 0.250"
     assert len(found.missing) == 1
     assert "what MLflow has of version 7" in found.missing[0]
@@ -120,4 +120,4 @@ def test_without_mlflow_the_report_has_what_the_files_have_and_says_what_is_miss
     ("seconds", "said"), [(0.4, "0 s"), (59.6, "1 min 0 s"), (185, "3 min 5 s"), (7800, "2 h 10 min")]
 )
 def test_durations(seconds, said):
-    assert report.duration(seconds) == said
+    assert report.format_duration(seconds) == said

@@ -6,10 +6,10 @@ from dataclasses import replace
 
 import pytest
 
-from pipelines.data.rules import KINDS, rules
+from pipelines.data.rules import KINDS, make_rules
 from pipelines.data.shapes import write_shapes
 from pipelines.data.tables import tabulate
-from pipelines.validate import judge, quiet_context
+from pipelines.validate import judge, make_context
 from tests.pipelines import annotation_defects, picture_defects
 from tests.pipelines.defects import Dataset
 from tests.pipelines.picture_defects import NUM_QUERIES
@@ -45,7 +45,7 @@ def findings(clean, tmp_path_factory):
             tables[name] = frame
             owners[name].append(title)
     found = {title: {} for title in folders}
-    for row in judge(STRICT, tables, NUM_QUERIES, quiet_context()):
+    for row in judge(STRICT, tables, NUM_QUERIES, make_context()):
         if row["outcome"] != "holds":
             rule = f"{row['table'].partition('-')[2]} {row['name']}"
             for title in owners[row["table"]]:
@@ -72,7 +72,7 @@ def test_a_planted_defect_is_found_at_its_level_with_its_ids(clean, findings, ti
 
 
 def test_every_rule_is_broken_by_some_defect():
-    named = {rule.name for kind in KINDS if kind != "drift" for rule in rules(STRICT, kind, NUM_QUERIES)}
+    named = {rule.name for kind in KINDS if kind != "drift" for rule in make_rules(STRICT, kind, NUM_QUERIES)}
     assert {defect.rule.split()[1] for defect in DEFECTS.values()} == named
     assert len(DEFECTS) == len(picture_defects.DEFECTS) + len(annotation_defects.DEFECTS) >= 40
 

@@ -12,9 +12,9 @@ from ruamel.yaml import YAML
 
 from pipelines.params import read_yaml, to_yaml
 from pipelines.retraining import flow
-from pipelines.workspace.git import full_commit
-from pipelines.workspace.overrides import DATA_ROOTS, absolute_paths, confine, parameters
-from pipelines.workspace.redaction import hidden
+from pipelines.workspace.git import resolve_commit
+from pipelines.workspace.overrides import DATA_ROOTS, check_parameters, confine, make_paths_absolute
+from pipelines.workspace.redaction import redact
 from tests.hostile import BOMB, HOSTILE, WITH_PASSWORDS
 from tests.running import ROOT
 
@@ -66,7 +66,7 @@ def test_what_git_calls_a_commit_is_a_ref(ref):
 @pytest.mark.parametrize("ref", ["refs/../..", "main..main", "x/../../y", "HEAD~99999999999999999999"])
 def test_a_ref_that_names_no_commit_is_told_in_one_line(ref):
     with pytest.raises(ValueError, match="is no commit, branch or tag here") as caught:
-        full_commit(ROOT, ref)
+        resolve_commit(ROOT, ref)
     assert "\n" not in str(caught.value)
 
 
@@ -79,7 +79,7 @@ def test_a_password_in_a_url_is_refused_before_it_is_stored_by_form_flow_and_com
         with pytest.raises(ValidationError, match="put a password into ~/.netrc"):
             TypeAdapter(TYPES[name]).validate_python(value)
     with pytest.raises(ValueError, match="put a password into ~/.netrc") as caught:
-        parameters(ROOT, None, [override])
+        check_parameters(ROOT, None, [override])
     assert not re.search("pa55word|to-ken|p%40ss|u:p|s1gned", str(caught.value))
 
 
@@ -89,13 +89,13 @@ def test_a_password_in_a_url_is_refused_before_it_is_stored_by_form_flow_and_com
 def test_an_address_with_a_query_that_is_no_secret_is_taken(query):
     override = f"download.source=https://host/data.zip?{query}"
     assert not refused("overrides", [override])
-    assert parameters(ROOT, None, [override])["download"]["source"].endswith(query)
+    assert check_parameters(ROOT, None, [override])["download"]["source"].endswith(query)
 
 
 @pytest.mark.parametrize("text", [f"[{BOMB}]".replace("*a", "x"), "[" * 400 + "]" * 400])
 def test_a_few_letters_do_not_become_billions_of_values(text):
     with pytest.raises(ValueError, match="more than 10000 values|is not valid YAML|maximum") as caught:
-        parameters(ROOT, None, [f"register.protected={text}"])
+        check_parameters(ROOT, None, [f"register.protected={text}"])
     assert len(str(caught.value)) < 2000
 
 
@@ -111,9 +111,9 @@ def test_whatever_an_override_holds_it_is_data_of_one_key_or_refused_in_one_line
         return
     said = ""
     try:
-        document = parameters(ROOT, None, [override])
+        document = check_parameters(ROOT, None, [override])
         confine(document, ROOT)
-        absolute_paths(document, ROOT)
+        make_paths_absolute(document, ROOT)
     except ValueError as error:
         said = str(error)
     assert "\n" not in said.strip()
@@ -144,7 +144,7 @@ def place(tmp_path, monkeypatch):
 
 
 def confined(root, override):
-    confine(parameters(ROOT, None, [override]), root)
+    confine(check_parameters(ROOT, None, [override]), root)
 
 
 FOUR = "{{train_images: {0}, val_images: data/mine, train_annotations: data/mine, val_annotations: data/mine}}"
@@ -210,7 +210,7 @@ def test_mirrors_are_addresses_of_the_web():
     from pipelines.__main__ import check
 
     with pytest.raises(ValueError, match="http, https and local paths work"):
-        check(parameters(ROOT, None, ["download.mirrors={https://host/: ['file:///etc/']}"]))
+        check(check_parameters(ROOT, None, ["download.mirrors={https://host/: ['file:///etc/']}"]))
 
 
 def test_a_stage_prints_no_secret_of_the_environment(monkeypatch):
@@ -229,7 +229,7 @@ def test_a_stage_prints_no_secret_of_the_environment(monkeypatch):
         "gh0-to-ken",
         "https://u:p@ss@host",
     ):
-        assert not re.search(r"quoted|with lines|p@ss|p%40ss|gh0-to-ken", hidden(text)), hidden(text)
-    assert hidden("Somebody at https://host/a@b and models:/detr@champion") == (
+        assert not re.search(r"quoted|with lines|p@ss|p%40ss|gh0-to-ken", redact(text)), redact(text)
+    assert redact("Somebody at https://host/a@b and models:/detr@champion") == (
         "Somebody at https://host/a@b and models:/detr@champion"
     )

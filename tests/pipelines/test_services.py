@@ -1,6 +1,6 @@
 """`up` with stand-ins for both servers: what it tells them, and that one which fails ends it."""
 
-from pipelines.retraining.services import log_of, marked
+from pipelines.retraining.services import find_log, find_marked
 from tests.running import ROOT, call, free_port
 
 NAMES = ("PREFECT_API_URL", "PREFECT_SERVER_CORS_ALLOWED_ORIGINS", "MLFLOW_TRACKING_URI", "MLFLOW_SERVER_ALLOWED_HOSTS")
@@ -27,10 +27,10 @@ def test_at_another_address_a_failing_mlflow_is_one_line_and_leaves_nothing_runn
     said = call(tmp_path, "python", "-m", "pipelines", "up", *asked, code=1, cold=True, **env)
     command = ["server", "--host", host, "--port", str(mlflow), "--workers", "1"]
     assert said == (
-        f"error: http://{host}:{mlflow}/health does not answer; the end of {log_of(tmp_path, 'mlflow')}: "
+        f"error: http://{host}:{mlflow}/health does not answer; the end of {find_log(tmp_path, 'mlflow')}: "
         f"{command}: unable to open database file\n"
     )
-    assert marked(tmp_path) == []
+    assert find_marked(tmp_path) == []
     told = (f"http://{host}:{prefect}/api", f"http://{host}:{prefect}", f"http://{host}:{mlflow}", f"{host}:{mlflow}")
     command = ["server", "start", "--host", host, "--port", str(prefect)]
-    assert log_of(tmp_path, "prefect").read_text(encoding="utf-8") == " ".join([str(command), *told]) + "\n"
+    assert find_log(tmp_path, "prefect").read_text(encoding="utf-8") == " ".join([str(command), *told]) + "\n"

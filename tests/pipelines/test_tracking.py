@@ -14,7 +14,7 @@ import torch
 from torchvision.io import write_png
 
 from detr.checkpoint import Category, InputSize, build_model, save_model
-from pipelines.params import merged, to_yaml
+from pipelines.params import merge_parameters, to_yaml
 from pipelines.registry.mirror import Mirror
 from pipelines.registry.tracking import (
     connect,
@@ -312,7 +312,7 @@ def test_any_other_damaged_line_is_named(tmp_path):
 
 
 def test_registration_fills_in_everything_and_removes_the_resume_state(local, drawn, pictures):
-    (local / "params.yaml").write_text(to_yaml(merged(ROOT, None, [])), encoding="utf-8")
+    (local / "params.yaml").write_text(to_yaml(merge_parameters(ROOT, None, [])), encoding="utf-8")
     (local / "dvc.lock").write_text("stages: {}\n", encoding="utf-8")
     shutil.copytree(drawn, local / "data/coco")
     for folder in ("validate/dataset", "evaluate/plots", "train"):

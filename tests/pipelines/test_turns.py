@@ -8,18 +8,18 @@ import time
 import pytest
 
 from pipelines.registry import turns
-from pipelines.registry.aliases import with_alias
-from pipelines.registry.turns import turn
+from pipelines.registry.aliases import get_by_alias
+from pipelines.registry.turns import take_turn
 from tests.running import ROOT, environment
 
 COUNT = """
 import sys, time
 from pathlib import Path
 from pipelines.registry.tracking import connect
-from pipelines.registry.turns import turn
+from pipelines.registry.turns import take_turn
 client, file = connect(), Path(sys.argv[1])
 for _ in range(int(sys.argv[2])):
-    with turn(client) as check:
+    with take_turn(client) as check:
         count = int(file.read_text())
         time.sleep(0.05)
         check()
@@ -64,11 +64,11 @@ def test_processes_take_turns_from_the_first_on_and_a_killed_one_is_passed_over(
 def test_a_silent_process_on_another_host_loses_its_turn(client, monkeypatch):
     monkeypatch.setattr(turns, "STALE_SECONDS", 2.0)
     run_id = turns._turns(client)
-    with turn(client) as check:
+    with take_turn(client) as check:
         client.log_param(run_id, "turn-2", "elsewhere pid:[1] 1 0.0 abc")
         with pytest.raises(RuntimeError, match="gave no sign for 2 seconds, another registers now"):
             check()
-    with turn(client) as check:
+    with take_turn(client) as check:
         check()
         assert turns._last(client.get_run(run_id).data.params) == 3
 
@@ -89,15 +89,15 @@ def test_whoever_gives_signs_from_another_host_keeps_its_turn(client, monkeypatc
         really(seconds)
 
     monkeypatch.setattr(turns.time, "sleep", sleep)
-    with turn(client):
+    with take_turn(client):
         assert "end-1" in client.get_run(run_id).data.params
     assert "waiting for process 7 on elsewhere, which changes the registry" in capsys.readouterr().out
 
 
 def test_a_deleted_log_of_turns_is_restored(client):
-    with turn(client):
+    with take_turn(client):
         pass
     client.delete_experiment(client.get_experiment_by_name(turns.TURNS).experiment_id)
-    with turn(client) as check:
+    with take_turn(client) as check:
         check()
-    assert with_alias(client, "champion") is None
+    assert get_by_alias(client, "champion") is None

@@ -17,10 +17,10 @@ from detr.coco import CocoDataset, load_annotations
 from detr.images import open_images
 from detr.metrics import compute_coco_metrics
 from detr.transforms import EvalTransform
-from pipelines.data.rules import KINDS, ValidateParams, describe, rules
+from pipelines.data.rules import KINDS, ValidateParams, describe, make_rules
 from pipelines.data.tables import pictures_of, tabulate
-from pipelines.params import from_document, merged
-from pipelines.validate import digest, judge, quiet_context, validate
+from pipelines.params import from_document, merge_parameters
+from pipelines.validate import compute_digest, judge, make_context, validate
 from tests.projects import validate_params
 from tests.running import ROOT
 
@@ -52,7 +52,7 @@ def report_of(folder, config=CONFIG, split=""):
     """The rows of all tables, or of those of one split."""
     tables = tabulate(folder, config.box_tolerance_pixels, config.decoded_share)
     asked = {name: table for name, table in tables.items() if name.startswith(split)}
-    return judge(config, asked, 20, quiet_context())
+    return judge(config, asked, 20, make_context())
 
 
 def set_in(kind, index, **values):
@@ -161,7 +161,7 @@ def test_what_is_tolerated_of_errors_is_read_by_training_and_judged(source, tmp_
     gate(source, tmp_path / "out", tolerant)
     report = json.loads((tmp_path / "out/report.json").read_bytes())
     assert set(TOLERABLE) <= {row["name"] for row in report if row["outcome"] == "warning"}
-    levels = {rule.name: rule for kind in KINDS for rule in rules(CONFIG, kind, 20)}
+    levels = {rule.name: rule for kind in KINDS for rule in make_rules(CONFIG, kind, 20)}
     assert set(TOLERABLE) | {"picture_held_out"} == {
         name for name, rule in levels.items() if rule.level == "error" and rule.column and rule.tolerable
     }
@@ -233,16 +233,16 @@ def test_folders_are_judged_like_archives(drawn, passed, source):
             archive.extractall(source / split)
         (source / f"{split}.zip").unlink()
     assert report_of(source) == json.loads((passed / "out" / "report.json").read_text(encoding="utf-8"))
-    before = digest(source)
+    before = compute_digest(source)
     shutil.copy(drawn / "val.zip", source)
     assert pictures_of(source, "val") == source / "val.zip"  # the archive, as for training
-    assert digest(source) != before
+    assert compute_digest(source) != before
     (source / "val.zip").unlink()
     picture = next((source / "val").iterdir())
     picture.rename(picture.with_name("another"))
-    renamed = digest(source)
+    renamed = compute_digest(source)
     picture.with_name("another").write_bytes(b"other")
-    assert len({before, renamed, digest(source)}) == 3
+    assert len({before, renamed, compute_digest(source)}) == 3
 
 
 @pytest.fixture
@@ -296,7 +296,7 @@ def set_crowds_and_empty(document, crowds, empty):
 
 
 def test_cocos_own_defects_pass_with_warnings_that_say_exactly_these(like_coco, tmp_path, capsys):
-    config = from_document(merged(ROOT, "coco-detr-r50", []), "validate", ValidateParams)
+    config = from_document(merge_parameters(ROOT, "coco-detr-r50", []), "validate", ValidateParams)
     gate(like_coco, tmp_path / "out", replace(config, decoded_share=1.0, num_examples=1), num_queries=100)
     said = capsys.readouterr().out.splitlines()
     documents = {

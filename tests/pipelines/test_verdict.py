@@ -9,7 +9,7 @@ from safetensors.torch import load_file, save_file
 
 from pipelines.params import read_yaml
 from pipelines.registry import verdict
-from pipelines.registry.reproduce import chain
+from pipelines.registry.reproduce import find_chain
 from pipelines.registry.tracking import sha256
 from tests.running import ROOT
 
@@ -111,7 +111,7 @@ def test_metrics_and_detections(tmp_path):
 
 def test_the_stages_of_older_code_are_found_by_their_files():
     stages = read_yaml(ROOT / "dvc.yaml")["stages"]
-    needed = chain(stages, "artifacts/evaluate/metrics.json", {})
+    needed = find_chain(stages, "artifacts/evaluate/metrics.json", {})
     assert list(needed) == ["download", "validate", "train", "evaluate"]
     assert not needed["download"]
     older = {
@@ -123,4 +123,4 @@ def test_the_stages_of_older_code_are_found_by_their_files():
         "get": {"deps": ["code.py"], "outs": ["data/coco/train.zip"]},
         "other": {"deps": ["artifacts/train"], "outs": ["elsewhere"]},
     }
-    assert list(chain(older, "artifacts/evaluate/metrics.json", {})) == ["get", "fit", "judge"]
+    assert list(find_chain(older, "artifacts/evaluate/metrics.json", {})) == ["get", "fit", "judge"]

@@ -11,7 +11,7 @@ import pytest
 from pipelines.data import looks
 from pipelines.data.shapes import write_shapes
 from pipelines.data.sources import sources_in
-from pipelines.params import merged, to_yaml
+from pipelines.params import merge_parameters, to_yaml
 from pipelines.retraining import watch
 from tests.projects import SHAPES, commit, quick_project
 from tests.running import ROOT, call, free_port
@@ -103,7 +103,7 @@ def test_an_address_is_told_apart_by_etag_date_and_size(site):
     known = {"ETag": '"a"', "Last-Modified": DAYS[0], "Content-Length": "7"}
     site.head = dict(known)
     before = seen(site)
-    assert looks.changes(before, seen(site)) == []
+    assert looks.describe_changes(before, seen(site)) == []
     assert "hush" not in json.dumps(before)
     for name, value, said in (
         ("ETag", '"b"', 'ETag was "a", is "b"'),
@@ -111,11 +111,11 @@ def test_an_address_is_told_apart_by_etag_date_and_size(site):
         ("Content-Length", "8", "bytes was 7, is 8"),
     ):
         site.head = known | {name: value}
-        assert looks.changes(before, seen(site)) == [f"download.source.train_images: {said}"]
+        assert looks.describe_changes(before, seen(site)) == [f"download.source.train_images: {said}"]
     site.head = {"Last-Modified": DAYS[0]}
     only_a_date = seen(site)
     site.head = {"Last-Modified": DAYS[1]}
-    assert len(looks.changes(only_a_date, seen(site))) == 1
+    assert len(looks.describe_changes(only_a_date, seen(site))) == 1
     assert {method for method, _ in site.calls} == {"HEAD"}
 
 
@@ -126,7 +126,7 @@ def test_without_head_the_first_byte_tells(site, refusal):
     assert before["download.source.train_images"]["bytes"] == 70
     assert site.calls == [("HEAD", None), ("GET", "bytes=0-0")]
     site.get |= {"Content-Range": "bytes 0-0/71"}
-    assert looks.changes(before, seen(site)) == ["download.source.train_images: bytes was 70, is 71"]
+    assert looks.describe_changes(before, seen(site)) == ["download.source.train_images: bytes was 70, is 71"]
 
 
 def test_what_cannot_be_looked_at_is_an_error_that_says_so(site, monkeypatch):
@@ -154,11 +154,11 @@ def test_a_mirror_that_steps_in_is_compared_by_size_alone(site, another_site):
     assert another_site.calls == []
     site.head = site.get = 404
     mirrored = seen(site, mirrors)
-    assert looks.changes(before, mirrored) == []
+    assert looks.describe_changes(before, mirrored) == []
     another_site.head |= {"ETag": '"c"'}
-    assert len(looks.changes(mirrored, seen(site, mirrors))) == 1
+    assert len(looks.describe_changes(mirrored, seen(site, mirrors))) == 1
     another_site.head |= {"Content-Length": "8"}
-    assert looks.changes(before, seen(site, mirrors)) == ["download.source.train_images: bytes was 7, is 8"]
+    assert looks.describe_changes(before, seen(site, mirrors)) == ["download.source.train_images: bytes was 7, is 8"]
 
 
 def unpacked(source):
@@ -177,7 +177,7 @@ def test_local_files_are_told_apart_as_the_download_stage_takes_them(source):
     places = {one["place"] for name, one in before.items() if name != "download"}
     assert places == set(asdict(sources_in("source", source.parent)).values())
     (source / "instances_val.json").write_bytes((source / "instances_val.json").read_bytes())
-    (line,) = looks.changes(before, local(source))
+    (line,) = looks.describe_changes(before, local(source))
     assert line.startswith("download.source.val_annotations: modified was ")
     (source / "instances_val.json").unlink()
     with pytest.raises(ValueError, match="source/instances_val.json is missing: a source folder holds"):
@@ -192,10 +192,10 @@ def test_a_folder_of_pictures_is_told_apart_by_names_sizes_and_times(source):
     shutil.unpack_archive(source / "train.zip", source / "train")
     (source / "train.zip").unlink()
     last = local(source)
-    assert "download.source.train_images: pictures was none, is 24" in looks.changes(before, last)
+    assert "download.source.train_images: pictures was none, is 24" in looks.describe_changes(before, last)
     picture, other = sorted(path for path in (source / "train").rglob("*") if path.is_file())[:2]
     (source / "train" / "notes.txt").write_text("no picture", encoding="utf-8")
-    assert looks.changes(last, local(source)) == []
+    assert looks.describe_changes(last, local(source)) == []
     renamed = picture.with_name(f"a{picture.name}")
     for change, said in (
         (lambda: picture.rename(renamed), ("digest",)),
@@ -203,7 +203,7 @@ def test_a_folder_of_pictures_is_told_apart_by_names_sizes_and_times(source):
         (lambda: other.unlink(), ("pictures", "bytes", "digest")),
     ):
         change()
-        lines = looks.changes(last, last := local(source))
+        lines = looks.describe_changes(last, last := local(source))
         assert [line.split()[1] for line in lines] == list(said)
 
 
@@ -221,7 +221,7 @@ def outside(document):
 
 
 def watched(project, ref="HEAD", preset=None):
-    with watch.watched(project, preset, ref, lambda document: None) as changes:
+    with watch.watch(project, preset, ref, lambda document: None) as changes:
         return changes
 
 
@@ -230,17 +230,19 @@ def test_a_look_is_remembered_by_preset_and_ref_after_the_event_is_out(project):
     assert watched(project) is None
     assert watched(project) == []
     write_shapes(replace(SHAPES, seed=5), project / "source")
-    with pytest.raises(ConnectionError), watch.watched(project, None, "HEAD", lambda document: None) as changes:
+    with pytest.raises(ConnectionError), watch.watch(project, None, "HEAD", lambda document: None) as changes:
         raise ConnectionError
     assert changes
     assert watched(project, "main") is None
     assert watched(project) == changes
     assert watched(project) == []
-    with pytest.raises(ValueError, match="outside"), watch.watched(project, None, "HEAD", outside):
+    with pytest.raises(ValueError, match="outside"), watch.watch(project, None, "HEAD", outside):
         pass
     assert call(project, "git", "status", "--short", "--untracked-files=no") == ""
 
-    (project / "params.yaml").write_text(to_yaml(merged(project, None, ["download.source=shapes"])), encoding="utf-8")
+    (project / "params.yaml").write_text(
+        to_yaml(merge_parameters(project, None, ["download.source=shapes"])), encoding="utf-8"
+    )
     assert watched(project) == []
     commit(project, "more", "params.yaml")
     assert any("num_train was none, is 48" in line for line in watched(project))

@@ -11,7 +11,7 @@ import pytest
 import detr
 from pipelines.imports import list_imports, read_lazy_names, trace_imports
 from pipelines.params import SECTIONS, read_yaml
-from pipelines.workspace.dvc import stages
+from pipelines.workspace.dvc import list_stages
 from tests.running import ROOT, environment
 
 STAGES = ("download", "validate", "train", "evaluate", "register")
@@ -145,11 +145,11 @@ def test_every_section_is_some_stages_and_every_stages_section_exists():
 
 def test_the_order_of_stages_is_the_order_of_their_files():
     made = set()
-    for stage in stages(ROOT):
+    for stage in list_stages(ROOT):
         needed = {dep for dep in GRAPH[stage]["deps"] if dep.startswith(("data/", "artifacts/"))}
         assert needed <= made
         made |= set(GRAPH[stage].get("outs", [])) | set(GRAPH[stage].get("metrics", []))
-    assert stages(ROOT) == list(STAGES)
+    assert list_stages(ROOT) == list(STAGES)
 
 
 def test_outputs_are_ignored_by_git_and_bytecode_by_dvc():

@@ -19,9 +19,9 @@ from dvc.repo import Repo
 from pipelines.params import read_yaml, to_yaml
 from pipelines.surroundings import OF_A_CALLER
 from pipelines.workspace import worktree
-from pipelines.workspace.cache import cache_folder, collect_garbage
+from pipelines.workspace.cache import collect_garbage, find_cache
 from pipelines.workspace.git import STALE_SECONDS, fetch
-from pipelines.workspace.processes import WORKTREE, group
+from pipelines.workspace.processes import WORKTREE, start_group
 from tests.projects import commit
 from tests.running import ROOT, call, environment, have_settings
 
@@ -69,7 +69,7 @@ def killed(root, name="first", number=2, lock=LOCK):
     code = (
         "import os, sys\nfrom pathlib import Path\nfrom pipelines import params\nfrom pipelines.workspace import worktree\n"
         "root, name, change, lock = Path(sys.argv[1]), *sys.argv[2:]\n"
-        "with worktree.worktree(root, name, 'HEAD', lambda place: params.merged(place, None, [change])) as (place, _):\n"
+        "with worktree.make_worktree(root, name, 'HEAD', lambda place: params.merge_parameters(place, None, [change])) as (place, _):\n"
         "    if lock:\n        (place / 'dvc.lock').write_text(lock)\n    os.kill(os.getpid(), 9)\n"
     )
     done = subprocess.run(
@@ -81,7 +81,7 @@ def killed(root, name="first", number=2, lock=LOCK):
 
 def run(root, name="second", number=2, ref="HEAD"):
     """A run that ends well: its branch."""
-    with worktree.worktree(root, name, ref, epochs(number)) as (place, branch):
+    with worktree.make_worktree(root, name, ref, epochs(number)) as (place, branch):
         finish(place)
     return branch
 
@@ -102,7 +102,7 @@ def test_a_run_that_ends_well_is_on_its_branch_and_one_that_fails_leaves_none(ro
     assert run(root) == "runs/second"
     assert (root / "scratch/runs/second/metrics.json").exists()
     assert call(root, "git", "show", "runs/second:dvc.lock") == LOCK
-    with contextlib.suppress(InterruptedError), worktree.worktree(root, "third", "HEAD", epochs(3)) as (place, _):
+    with contextlib.suppress(InterruptedError), worktree.make_worktree(root, "third", "HEAD", epochs(3)) as (place, _):
         finish(place)  # but for the registration, before which results are kept
         raise InterruptedError
     assert branches(root) == ["runs/second"]
@@ -115,7 +115,10 @@ def test_a_branch_stays_for_a_run_whose_results_are_those_of_its_commit(root):
     commit(root, "a lock", "--all")
     assert run(root, "same", 1) in branches(root)
     call(root, "git", "switch", "--quiet", "main")
-    with contextlib.suppress(InterruptedError), worktree.worktree(root, "killed", "other", epochs(1)) as (place, _):
+    with (
+        contextlib.suppress(InterruptedError),
+        worktree.make_worktree(root, "killed", "other", epochs(1)) as (place, _),
+    ):
         worktree.keep_results(place)  # before the registration, which names the commit
         raise InterruptedError
     assert branches(root) == ["runs/killed", "runs/same"]
@@ -124,7 +127,7 @@ def test_a_branch_stays_for_a_run_whose_results_are_those_of_its_commit(root):
 
 def test_a_killed_run_is_taken_over_by_the_same_and_settled_by_another(root):
     left = killed(root)
-    with worktree.worktree(root, "second", "HEAD", epochs(2)) as (place, branch):
+    with worktree.make_worktree(root, "second", "HEAD", epochs(2)) as (place, branch):
         assert (place, branch) == (left, "runs/first")
         assert (place / "dvc.lock").read_text(encoding="utf-8") == LOCK
         finish(place)
@@ -143,7 +146,7 @@ def test_a_torn_lock_is_not_taken_and_not_committed(root, lock):
     left = killed(root)
     worktree.keep_results(left)
     (left / "dvc.lock").write_text(lock, encoding="utf-8")
-    with worktree.worktree(root, "second", "HEAD", epochs(2)) as (place, _):
+    with worktree.make_worktree(root, "second", "HEAD", epochs(2)) as (place, _):
         assert (place / "dvc.lock").read_text(encoding="utf-8") == LOCK
         finish(place)
     left = killed(root, "third", 3, lock)
@@ -211,7 +214,7 @@ def test_what_a_killed_run_had_started_is_ended(root):
 
 @pytest.mark.parametrize("name", ["../out", "a/b", "-f", "", "a b", "a..b", ".hidden", "x\n", "$(touch x)"])
 def test_a_hostile_name_is_refused(root, name):
-    with pytest.raises(ValueError, match="names no run"), worktree.worktree(root, name, "HEAD", epochs(1)):
+    with pytest.raises(ValueError, match="names no run"), worktree.make_worktree(root, name, "HEAD", epochs(1)):
         pass
     assert_clean(root)
 
@@ -225,7 +228,7 @@ def test_a_hostile_or_unknown_ref_is_refused(root, ref):
 
 def test_its_caches_are_removed_with_it(root):
     """DVC keeps some for every directory that it has worked in, in a folder of the machine."""
-    with worktree.worktree(root, "first", "HEAD", epochs(2)) as (place, _):
+    with worktree.make_worktree(root, "first", "HEAD", epochs(2)) as (place, _):
         call(place, "dvc", "status")
         with Repo(place) as repo:
             caches = Path(repo.site_cache_dir)
@@ -239,7 +242,7 @@ def test_dvc_can_read_the_index_of_a_worktree_whatever_kind_a_person_has(root):
     for name, value in (("core.splitIndex", "true"), ("index.skipHash", "true"), ("splitIndex.maxPercentChange", "0")):
         call(root, "git", "config", name, value)
     call(root, "git", "update-index", "--split-index")
-    with worktree.worktree(root, "first", "HEAD", epochs(1)) as (place, _):
+    with worktree.make_worktree(root, "first", "HEAD", epochs(1)) as (place, _):
         assert {".dvc/config", "params.yaml"} <= {name.decode() for name in DulwichRepo(str(place)).open_index()}
         finish(place)
 
@@ -253,7 +256,7 @@ def test_a_persons_hooks_do_not_run(root):
     with pytest.raises(AssertionError):
         call(root, "git", "switch", "--create", "by-hand")
     assert (root / "scratch/hooks").read_text(encoding="utf-8") == "ran\n"
-    with worktree.worktree(root, "a", "HEAD", epochs(2)) as (place, branch):
+    with worktree.make_worktree(root, "a", "HEAD", epochs(2)) as (place, branch):
         finish(place)
     assert branch == "runs/a"
     assert (root / "scratch/hooks").read_text(encoding="utf-8") == "ran\n"
@@ -317,9 +320,9 @@ def test_the_cache_is_that_of_the_clone_wherever_it_was_set(root, level, tmp_pat
     shared = tmp_path_factory.mktemp("cache")
     asked = str(shared) if level == "global" else os.path.relpath(shared, root)
     call(root, "dvc", "cache", "dir", f"--{level}", asked, XDG_CONFIG_HOME=os.environ["XDG_CONFIG_HOME"])
-    with worktree.worktree(root, "a", "HEAD", epochs(2)) as (place, _):
+    with worktree.make_worktree(root, "a", "HEAD", epochs(2)) as (place, _):
         said = call(place, "dvc", "cache", "dir", XDG_CONFIG_HOME=os.environ["XDG_CONFIG_HOME"])
-        assert said.strip() == str(shared) == str(cache_folder(root))
+        assert said.strip() == str(shared) == str(find_cache(root))
         finish(place)
 
 
@@ -336,8 +339,8 @@ def test_a_clone_can_move_with_what_a_killed_run_has_left_and_scratch_can_be_a_l
 
 def test_a_clone_in_a_folder_of_any_name_shares_its_cache_and_collects_it(root, tmp_path_factory):
     moved = Path(shutil.move(root, tmp_path_factory.mktemp("away") / 'größe 行人, it\'s #1 of $HOME\n "100%"'))
-    with worktree.worktree(moved, "a", "HEAD", epochs(2)) as (place, _):
-        assert cache_folder(place) == moved / ".dvc/cache"
+    with worktree.make_worktree(moved, "a", "HEAD", epochs(2)) as (place, _):
+        assert find_cache(place) == moved / ".dvc/cache"
         finish(place)
     (moved / ".dvc/cache/files/md5/00").mkdir(parents=True)
     (moved / ".dvc/cache/files/md5/00/11").write_text("of nobody", encoding="utf-8")
@@ -375,8 +378,8 @@ def test_what_a_git_that_calls_us_says_reaches_no_git_of_ours(root, monkeypatch)
     own = call(linked, "git", "rev-parse", "--absolute-git-dir").strip()
     for name, value in (("DIR", own), ("INDEX_FILE", f"{own}/index"), ("WORK_TREE", str(linked)), ("PREFIX", "x/")):
         monkeypatch.setenv(f"GIT_{name}", value)
-    with worktree.worktree(linked, "a", "HEAD", epochs(2)) as (place, _):
-        with group(["env"], place, deque(), {}) as process:
+    with worktree.make_worktree(linked, "a", "HEAD", epochs(2)) as (place, _):
+        with start_group(["env"], place, deque(), {}) as process:
             assert process.stdout is not None
             assert not {line.partition("=")[0] for line in process.stdout} & OF_A_CALLER
         finish(place)

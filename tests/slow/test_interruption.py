@@ -8,7 +8,7 @@ from contextlib import closing, suppress
 import pytest
 import requests
 
-from pipelines.workspace.worktree import only_one
+from pipelines.workspace.worktree import hold_run_lock
 from tests.orchestra import services
 from tests.projects import commit, quick_project
 from tests.running import call, free_port
@@ -88,7 +88,7 @@ def test_while_the_temporary_server_starts(project):
 
 
 def test_while_another_run_is_under_way(project):
-    with only_one(project, print):
+    with hold_run_lock(project, print):
         terminal = Terminal(project, *RUN, cold=True)
         terminal.wait_for("waiting for it to end")
         terminal.press(CTRL_C)

@@ -9,7 +9,7 @@ from types import SimpleNamespace
 import pytest
 import requests
 
-from pipelines.retraining.services import marked
+from pipelines.retraining.services import find_marked
 from tests.orchestra import answers_page, listeners, listening, services
 from tests.projects import quick_project
 from tests.running import call, free_port
@@ -115,7 +115,7 @@ def sleep_until(moment):
 
 def test_two_projects_side_by_side_and_one_at_another_address(served, tmp_path):
     served.wait_until(lambda: not served.processes("DETR_SERVICES", "prefect.engine"), what="the end of the last run")
-    here, before = free_port(), {process.pid for process in marked(served.project)}
+    here, before = free_port(), {process.pid for process in find_marked(served.project)}
     other, url = quick_project(tmp_path), f"http://127.0.0.2:{here}"
     try:
         asked = ("--prefect-port", str(free_port()), "--mlflow-port", str(here), "--host", "127.0.0.2")
@@ -136,8 +136,8 @@ def test_two_projects_side_by_side_and_one_at_another_address(served, tmp_path):
         assert requests.get(f"{prefect}/ui-settings", timeout=300).json()["api_url"] == f"{prefect}/api"
     finally:
         call(other, *PYTHON, "pipelines", "down")
-    assert marked(other) == []
-    assert {process.pid for process in marked(served.project)} >= before
+    assert find_marked(other) == []
+    assert {process.pid for process in find_marked(served.project)} >= before
 
 
 def test_down_and_up_after_kills(served, env):

@@ -8,7 +8,7 @@ from dataclasses import asdict
 
 import pytest
 
-from pipelines.params import merged, to_yaml
+from pipelines.params import merge_parameters, to_yaml
 from tests.bad_line import Answer
 from tests.downloads import coco_site, same, urls
 from tests.running import ROOT, environment
@@ -26,7 +26,7 @@ def stage_in(folder, source=None):
     """A folder in which the stage can run as it is, by default on drawn scenes. It is quick to import."""
     overrides = [f"download.source={json.dumps(asdict(source))}"] if source else []
     folder.mkdir(exist_ok=True)
-    (folder / "params.yaml").write_text(to_yaml(merged(ROOT, None, overrides)), encoding="utf-8")
+    (folder / "params.yaml").write_text(to_yaml(merge_parameters(ROOT, None, overrides)), encoding="utf-8")
     return {"cwd": folder, "env": environment(cold=True, PYTHONPATH=str(ROOT)), "text": True}
 
 

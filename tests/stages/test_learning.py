@@ -7,7 +7,7 @@ import pytest
 
 from pipelines.data.shapes import write_shapes
 from pipelines.download import DownloadParams
-from pipelines.params import from_document, merged, to_yaml
+from pipelines.params import from_document, merge_parameters, to_yaml
 from tests.running import ROOT, call
 
 # Of the demo as params.yaml has it, but for two epochs of 192 scenes and 4 steps of warmup: means of 6 steps each. Measured
@@ -26,7 +26,7 @@ GOLDEN = {
 
 def trained(folder, num_train, *overrides):
     """The history of a training by the real launcher, with the demo's parameters but for `overrides`."""
-    document = merged(ROOT, None, ["train.epochs=1", "train.evaluate_epochs=0", *overrides])
+    document = merge_parameters(ROOT, None, ["train.epochs=1", "train.evaluate_epochs=0", *overrides])
     shapes = from_document(document, "download", DownloadParams).shapes
     (folder / "data/coco").mkdir(parents=True)
     write_shapes(replace(shapes, num_train=num_train, num_val=4), folder / "data/coco")

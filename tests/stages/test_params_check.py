@@ -2,7 +2,7 @@
 
 import pytest
 
-from pipelines.params import merged, to_yaml
+from pipelines.params import merge_parameters, to_yaml
 from tests.running import ROOT, call
 
 FEW = ["download.shapes.num_train=2", "download.shapes.num_val=1"]
@@ -27,7 +27,7 @@ def download(folder, text, code=0):
     ],
 )
 def test_a_mistake_in_a_later_section_ends_the_first_stage(tmp_path, right, wrong, said):
-    text = to_yaml(merged(ROOT, None, FEW))
+    text = to_yaml(merge_parameters(ROOT, None, FEW))
     assert right in text
     printed = download(tmp_path, text.replace(right, wrong, 1), code=1)
     assert printed.startswith(f"error: {said}")
@@ -37,7 +37,7 @@ def test_a_mistake_in_a_later_section_ends_the_first_stage(tmp_path, right, wron
 
 
 def test_what_was_right_is_not_checked_again(tmp_path):
-    text = to_yaml(merged(ROOT, None, FEW))
+    text = to_yaml(merge_parameters(ROOT, None, FEW))
     download(tmp_path, text)
     mark = tmp_path / "scratch/checked"
     before = mark.stat().st_mtime_ns

@@ -66,7 +66,7 @@ def test_a_version_carries_its_lineage_and_no_secret(projects, tmp_path):
     assert {name: metrics.get(name) for name in numbers} == {n: None if v == -1 else v for n, v in numbers.items()}
     assert {"AP", "AP_low", "AP_high"} <= set(numbers)
     assert {name: value for name, value in metrics.items() if name.startswith("class_AP/")} == {
-        f"class_AP/{name}": 0.25 for name in gate.names_of(folder / "data/coco/instances_val.json")
+        f"class_AP/{name}": 0.25 for name in gate.read_names(folder / "data/coco/instances_val.json")
     }
     assert metrics["training_seconds"] == pytest.approx(2 * 2 * 8 / 4.0)
     for name in ("dvc.lock", "params.yaml", "evaluate/detections.json", "train/history.jsonl", "validate/report.json"):
@@ -124,7 +124,7 @@ def test_the_better_takes_the_place_an_equal_does_not_and_protection_holds(proje
     assert "registered detr version 3 as challenger: AP" in said
     assert "+0.0000 [-0.2646, +0.2646], better in 0.0% of 1000 resamples: it is not certain enough" in said
     assert look(uri)[0] == {"champion": 2, "previous_champion": 1, "challenger": 3}
-    (name, *_) = gate.names_of(drawn / "instances_val.json")
+    (name, *_) = gate.read_names(drawn / "instances_val.json")
     better = detections_like(drawn / "instances_val.json", 0.0, lost=name)
     other = trained_project(tmp_path / "other", drawn, "other", better, protected={name: 0.05, "no": 0.1})
     assert the_error(run(other, uri, code=1)).startswith("error: register.protected names 'no', no category")
@@ -135,7 +135,7 @@ def test_the_better_takes_the_place_an_equal_does_not_and_protection_holds(proje
     assert "registered detr version 4 as challenger" in said
     assert f"{name} loses " in said
     client = at_uri(uri)
-    page = aliases.run_file(client, client.get_model_version(MODEL, "4").run_id, "register/decision.md").decode()
+    page = aliases.read_run_file(client, client.get_model_version(MODEL, "4").run_id, "register/decision.md").decode()
     assert f"| {name} | 0.0000 |" in page
     assert look(uri)[0] == {"champion": 2, "previous_champion": 1, "challenger": 4}
 
