@@ -11,7 +11,7 @@ from detr.checkpoint import Category, InputSize, load_model
 from detr.coco import decode_image
 from detr.model import DETR, for_inference
 from detr.postprocess import postprocess
-from detr.transforms import EvalTransform, fit_size
+from detr.transforms import EvalTransform
 
 
 @dataclass(frozen=True)
@@ -51,7 +51,7 @@ class Detector:
     def __call__(self, picture: Path | str | bytes | np.ndarray, threshold: float = 0.5) -> Detections:
         """The detections of a score from `threshold` in a picture: a file's path, its bytes, or pixels [h, w, 3] uint8.
 
-        Raises ValueError that names what is no JPEG or PNG, is damaged, or is too large or too long for the model.
+        Raises ValueError that names what is no JPEG or PNG, is damaged, or is too large.
         """
         batch = collate([self._sample(picture)], self.size.size_multiple).to(self.device)
         padding = batch.padding if batch.padding.any() else None
@@ -72,12 +72,6 @@ class Detector:
         else:
             image = decode_image(picture if isinstance(picture, bytes) else Path(picture).read_bytes(), name)
         size_hw = (image.shape[1], image.shape[2])
-        limit = 2 * self.size.max_size  # a side of one pixel bounds how small the other can become
-        if max(fit_size(size_hw, self.size.short, self.size.max_size)) > limit:
-            size = f"{size_hw[1]} x {size_hw[0]}"
-            raise ValueError(
-                f"{name} has {size} pixels, expected sides that differ by less than {limit} times; cut it in parts"
-            )
         image, boxes, labels = EvalTransform(self.size.short, self.size.max_size)(
             image, torch.zeros(0, 4), torch.zeros(0, dtype=torch.int64)
         )

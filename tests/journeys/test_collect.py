@@ -256,7 +256,7 @@ def test_what_is_in_use_stays(project, tmp_path):
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text("x", encoding="utf-8")
     age(project)
-    hold = "import fcntl, sys, time; a, b = (open(p, 'a') for p in sys.argv[1:]); fcntl.lockf(a, fcntl.LOCK_EX); print(flush=True); time.sleep(600)"
+    hold = "import fcntl, sys, time; a, b = (open(p, 'a') for p in sys.argv[1:]); fcntl.flock(a, fcntl.LOCK_EX); print(flush=True); time.sleep(600)"
     holder = subprocess.Popen([PYTHON, "-c", hold, state / "lock", log], stdout=subprocess.PIPE)
     try:
         holder.stdout.readline()

@@ -9,8 +9,9 @@ import pytest
 import requests
 
 from pipelines.params import read_yaml
-from pipelines.retraining.services import SERVICE, environment, find_marked, past_proxies
+from pipelines.retraining.services import SERVICE, bypass_proxies, find_marked
 from pipelines.surroundings import QUIET
+from pipelines.workspace.processes import read_environment
 from tests.orchestra import answers_page, listeners
 from tests.running import ROOT, call
 
@@ -27,14 +28,14 @@ def test_it_listens_on_loopback_only_and_runs_what_is_needed(served):
     assert {ip for ip, _ in found} == {"127.0.0.1"}
     assert set(served.ports) <= {port for _, port in found}
     processes = find_marked(served.project)
-    assert {environment(process)[SERVICE] for process in processes} == {"prefect", "mlflow", "worker"}
+    assert {read_environment(process)[SERVICE] for process in processes} == {"prefect", "mlflow", "worker"}
     lines = [" ".join(process.cmdline()) for process in processes]
     assert not [line for line in lines if "huey" in line or "mlflow.server.jobs" in line]
 
 
 def test_telemetry_is_off_in_every_process(served):
     for process in find_marked(served.project):
-        held = {name: value.lower() for name, value in environment(process).items()}  # Prefect may write "False"
+        held = {name: value.lower() for name, value in read_environment(process).items()}  # Prefect may write "False"
         assert QUIET.items() <= held.items(), process.cmdline()
 
 
@@ -198,7 +199,7 @@ def test_a_parameter_that_is_none_fails_the_run(served):
 def test_the_address_that_is_told_stays_a_secret(served, hook):
     secret = hook[0].rpartition("/")[2]
     for process in find_marked(served.project):
-        assert secret not in "".join([*process.cmdline(), *environment(process).values()])
+        assert secret not in "".join([*process.cmdline(), *read_environment(process).values()])
     for folder in (".prefect", "scratch"):
         for path in (served.project / folder).rglob("*"):
             assert not path.is_file() or secret.encode() not in path.read_bytes(), path
@@ -223,7 +224,7 @@ def test_the_servers_here_are_reached_past_every_kind_of_proxy(monkeypatch, vari
         monkeypatch.delenv(name)
     for name, value in variables.items():
         monkeypatch.setenv(name, value)
-    assert past_proxies("name") == ({"NO_PROXY": passed, "no_proxy": passed} if passed else {})
+    assert bypass_proxies("name") == ({"NO_PROXY": passed, "no_proxy": passed} if passed else {})
 
 
 def test_every_schedule_and_trigger_is_as_the_file_says():

@@ -21,7 +21,7 @@ def test_numbers_that_are_not_json_pass_unchanged_for_validate_to_judge(source, 
 @pytest.mark.parametrize(
     "text",
     [
-        "",
+        " ",
         "{",
         '{"a": [NaN',
         '{"images": [], "annotations": [], "categories": []} x',
