@@ -15,6 +15,7 @@ from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, P
 from torch.distributed.elastic.rendezvous import RendezvousError
 
 from detr.distributed import PeerLostError
+from pipelines.progress import print_error
 from pipelines.stage import EXPECTED, explain
 
 PREEMPTED = 75  # the exit code of a training that was asked to stop: EX_TEMPFAIL of sysexits.h
@@ -91,7 +92,7 @@ def explain_end(rank: int, failure: ProcessFailure) -> str:
 
 
 def _end_as_asked() -> NoReturn:
-    print("error: the training was asked to stop; the same command goes on from its last state", file=sys.stderr)
+    print_error("the training was asked to stop; the same command goes on from its last state")
     sys.exit(PREEMPTED)
 
 

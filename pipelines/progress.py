@@ -6,6 +6,13 @@ from typing import Any
 
 from tqdm import tqdm
 
+CLEAR = "\r\x1b[J"  # of a terminal: its line, and the bars that are drawn below
+
+
+def print_error(text: str) -> None:
+    """Prints the error that ends a command, in the place of a bar that it leaves."""
+    print(f"{CLEAR * sys.stderr.isatty()}error: {text}", file=sys.stderr, flush=True)
+
 
 class Progress(tqdm):
     """A bar with the time left on a terminal; elsewhere a plain line every ten seconds."""

@@ -11,6 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from pipelines import surroundings
+from pipelines.progress import print_error
 
 OUTPUTS = (Path("data/coco"), Path("artifacts"))  # folders of what DVC tracks
 CHECKED = Path("scratch/checked")  # the digest of a params.yaml that is right, and of the code that found it so
@@ -86,7 +87,7 @@ def command(run: Callable[[], None]) -> None:
     except EXPECTED as error:
         if os.environ.get("DETR_TRACEBACK"):
             traceback.print_exc()
-        print(f"error: {explain(error)}", file=sys.stderr, flush=True)
+        print_error(explain(error))
         sys.exit(1)
     finally:
         gc.freeze()  # so that the interpreter does not search through the objects of all libraries once more: seconds

@@ -45,7 +45,7 @@ def run(of: Any, *arguments: Any, **options: Any) -> Any:
 
         def take_over(flow: Any, run: Any, state: State) -> None:
             interruption.listen(signal.SIGTERM)  # which Prefect has taken for itself
-            held.enter_context(hold_lock(locks() / str(run.id)))
+            held.enter_context(hold_lock(find_locks() / str(run.id)))
 
         state: State = of.with_options(on_running=[take_over])(*arguments, **options, return_state=True)
     if state.is_cancelled():
@@ -97,14 +97,14 @@ def start_server_at(port: int | None) -> Any:
     return start_tied(command, os.environ | own | get_current_settings().to_environment_variables(exclude_unset=True))
 
 
-def locks() -> Path:
+def find_locks() -> Path:
     """A file for each run in a terminal, locked as long as its process lives."""
     return get_current_settings().home / "terminals"
 
 
 def report_dead() -> None:
     """Tells Prefect of the runs whose process was killed before it could."""
-    for path in locks().glob("*"):
+    for path in find_locks().glob("*"):
         with suppress(Exception):  # of another server than the run had, or none: nobody waits for this
             if not is_held(path):
                 report_dead_run(path)

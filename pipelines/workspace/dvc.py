@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from pipelines.params import read_yaml
-from pipelines.workspace.processes import above_bars, is_error, start_group, stop_group
+from pipelines.workspace.processes import clear_bars, is_error, start_group, stop_group
 from pipelines.workspace.redaction import redact
 
 STOPPED = re.compile(r"stopped after step (\d+) ")  # begins what a training says that was asked to stop
@@ -113,7 +113,7 @@ def call(
                     said = redact(line.rstrip())
                     lines.append(said)  # as those of a terminal come, from another thread
                     if not is_error(said):
-                        with above_bars():
+                        with clear_bars():
                             log(said)
         except KeyboardInterrupt:
             stop_group(process)

@@ -10,7 +10,8 @@ from typing import Any
 
 import psutil
 
-from pipelines.workspace.processes import CLEAR, kill_running, running
+from pipelines.progress import CLEAR
+from pipelines.workspace.processes import kill_running, running
 
 HURRY_SECONDS = 5.0  # after a second signal, until this process ends whatever it is doing, as after a third
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)

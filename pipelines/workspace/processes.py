@@ -17,12 +17,12 @@ from pathlib import Path
 
 import psutil
 
+from pipelines.progress import CLEAR
 from pipelines.surroundings import own_environment
 
 # These begin the last line of a stage that failed, what DVC says to that, and what it says of locks after a stop.
 ERRORS = ("error: ", "ERROR: ", "WARNING: Process '")
 STOP_SECONDS = 15  # for a training to finish its step and save its state; Prefect kills a cancelled run after 30
-CLEAR = "\r\x1b[J"  # of a terminal: its line, and what is drawn below
 WORKTREE = "DETR_WORKTREE"  # in the environment of what we start: the directory that it works in
 
 running: set[int] = set()  # the process groups that `start_group` has started
@@ -102,7 +102,7 @@ def _follow(master: int, lines: deque[str]) -> None:
 
 
 @contextmanager
-def above_bars() -> Iterator[None]:
+def clear_bars() -> Iterator[None]:
     """Clears a terminal of the bars that are drawn below what is to be printed there."""
     with drawing:
         if sys.stderr.isatty():

@@ -45,6 +45,7 @@ def test_a_terminal_shows_all_but_errors_and_all_whole_lines_are_kept():
     [
         ("error: x", True, True),
         ("\x1b[31mERROR\x1b[39m: x", True, True),
+        ("\x1b[Jerror: x", True, True),
         ("err", False, True),
         ("", False, True),
         ("errors", False, False),

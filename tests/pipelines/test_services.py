@@ -1,7 +1,8 @@
-"""`up` with stand-ins for both servers: what it tells them, and that one which fails ends it."""
+"""`up` with stand-ins for both servers: what it tells them, and that one which fails ends it. Pages, until Ctrl-C."""
 
 from pipelines.retraining.services import find_log, find_marked
 from tests.running import ROOT, call, free_port
+from tests.terminal import CTRL_C, Terminal
 
 NAMES = ("PREFECT_API_URL", "PREFECT_SERVER_CORS_ALLOWED_ORIGINS", "MLFLOW_TRACKING_URI", "MLFLOW_SERVER_ALLOWED_HOSTS")
 PREFECT = f"""
@@ -34,3 +35,14 @@ def test_at_another_address_a_failing_mlflow_is_one_line_and_leaves_nothing_runn
     told = (f"http://{host}:{prefect}/api", f"http://{host}:{prefect}", f"http://{host}:{mlflow}", f"{host}:{mlflow}")
     command = ["server", "start", "--host", host, "--port", str(prefect)]
     assert find_log(tmp_path, "prefect").read_text(encoding="utf-8") == " ".join([str(command), *told]) + "\n"
+
+
+def test_pages_are_served_until_ctrl_c_even_as_the_server_begins(tmp_path):
+    (tmp_path / "scratch/data_docs").mkdir(parents=True)
+    asked = ("python", "-m", "pipelines", "ui", "docs", "--port", str(free_port()))
+    terminal = Terminal(tmp_path, *asked, cold=True, PYTHONPATH=str(ROOT))
+    terminal.wait_for("Ctrl-C ends it")
+    terminal.press(CTRL_C)
+    code, lines = terminal.end()
+    assert (code, lines[-1]) == (130, "stopped")
+    assert "Traceback" not in terminal.said

@@ -9,6 +9,7 @@ import pytest
 from pipelines.files import write_json
 from pipelines.stage import explain
 from tests.running import ROOT, call, environment
+from tests.terminal import Terminal
 
 COUNT = "from pipelines.progress import Progress\nfor _ in Progress(range(40), 'count', 40, 'image'): pass"
 
@@ -39,6 +40,14 @@ def test_progress_is_a_bar_on_a_terminal():
     os.close(master)
     assert done.wait() == 0
     assert b"\rcount: 100%" in shown
+
+
+def test_an_error_on_a_terminal_takes_the_place_of_a_bar():
+    lines = ("import sys", "from pipelines.stage import command", "def fail():", "    sys.stderr.write('bar 50%')")
+    code = "\n".join([*lines, "    raise ValueError('so')", "command(fail)"])
+    terminal = Terminal(ROOT, "python", "-c", code, cold=True)
+    assert terminal.end()[0] == 1
+    assert terminal.said == "bar 50%\r\x1b[Jerror: so\r\n"
 
 
 STRANGER = """

@@ -24,7 +24,7 @@ DOORS = (
     "training_log",
 )  # at the door with the stages, which no room imports
 NO_BYTES = {  # what says how far a download is, waits, warns; a change of it must not download 20 GB again
-    f"pipelines/{name}.py" for name in ("data/looks", "locks", "progress", "stage", "surroundings")
+    f"pipelines/{name}.py" for name in ("__init__", "data/looks", "locks", "progress", "stage", "surroundings")
 }
 GRAPH = read_yaml(ROOT / "dvc.yaml")["stages"]
 
