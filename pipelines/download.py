@@ -17,7 +17,7 @@ from detr.config import Key, check_keys
 from pipelines import params
 from pipelines.data import looks
 from pipelines.data.archive import check_space, copy, extract, open_checked, pack
-from pipelines.data.fetch import Remote, ask_sizes, claim, fetch_all, redact_url
+from pipelines.data.fetch import Remote, ask_sizes, claim, fetch_all
 from pipelines.data.layout import DATA, FILES
 from pipelines.data.shapes import ShapesParams, write_shapes
 from pipelines.data.sources import (
@@ -30,6 +30,7 @@ from pipelines.data.sources import (
     sources_in,
     split_place,
 )
+from pipelines.redaction import redact_url
 from pipelines.stage import command
 
 DOWNLOADS = Path("scratch/downloads")

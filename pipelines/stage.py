@@ -75,11 +75,10 @@ def command(run: Callable[[], None]) -> None:
     """
     surroundings.settle()
     try:
+        share_scratch()
         if "DVC_STAGE" in os.environ:
             require_name(Path.cwd())
             require_inside(Path())
-        share_scratch()
-        if "DVC_STAGE" in os.environ:
             check_params()
         run()
     except KeyboardInterrupt:
@@ -91,6 +90,11 @@ def command(run: Callable[[], None]) -> None:
         sys.exit(1)
     finally:
         gc.freeze()  # so that the interpreter does not search through the objects of all libraries once more: seconds
+
+
+def quote_error(error: Exception, length: int = 300) -> str:
+    """What a library's error says, on one line, its first `length` letters."""
+    return " ".join(str(error).split())[:length]
 
 
 def explain(error: Exception) -> str:

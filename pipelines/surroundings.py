@@ -48,10 +48,10 @@ def settle() -> None:
 def own_environment() -> dict[str, str]:
     """The environment for what we start: all telemetry off, no git but that of the folder it works in, a user."""
     env = {name: value for name, value in os.environ.items() if name not in OF_A_CALLER}
-    return env | QUIET | find_user()
+    return env | QUIET | name_unknown_user()
 
 
-def find_user() -> dict[str, str]:
+def name_unknown_user() -> dict[str, str]:
     """The variables by which DVC, Prefect and PyTorch know a user whom this machine does not: a name, a home folder."""
     found = {}
     try:

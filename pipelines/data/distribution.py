@@ -63,7 +63,7 @@ def _binned(values: np.ndarray, limits: list[float]) -> dict[str, int]:
 
 
 def compute_distances(ours: dict[str, dict[str, Any]], theirs: dict[str, dict[str, Any]]) -> dict[str, float]:
-    """How far two `compute_statistics` are apart, by "SPLIT DISTRIBUTION": Jensen-Shannon distances in 0..1.
+    """How far two results of `compute_statistics` are apart, by "SPLIT DISTRIBUTION": Jensen-Shannon distances in 0..1.
 
     What two samples of one distribution differ by chance is taken off: (k - 1) (1/n + 1/m) / (8 ln 2) of the
     divergence in bits for n and m things in k bins (Lin 1991; its second-order term).

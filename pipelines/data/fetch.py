@@ -21,6 +21,7 @@ from urllib3.util import Retry
 from pipelines.data.part import BLOCK, UNKNOWN, Origin, Part, Stopped
 from pipelines.locks import hold_lock
 from pipelines.progress import Progress
+from pipelines.redaction import redact_url
 
 RETRY = Retry(total=10, backoff_factor=1, backoff_max=60, backoff_jitter=1, retry_after_max=300)
 TIMEOUT = (20, 60)  # seconds to connect, and without a byte after that
@@ -61,11 +62,6 @@ class Remote:
         return max(0, size - (part.stat().st_size if part.exists() else 0))
 
 
-def redact_url(text: object) -> str:
-    """Text without the users, passwords and query strings of the URLs in it."""
-    return re.sub(r"(?<=//)[^/\s'\"]*@|\?[^\s#'\"]*", "", str(text))
-
-
 @contextmanager
 def claim(remotes: Sequence[Remote], folder: Path) -> Iterator[None]:
     """Holds what is fetched of `remotes` into `folder` for this process, and removes it when the block ends well.
@@ -101,7 +97,7 @@ def ask_sizes(remotes: Sequence[Remote]) -> dict[str, int]:
 
 
 def fetch_all(remotes: Sequence[Remote], folder: Path, sizes: dict[str, int]) -> dict[str, Path]:
-    """The files by URL, whole, with the right checksum and on the disk, in a `folder` that is `claim`.
+    """The files by URL, whole, with the right checksum and on the disk, in a `folder` that `claim` holds.
 
     It goes on from what is there already. The first failure stops the others, and what has come stays for the
     next run. Raises ValueError that names every address that was tried.

@@ -15,9 +15,10 @@ import msgspec
 import requests
 
 from pipelines import params
-from pipelines.data.fetch import AS_IT_IS, redact_url
+from pipelines.data.fetch import AS_IT_IS
 from pipelines.data.sources import PICTURES, addresses, is_url, pictures_in, sources_in, split_place
 from pipelines.files import write_json
+from pipelines.redaction import redact_url
 
 Look = dict[str, dict[str, Any]]  # what was seen, by what it is about
 TIMEOUT = (5.0, 5.0)  # seconds to connect, and without an answer after that

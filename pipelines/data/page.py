@@ -35,7 +35,7 @@ img{max-width:100%}"""
 def write_page(
     folder: Path, data: Path, tables: dict[str, pd.DataFrame], counts: dict[str, dict[str, Any]], num_examples: int
 ) -> None:
-    """Writes `index.html` and its pictures into `folder`, from tables that keep the rules and their `statistics`.
+    """Writes `index.html` and its pictures into `folder`, from tables that keep the rules and their `counts`.
 
     Contact sheets show up to `num_examples` training pictures per class, evenly spread over the images that have it.
     """

@@ -8,7 +8,7 @@ from pathlib import Path
 from stat import S_ISREG
 from typing import Annotated
 
-from pipelines.data.fetch import redact_url
+from pipelines.redaction import redact_url
 
 OTHERS = (".avif", ".bmp", ".gif", ".heic", ".heif", ".jp2", ".jxl", ".tif", ".tiff", ".webp")
 PICTURES = (".jpg", ".jpeg", ".png", *OTHERS)  # what is taken out of a folder: the gate tells what cannot be used

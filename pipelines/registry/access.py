@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from pipelines.registry.tracking import LOGIN, MODEL, find_experiment, get_tracking_uri
+from pipelines.stage import quote_error
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -24,7 +25,7 @@ def require_writable(client: "MlflowClient") -> None:
         for model in client.search_registered_models(f"name = '{MODEL}'"):
             client.set_registered_model_tag(model.name, MARK, MODEL)
     except Exception as error:
-        reason = " ".join(str(error).split())[:300]
+        reason = quote_error(error)
         raise ValueError(
             f"MLflow at {get_tracking_uri()} answers, but refuses what a run writes ({reason}); {LOGIN} of one who may "
             "write there, see to its database, or unset MLFLOW_TRACKING_URI"
@@ -45,7 +46,7 @@ def require_store(location: str) -> None:
             with suppress(Exception):  # not every store lets files be removed
                 store.delete_artifacts(tried.name)
     except Exception as error:  # of the store's own library, too
-        reason = " ".join(str(error).split())[:300]
+        reason = quote_error(error)
         raise ValueError(
             f"MLflow's files at {location} cannot be written ({reason}); see to the store, or to the credentials here"
         ) from error

@@ -91,17 +91,18 @@ def find_version_of(client: "MlflowClient", weights_sha256: str, config: Path) -
     """
     found = client.search_model_versions(f"name = '{MODEL}' and tags.weights_sha256 = '{weights_sha256}'")
     ready = sorted((v for v in found if v.status == "READY"), key=lambda v: int(v.version))
+    wanted = read_identity(config)
     for version in ready:
         number = str(version.version)
         with tempfile.TemporaryDirectory() as folder:
-            if has_files(client, version) and answers(
-                tracking.fetch_model_file(number, "artifacts/config.json", Path(folder))
-            ) == answers(config):
-                return client.get_model_version(MODEL, number)
+            if has_files(client, version):
+                found_config = tracking.fetch_model_file(number, "artifacts/config.json", Path(folder))
+                if read_identity(found_config) == wanted:
+                    return client.get_model_version(MODEL, number)
     return None
 
 
-def answers(config: Path) -> dict[str, Any]:
+def read_identity(config: Path) -> dict[str, Any]:
     """What of a config.json decides how the weights answer: all but which training they are of."""
     document: dict[str, Any] = json.loads(config.read_text(encoding="utf-8"))
     return {key: value for key, value in document.items() if key != "fingerprint"}

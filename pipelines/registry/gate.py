@@ -14,6 +14,7 @@ from detr.config import Key, check_keys
 from pipelines.labels import say_metric
 from pipelines.params import find_nearest
 from pipelines.registry import aliases
+from pipelines.stage import quote_error
 
 ROUNDING = 1e-9  # differences of APs below it are rounding
 
@@ -261,7 +262,7 @@ def have_same_images(one: dict[str, str], other: dict[str, str]) -> bool:
 
 
 def brief(error: Exception) -> str:
-    return " ".join(str(error).split())[:200] or type(error).__name__
+    return quote_error(error, 200) or type(error).__name__
 
 
 def as_json(decision: Decision) -> dict[str, Any]:

@@ -22,6 +22,7 @@ from pipelines.registry.tracking import (
     log_params,
     log_rows,
 )
+from pipelines.stage import quote_error
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -117,7 +118,7 @@ class Mirror:
                 self._failed, self._patience = False, math.inf
             except Exception as error:
                 if not self._warned:
-                    reason = " ".join(str(error).split())[:400]
+                    reason = quote_error(error, 400)
                     print(f"warning: MLflow misses rows, they are filled in at registration: {reason}", file=sys.stderr)
                 self._failed = self._warned = True
                 self._patience = 0.0

@@ -22,7 +22,7 @@ from pipelines.imports import ROOT, trace_imports
 from pipelines.progress import Progress
 from pipelines.registry import tracking
 from pipelines.registry.tracking import MODEL
-from pipelines.stage import command
+from pipelines.stage import command, quote_error
 
 if TYPE_CHECKING:
     from mlflow.entities.model_registry import ModelVersion
@@ -99,7 +99,7 @@ def load(model: str) -> "PyFuncModel":
     except Exception as error:
         raise ValueError(
             f"the files of {MODEL} version {version.version}, which MLflow keeps at {version.source}, cannot be loaded "
-            f"({_reason(error)}); bring them back from a copy, or name another version: --model NUMBER"
+            f"({quote_error(error)}); bring them back from a copy, or name another version: --model NUMBER"
         ) from error
 
 
@@ -190,10 +190,6 @@ def _config(version: str) -> dict[str, Any]:
     number = tracking.find_version(tracking.connect_to_models(), version).version
     config: dict[str, Any] = mlflow.artifacts.load_dict(f"models:/{MODEL}/{number}/artifacts/config.json")
     return config
-
-
-def _reason(error: Exception) -> str:
-    return " ".join(str(error).split())[:300]
 
 
 def main() -> None:

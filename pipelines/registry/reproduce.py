@@ -15,6 +15,7 @@ from pipelines.files import write_json
 from pipelines.params import read_yaml, to_yaml
 from pipelines.registry import aliases, tracking, verdict
 from pipelines.registry.lineage import describe_hardware, read_commit
+from pipelines.stage import quote_error
 from pipelines.workspace import dvc, worktree
 from pipelines.workspace.git import resolve_commit
 from pipelines.workspace.overrides import make_paths_absolute
@@ -69,7 +70,7 @@ def reproduce(root: Path, model: str) -> str:
         tag = f"{document['verdict']}, {document['date']}"
         client.set_model_version_tag(tracking.MODEL, str(version.version), "reproduced", tag)
     except Exception as error:
-        registered.warnings.append(f"the version has no tag of this: {' '.join(str(error).split())[:300]}")
+        registered.warnings.append(f"the version has no tag of this: {quote_error(error)}")
     path = root / "scratch" / "reproductions" / f"{version.version}.json"
     write_json(path, document | {"warnings": registered.warnings})
     text = verdict.report(document | {"warnings": registered.warnings, "written to": str(path.relative_to(root))})
@@ -123,7 +124,7 @@ def fetch(client: Any, registered: Registered, folder: Path) -> None:
         else:
             registered.warnings.append("history and detections of its run are of another version: not compared")
     except Exception as error:
-        registered.warnings.append(f"its run cannot be had: {' '.join(str(error).split())[:300]}")
+        registered.warnings.append(f"its run cannot be had: {quote_error(error)}")
     number = registered.name.rpartition("/")[2]
     try:
         registered.files["model.safetensors"] = tracking.fetch_model_file(number, "artifacts/model.safetensors", folder)

@@ -13,8 +13,9 @@ from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
 from pipelines.labels import ABSENT
+from pipelines.redaction import hide_users
 from pipelines.registry.database import EXPERIMENT, find_artifacts, prepare_database, quieten_mlflow
-from pipelines.stage import find_project
+from pipelines.stage import find_project, quote_error
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -85,12 +86,11 @@ def connect() -> "MlflowClient":
     except ValueError:
         raise
     except Exception as error:
-        reason = " ".join(str(error).split())[:300]
+        reason = quote_error(error)
         is_refused = re.search(r"error code 40[137]|UNAUTHENTICATED|PERMISSION_DENIED|not in a valid JSON", reason)
         said = f"MLflow at {uri} is unreachable ({reason}); start it"
         said = f"MLflow at {uri} wants a login ({reason}); {LOGIN}" if is_refused else said
-        hidden = re.sub(r"(?<=://)[^/\s'\"]*@", "", said)  # the user and the password of a database
-        raise ValueError(f"{hidden} or unset MLFLOW_TRACKING_URI") from error
+        raise ValueError(f"{hide_users(said)} or unset MLFLOW_TRACKING_URI") from error
     return client
 
 
@@ -107,16 +107,15 @@ def has_run(client: "MlflowClient", fingerprint: str) -> bool:
 
 def find_experiment(client: "MlflowClient") -> "Experiment":
     """The experiment of the trainings, made if there is none."""
-    found = client.get_experiment_by_name(EXPERIMENT)
-    if found is None:
-        store = find_artifacts(database) if (database := find_database(get_tracking_uri())) else None
-        try:
-            return client.get_experiment(client.create_experiment(EXPERIMENT, store))
-        except Exception:  # another process may have been faster
-            found = client.get_experiment_by_name(EXPERIMENT)
-            if found is None:
-                raise
-    return found
+    if found := client.get_experiment_by_name(EXPERIMENT):
+        return found
+    store = find_artifacts(database) if (database := find_database(get_tracking_uri())) else None
+    try:
+        return client.get_experiment(client.create_experiment(EXPERIMENT, store))
+    except Exception:
+        if found := client.get_experiment_by_name(EXPERIMENT):  # another process was faster
+            return found
+        raise
 
 
 def find_run(client: "MlflowClient", fingerprint: str, name: str) -> str:
@@ -261,9 +260,8 @@ def find_version(client: "MlflowClient", model: str) -> "ModelVersion":
         return client.get_model_version_by_alias(MODEL, which)
     except MlflowException as error:
         if error.error_code not in ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE"):
-            raise ValueError(
-                f"{model} cannot be had from {get_tracking_uri()}: {' '.join(str(error).split())}"
-            ) from error
+            said = " ".join(str(error).split())
+            raise ValueError(f"{model} cannot be had from {get_tracking_uri()}: {said}") from error
     found = client.search_model_versions(f"name = '{MODEL}'")
     versions = ", ".join(map(str, sorted(int(version.version) for version in found))) or "none"
     aliases = client.get_registered_model(MODEL).aliases if found else {}
@@ -279,7 +277,7 @@ def fetch_model_file(version: str, path: str, folder: Path) -> Path:
     try:
         return Path(mlflow.artifacts.download_artifacts(artifact_uri=uri, dst_path=str(folder)))
     except Exception as error:  # of the artifact store's own library too
-        raise ValueError(f"{uri} cannot be had: {' '.join(str(error).split())[:300]}") from error
+        raise ValueError(f"{uri} cannot be had: {quote_error(error)}") from error
 
 
 def list_versions(client: "MlflowClient") -> list["ModelVersion"]:
@@ -298,5 +296,5 @@ def fetch_artifact(client: "MlflowClient", run_id: str, path: str, folder: Path)
             return None
         return Path(client.download_artifacts(run_id, path, str(folder)))
     except Exception as error:
-        reason = " ".join(str(error).split())[:300]
+        reason = quote_error(error)
         raise ValueError(f"{path} of MLflow's run {run_id} cannot be read: {reason}") from error

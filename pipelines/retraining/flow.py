@@ -18,6 +18,7 @@ from prefect.client.schemas.objects import State
 from prefect.events import Event
 from prefect.states import Cancelled, Completed, Failed
 
+from pipelines.redaction import redact
 from pipelines.retraining import readiness, report
 from pipelines.retraining.form import (
     NOTE_LENGTH,
@@ -32,11 +33,10 @@ from pipelines.retraining.form import (
     SharedCache,
 )
 from pipelines.retraining.progress_artifact import Progress
-from pipelines.stage import EXPECTED, explain
+from pipelines.stage import EXPECTED, explain, quote_error
 from pipelines.workspace import dvc, freshness, worktree
 from pipelines.workspace.git import fetch
 from pipelines.workspace.overrides import check_parameters, confine
-from pipelines.workspace.redaction import redact
 
 RETRIES = {"register": 6}  # of a stage whose failure time may mend: MLflow is not there
 RETRY_SECONDS = 30
@@ -59,7 +59,7 @@ def run_stage(stage: str, root: Path, force: bool) -> Any:
         else:
             outcome = dvc.reproduce(stage, root, take)
     except dvc.StageFailed as failure:
-        page = report.write_failure(stage, str(failure), failure.lines)
+        page = report.compose_failure(stage, str(failure), failure.lines)
         publish_artifact(
             "failure", lambda: create_markdown_artifact(page, key="failure", description=f"{stage} failed")
         )
@@ -75,7 +75,7 @@ def run_stage(stage: str, root: Path, force: bool) -> Any:
             dvc.reproduce(stage, root, take, force=True)
         description = "What the validation of the data found"
         publish_artifact(
-            "dataset", lambda: create_markdown_artifact(report.write_dataset(root), "dataset", description)
+            "dataset", lambda: create_markdown_artifact(report.compose_dataset(root), "dataset", description)
         )
     return Completed(name=outcome.capitalize(), message=outcome, data=outcome)
 
@@ -129,8 +129,12 @@ def make_title() -> str:
 
 def shorten(text: str) -> str:
     """The text on one line of TITLE_LENGTH letters at most."""
-    line = " ".join(text.split())
-    return line if len(line) <= TITLE_LENGTH else f"{line[: TITLE_LENGTH - 4]} ..."
+    return cut(" ".join(text.split()), TITLE_LENGTH)
+
+
+def cut(text: str, length: int) -> str:
+    """The text, with "..." in place of what is beyond `length` letters."""
+    return text if len(text) <= length else f"{text[: length - 4]} ..."
 
 
 @flow(name="retrain", flow_run_name=make_title)
@@ -159,10 +163,8 @@ def retrain(
             name = f"{chosen or 'overrides'}-{time.strftime('%Y%m%d-%H%M%S')}"
             with worktree.make_worktree(root, name, ref, asked, note) as (place, branch):
                 dvc.check(place, log)
-                done, me = (
-                    worktree.mark_refreshed(place),
-                    str(runtime.flow_run.id),
-                )  # which an attempt before may have been
+                done = worktree.find_refresh_mark(place)
+                me = str(runtime.flow_run.id)  # which an attempt before may have been
 
                 def before(stage: str) -> None:
                     if stage == "validate":
@@ -184,7 +186,7 @@ def retrain(
 def publish(place: Path, root: Path, branch: str, note: str, went: list[report.Stage]) -> None:
     """Makes Prefect's artifacts of the result of a run; what is missing of it is a warning in the log."""
     try:
-        found = report.write_result(place, root, branch, note, went)
+        found = report.compose_result(place, root, branch, note, went)
     except Exception as error:
         get_run_logger().warning(f"the report is missing: {redact(str(error))}")
         return
@@ -207,7 +209,7 @@ def publish_artifact(key: str, make: Callable[[], Any]) -> None:
     try:
         make()
     except Exception as error:
-        get_run_logger().warning(f"the artifact {key} is missing: {redact(' '.join(str(error).split())[:300])}")
+        get_run_logger().warning(f"the artifact {key} is missing: {redact(quote_error(error))}")
 
 
 @flow(name="watch-data", flow_run_name="watch {preset} at {ref}")
@@ -221,8 +223,7 @@ def watch_data(preset: Preset = "none", ref: Ref = "HEAD") -> Any:
         chosen = None if preset == "none" else preset
         with watch.watch(root, chosen, ref, lambda document: confine_run(document, root)) as changes:
             if changes:
-                note = f"The data has changed: {'; '.join(changes)}"
-                note = note if len(note) <= NOTE_LENGTH else f"{note[: NOTE_LENGTH - 4]} ..."
+                note = cut(f"The data has changed: {'; '.join(changes)}", NOTE_LENGTH)
                 emit("detr.data.changed", "detr.data", preset=preset, ref=ref, changes=changes, note=note)
     except EXPECTED as error:
         return Failed(message=redact(explain(error)))

@@ -5,7 +5,7 @@ from typing import Annotated, Any
 
 from pydantic import AfterValidator, Field
 
-from pipelines.workspace.redaction import SECRET_IN_PARAMETER, refuse_password
+from pipelines.redaction import SECRET_IN_PARAMETER, refuse_password
 
 NOTE_LENGTH = 1000
 PRESETS = sorted(path.stem for path in (Path(__file__).parents[2] / "presets").glob("*.yaml"))

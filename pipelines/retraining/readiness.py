@@ -14,9 +14,9 @@ from urllib.parse import unquote, urlparse
 from requests.utils import get_environ_proxies
 
 from pipelines.data import looks
-from pipelines.data.fetch import redact_url
 from pipelines.data.sources import FileSources, addresses, is_url, require_files, split_place
 from pipelines.params import read_yaml
+from pipelines.redaction import redact_url
 from pipelines.registry import access, tracking
 from pipelines.registry.database import prepare_database
 from pipelines.stage import require_inside, require_name

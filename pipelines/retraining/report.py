@@ -13,14 +13,15 @@ from pipelines.data.layout import DOCS_DIGEST
 from pipelines.data.rules import describe
 from pipelines.labels import ABSENT, say_metric
 from pipelines.params import read_yaml
+from pipelines.redaction import redact
 from pipelines.registry import aliases, tracking, version
 from pipelines.registry.lineage import read_commit
 from pipelines.registry.markdown import escape_text, fence_lines, format_table
 from pipelines.registry.version import Version, find_unequal, format_signed, format_value
 from pipelines.retraining.advice import advise
 from pipelines.retraining.montage import collect_pictures
+from pipelines.stage import quote_error
 from pipelines.workspace.history import open_version
-from pipelines.workspace.redaction import redact
 
 UI = "DETR_MLFLOW_UI"  # in the environment: MLflow's address as browsers reach it, where that is another
 NUM_DIFFERENCES = 40  # rows of a table of what changed
@@ -64,7 +65,7 @@ class Registration:
         return aliases.name_rival(self.decision.get("alias"))
 
 
-def write_result(place: Path, root: Path, branch: str, note: str, stages: Sequence[Stage]) -> Result:
+def compose_result(place: Path, root: Path, branch: str, note: str, stages: Sequence[Stage]) -> Result:
     """The result of the run in the worktree `place`: against the champion, what changed, where it all is.
 
     What MLflow does not give is left out and named in `missing`.
@@ -80,9 +81,9 @@ def write_result(place: Path, root: Path, branch: str, note: str, stages: Sequen
         changed = describe_changes(known, root, missing)
         where = list_links(known)
     except Exception as error:  # of MLflow, and of whatever its artifacts are kept in
-        missing.append(f"what MLflow has of version {number}: {redact(' '.join(str(error).split())[:300])}")
+        missing.append(f"what MLflow has of version {number}: {redact(quote_error(error))}")
         changed, where = [], []
-    headline = write_title(number, metrics["AP"], known, branch)
+    headline = compose_title(number, metrics["AP"], known, branch)
     page = [f"# {headline}", ""]
     if known and (reason := known.new.tags.get("decision_reason")):
         page += [f"{escape_text(reason[:1].upper() + reason[1:])}.", ""]
@@ -92,11 +93,8 @@ def write_result(place: Path, root: Path, branch: str, note: str, stages: Sequen
     page += ["", describe_gain(metrics, known, share), "", *changed, "## Where it is", "", *where]
     page += [f"- Branch `{branch}`, in the clone of the worker; to have its files:", ""]
     page += [fence_lines([f"git checkout {branch} && dvc checkout"]), "", "## How long it took", ""]
-    page += [
-        format_table(
-            [["stage", "outcome", "time"], *([one.name, one.outcome, format_duration(one.seconds)] for one in stages)]
-        )
-    ]
+    times = ([one.name, one.outcome, format_duration(one.seconds)] for one in stages)
+    page += [format_table([["stage", "outcome", "time"], *times])]
     rows = list_rows(metrics, known)
     return Result(headline, redact("\n".join(page)) + "\n", rows, collect_pictures(evaluated / "plots"), missing)
 
@@ -119,7 +117,7 @@ def look_up(number: str, missing: list[str]) -> Registration:
         return Registration(str(client.get_run(new.run_id).info.experiment_id), new, champion, decision)
 
 
-def write_title(number: int, ap: float, known: Registration | None, branch: str) -> str:
+def compose_title(number: int, ap: float, known: Registration | None, branch: str) -> str:
     """The result in one line."""
     said = f"AP {say_metric(ap)}"
     if known is None:
@@ -244,7 +242,7 @@ def list_rows(metrics: dict[str, float], known: Registration | None) -> list[dic
     ]
 
 
-def write_failure(stage: str, message: str, lines: Sequence[str]) -> str:
+def compose_failure(stage: str, message: str, lines: Sequence[str]) -> str:
     """The page of a stage that failed: the message, how to go on, the last lines of its output."""
     said = message.removeprefix(f"{stage}: ")
     page = [f"# {stage} failed", "", escape_text(said), "", "## How to go on", ""]
@@ -261,7 +259,7 @@ def has_other_docs(root: Path) -> bool:
     return bool(shown.read_text(encoding="utf-8") != json.loads(passed.read_text(encoding="utf-8"))["data"])
 
 
-def write_dataset(root: Path) -> str:
+def compose_dataset(root: Path) -> str:
     """What the validation of the data in `root` found: numbers, warnings, and where the dataset's page is."""
     validated = root / "artifacts" / "validate"
     counts = json.loads((validated / "statistics.json").read_text(encoding="utf-8"))

@@ -13,10 +13,10 @@ from pathlib import Path
 import psutil
 import requests
 
+from pipelines.redaction import redact
 from pipelines.registry.database import prepare_database
 from pipelines.surroundings import HOST, bypass_proxies
 from pipelines.workspace.processes import STOP_SECONDS, WORKTREE, read_environment, stop
-from pipelines.workspace.redaction import redact
 
 MARK = "DETR_SERVICES"  # in the environment of all that `up` starts, and of what that starts: the project's root
 SERVICE = "DETR_SERVICE"  # and which of them it is, or was started by

@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from pipelines.params import read_yaml
+from pipelines.redaction import redact
 from pipelines.workspace.processes import clear_bars, is_error, start_group, stop_group
-from pipelines.workspace.redaction import redact
 
 STOPPED = re.compile(r"stopped after step (\d+) ")  # begins what a training says that was asked to stop
 HINTS = re.compile(  # of DVC, for a person who has typed its command

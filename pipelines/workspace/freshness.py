@@ -7,10 +7,10 @@ from typing import Any
 from tqdm import tqdm
 
 from pipelines.data import looks
-from pipelines.data.fetch import redact_url
 from pipelines.data.looks import Look, Taken
 from pipelines.data.sources import is_url, split_place
 from pipelines.params import read_yaml
+from pipelines.redaction import redact_url
 from pipelines.workspace import dvc
 from pipelines.workspace.history import read_data_version
 

@@ -9,8 +9,8 @@ from contextlib import suppress
 from pathlib import Path
 
 from pipelines.locks import hold_lock
+from pipelines.redaction import redact
 from pipelines.surroundings import own_environment
-from pipelines.workspace.redaction import redact
 
 STALE_SECONDS = 60  # after which a lock of git is that of a killed process: it holds one for less than a second
 FETCH_SECONDS = 600  # after which a remote does not answer

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import BinaryIO
 
 from pipelines.data.versions import DataVersion, read_version
+from pipelines.stage import quote_error
 from pipelines.workspace.git import git, resolve_commit
 
 
@@ -77,6 +78,6 @@ def open_version(root: Path, version: DataVersion, path: str) -> Iterator[Binary
             hint = hint if remote else "and there is no remote; add one: dvc remote add --default NAME URL"
             raise ValueError(f"{path} of {version.title} is not in the DVC cache {hint}") from None
         except Exception as error:  # of the remote's own library too
-            reason = " ".join(str(error).split())[:300]
+            reason = quote_error(error)
             raise ValueError(f"{path} of {version.title} cannot be read (remote: {remote}): {reason}") from error
         yield file

@@ -7,7 +7,8 @@ from typing import Any
 
 from pipelines.data.sources import split_place
 from pipelines.params import check_section, merge_parameters, to_yaml
-from pipelines.workspace.redaction import refuse_password
+from pipelines.redaction import refuse_password
+from pipelines.stage import quote_error
 
 DATA_ROOTS = "DETR_DATA_ROOTS"  # in a worker's environment: folders outside the project that parameters may name
 MOST_VALUES = 10_000  # of params.yaml
@@ -15,7 +16,7 @@ NAMES = ("shapes", "none", "imagenet")  # of sources and weights that are no fil
 
 
 def check_parameters(root: Path, preset: str | None, overrides: Collection[str]) -> Any:
-    """`merged` for overrides from anywhere, to be committed. Raises ValueError, whatever they hold."""
+    """`merge_parameters` for overrides from anywhere, to be committed. Raises ValueError, whatever they hold."""
     try:
         document = merge_parameters(root, preset, overrides)
         _check_values(document if preset or overrides else {})
@@ -23,7 +24,7 @@ def check_parameters(root: Path, preset: str | None, overrides: Collection[str])
     except ValueError:
         raise
     except Exception as error:  # of YAML's parser and writer, which raise much
-        said = " ".join(str(error).split())[:200]
+        said = quote_error(error, 200)
         raise ValueError(f"one of {[text[:100] for text in overrides]} is not valid YAML: {said}") from error
     return document
 

@@ -195,7 +195,7 @@ def _own_git(place: Path) -> Path:
     return Path(git(place, "rev-parse", "--absolute-git-dir"))
 
 
-def mark_refreshed(place: Path) -> Path:
+def find_refresh_mark(place: Path) -> Path:
     """A file of a worktree that names the flow run which has downloaded in it again."""
     return _own_git(place) / "refreshed"
 

@@ -8,7 +8,8 @@ import requests
 from urllib3.util import Retry
 
 from pipelines.data import fetch
-from pipelines.data.fetch import Interrupted, Remote, ask_sizes, redact_url
+from pipelines.data.fetch import Interrupted, Remote, ask_sizes
+from pipelines.redaction import redact_url
 from tests.bad_line import Answer, Site, serving
 from tests.pipelines.fetching import CONTENT, SUM, get, kept, part_in
 

@@ -62,7 +62,7 @@ def test_nothing_ends_a_fence():
 def test_a_failure_says_how_to_go_on(stage, monkeypatch):
     monkeypatch.setenv("SOME_TOKEN", "hunter2hunter2")
     lines = [f"line {k}" for k in range(49)] + ["error: ``` hunter2hunter2 http://me:pass@host/"]
-    page = report.write_failure(stage, f"{stage}: {HOSTILE}", lines)
+    page = report.compose_failure(stage, f"{stage}: {HOSTILE}", lines)
     assert page.startswith(f"# {stage} failed\n\n\\<script\\>")
     assert advice.STAGES[stage] in page
     assert "Retry" in advice.AGAIN
@@ -100,7 +100,7 @@ def place(tmp_path):
 def test_without_mlflow_the_report_has_what_the_files_have_and_says_what_is_missing(place, monkeypatch):
     monkeypatch.setenv("MLFLOW_TRACKING_URI", f"http://127.0.0.1:{free_port()}")
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
-    found = report.write_result(place, place, "runs/x-1", HOSTILE, STAGES)
+    found = report.compose_result(place, place, "runs/x-1", HOSTILE, STAGES)
     assert found.headline == "Version 7: AP 0.250"
     assert len(found.missing) == 1
     assert "what MLflow has of version 7" in found.missing[0]

@@ -11,10 +11,10 @@ from pydantic import TypeAdapter, ValidationError
 from ruamel.yaml import YAML
 
 from pipelines.params import read_yaml, to_yaml
+from pipelines.redaction import redact
 from pipelines.retraining import flow
 from pipelines.workspace.git import resolve_commit
 from pipelines.workspace.overrides import DATA_ROOTS, check_parameters, confine, make_paths_absolute
-from pipelines.workspace.redaction import redact
 from tests.hostile import BOMB, HOSTILE, WITH_PASSWORDS
 from tests.running import ROOT
 

@@ -31,6 +31,16 @@ def redact(text: str) -> str:
     return text
 
 
+def redact_url(text: object) -> str:
+    """What is said of a download: text without users, passwords and query strings of URLs, whatever they hold."""
+    return re.sub(r"\?[^\s#'\"]*", "", hide_users(str(text)))
+
+
+def hide_users(text: str) -> str:
+    """Text without what stands before an @ in URLs; unlike in `redact`, it can hold any letter of a password."""
+    return re.sub(r"(?<=//)[^/\s'\"]*@", "", text)
+
+
 def _secrets() -> set[str]:
     """What must not be shown, as it is and as it stands in a URL or in JSON."""
     found = {line.strip() for name, value in os.environ.items() if SECRET.search(name) for line in value.splitlines()}
